@@ -1,0 +1,6 @@
+//! What is a job, how did an attempt end, and what happens next?
+//!
+//! Pure: no clock, no file, no process.
+
+pub mod diagnosis;
+pub mod spec;

@@ -1,0 +1,15 @@
+//! How much memory will a fine-tuning run need, and which shape of it is the best that fits?
+//!
+//! Pure: values in, values out. No clock, no file, no device. The plan puts the rungs of the ladder in order,
+//! lets the estimate predict the peak of each, and chooses.
+//!
+//! It does not know ms-swift's flags (crate `mhtrain-swift`) nor what to do after a failure (`mhtrain-job`).
+
+pub mod estimate;
+pub mod gpu;
+pub mod model;
+pub mod plan;
+pub mod request;
+pub mod tier;
+pub mod units;
+pub mod workload;
