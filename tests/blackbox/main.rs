@@ -1,1 +1,13 @@
+//! Black-box tests: the real binary, with everything that it reads from the machine under the test's control.
+//!
+//! Needs no GPU and no ms-swift: the cards are nvml-sim's, the trainer is `tests/fake-swift`.
 
+mod architecture;
+mod diagnose;
+mod environment;
+mod estimate;
+mod import;
+mod job_files;
+mod plan;
+mod run;
+mod usage;

@@ -1,2 +1,55 @@
-//! stub
-fn main() {}
+//! `mhtraind`: sizes, launches, diagnoses and recovers ms-swift fine-tuning jobs.
+//!
+//! This crate is where the others meet: `cli` holds what can be typed, `engine` what runs a job.
+//! Decisions are in the pure crates (`mhtrain-sizing`, `mhtrain-job`, `mhtrain-swift`).
+
+mod cli;
+mod config;
+mod demo;
+mod engine;
+mod failure;
+mod trainer_install;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    // The recorder owns a trainer for hours and the gate becomes it: neither sets anything up that it does not need.
+    if let Some(code) = mhtrain_supervisor::recorder::main_if_asked() {
+        return code;
+    }
+    let cli = cli::Cli::parse();
+    start_log();
+    match cli::dispatch(&cli) {
+        Ok(status) => ExitCode::from(status as u8),
+        Err(failure) => {
+            report(&failure, cli::wants_json(&cli));
+            ExitCode::from(failure.status as u8)
+        }
+    }
+}
+
+fn report(failure: &Failure, as_json: bool) {
+    if as_json {
+        cli::output::note(failure.to_json());
+    } else {
+        cli::output::note(failure.for_people());
+    }
+}
+
+/// Our own log goes to standard error and is silent unless MHTRAIND_LOG (or RUST_LOG) asks for it: what people need
+/// to know is said by the commands.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("MHTRAIND_LOG")
+        .or_else(|_| tracing_subscriber::EnvFilter::try_from_default_env())
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("off"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}

@@ -1,2 +1,32 @@
-//! stub
-fn main() {}
+//! The developers' commands: `cargo xtask test`, `cargo xtask score-memory`, `cargo xtask score-diagnosis`.
+
+mod score_diagnosis;
+mod score_memory;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "The developers' commands of mhtraind")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run every test, those on real ms-swift included, and print the seconds of each stage
+    Test(test::TestArgs),
+    /// Score the memory estimate against measured points (columns of calibration.csv)
+    ScoreMemory(score_memory::ScoreMemoryArgs),
+    /// Score the diagnosis against labelled logs (a folder a kind, labels.csv beside them)
+    ScoreDiagnosis(score_diagnosis::ScoreDiagnosisArgs),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Test(args) => test::run(&args),
+        Command::ScoreMemory(args) => score_memory::run(&args),
+        Command::ScoreDiagnosis(args) => score_diagnosis::run(&args),
+    }
+}

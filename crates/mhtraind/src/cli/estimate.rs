@@ -1,0 +1,108 @@
+//! `mhtraind estimate`: how much memory will these workloads need?
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use mhtrain_sizing::estimate::Estimate;
+use mhtrain_sizing::estimate_request::{ConfigRef, EstimateRequest, EstimateRequestError};
+use serde_json::Value;
+
+use super::output;
+use crate::failure::{Failure, Status, unreadable};
+
+/// Predict the peak memory of workloads given as JSON lines; nothing is started
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  echo '{\"config\": \"Qwen2.5-7B/config.json\", \"train_type\": \"lora\", \"micro_batch\": 8, \"accumulation\": 4,
+         \"max_length\": 3072, \"packing\": true, \"attn_impl\": \"flash_attn\"}' | tr -d '\\n' | mhtraind estimate -
+
+Keys: config (path of a config.json) or config_object, train_type, lora_rank, target_modules, torch_dtype,
+micro_batch, accumulation, max_length, packing, padded, attn_impl, gradient_checkpointing, liger_kernel, logit_share.
+A line that cannot be answered gives {\"error\": …} in its place, and the exit code is 2 after the last line.")]
+pub struct EstimateArgs {
+    /// File of JSON lines; `-` reads standard input
+    #[arg(default_value = "-")]
+    file: PathBuf,
+    /// One JSON object a line instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: &EstimateArgs) -> Result<Status, Failure> {
+    let mut lines = output::open_lines(&args.file)?;
+    let mut configs = Configs::default();
+    let mut bad_lines = 0;
+    if !args.json {
+        output::line(format!(
+            "{:>5} {:>12} {:>12} {:>24} {:>10} {:>10} {:>10}",
+            "line", "allocated", "device", "90 % interval", "weights", "activ.", "logits"
+        ))?;
+    }
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        if lines.read_until(b'\n', &mut line).map_err(|e| unreadable(&args.file, &e))? == 0 {
+            break;
+        }
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        match answer(&line, &mut configs) {
+            Ok(estimate) if args.json => output::json_line(&estimate)?,
+            Ok(estimate) => output::line(row(number, &estimate))?,
+            Err(failure) => {
+                bad_lines += 1;
+                if args.json {
+                    output::json_line(&failure.to_json())?;
+                } else {
+                    output::line(format!("{number:>5} {}", failure.message))?;
+                }
+            }
+        }
+    }
+    Ok(if bad_lines == 0 { Status::Done } else { Status::BadInput })
+}
+
+fn answer(line: &[u8], configs: &mut Configs) -> Result<Estimate, Failure> {
+    let line = std::str::from_utf8(line).map_err(|e| Failure::bad_input("not_utf8", e))?;
+    let failure =
+        |error: EstimateRequestError| Failure::bad_input(error.code(), &error).help(error.help());
+    let request = EstimateRequest::parse(line).map_err(failure)?;
+    let loaded = match &request.config {
+        ConfigRef::Path(path) => Some(configs.load(path)?),
+        ConfigRef::Object(_) => None,
+    };
+    request.answer(loaded).map_err(failure)
+}
+
+fn row(number: usize, estimate: &Estimate) -> String {
+    let terms = &estimate.terms;
+    format!(
+        "{number:>5} {:>12} {:>12} {:>24} {:>10} {:>10} {:>10}",
+        estimate.allocated_peak_bytes,
+        estimate.device_peak_bytes,
+        format!("{} - {}", estimate.low_bytes, estimate.high_bytes),
+        terms.weights,
+        terms.activations,
+        terms.logits
+    )
+}
+
+/// config.json files that were read before: a batch of lines usually asks about few models.
+#[derive(Default)]
+struct Configs(HashMap<String, Value>);
+
+impl Configs {
+    fn load(&mut self, path: &str) -> Result<&Value, Failure> {
+        if !self.0.contains_key(path) {
+            let text = output::read_text(&PathBuf::from(path))?;
+            let value = serde_json::from_str(&text)
+                .map_err(|e| Failure::bad_input("bad_config_json", format!("{path} is no JSON: {e}")))?;
+            self.0.insert(path.to_owned(), value);
+        }
+        Ok(&self.0[path])
+    }
+}

@@ -1,0 +1,143 @@
+//! What can be typed?
+//!
+//! The clap definition is here, one module a command beside it. A command returns a [`Failure`] or the status it
+//! ends with; only `main` exits.
+
+pub mod demo;
+pub mod diagnose;
+pub mod doctor;
+pub mod estimate;
+pub mod import;
+pub mod install_trainer;
+pub mod not_yet;
+pub mod output;
+pub mod plan;
+pub mod probe;
+pub mod run;
+pub mod schema;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+use crate::failure::{Failure, Status};
+
+/// Sizes, launches, diagnoses and recovers ms-swift fine-tuning jobs.
+#[derive(Debug, Parser)]
+#[command(name = "mhtraind", version, propagate_version = true, after_help = EXIT_CODES, max_term_width = 110)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done · 1 the thing asked for failed · 2 bad usage or bad input file · 3 no daemon reachable ·
+4 not permitted · 5 not found · 70 a bug of ours · 75 a wait ran out · 130 Ctrl-C · 143 SIGTERM
+
+Example:
+  mhtraind import train.sh > job.json    # from the shell block that you have
+  mhtraind plan job.json                 # what would run, and why
+  mhtraind run job.json                  # run it, through out-of-memory errors, to the proven end";
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// File of settings [default: ~/.config/mhtraind/mhtraind.toml, /etc/mhtraind/mhtraind.toml]
+    #[arg(long, global = true, value_name = "FILE", env = "MHTRAIND_CONFIG", hide_env_values = true)]
+    pub config: Option<PathBuf>,
+    /// NVML library to open [default: the driver's libnvidia-ml.so.1]
+    #[arg(long, global = true, value_name = "PATH", env = "MHTRAIND_NVML_LIBRARY", hide_env_values = true)]
+    pub nvml_library: Option<PathBuf>,
+}
+
+impl Global {
+    /// Returns the settings with the flags laid over them.
+    pub fn load_config(&self) -> Result<Config, Failure> {
+        let mut config = Config::load(self.config.as_deref())?;
+        if let Some(library) = &self.nvml_library {
+            config.nvml.library = library.to_string_lossy().into_owned();
+        }
+        Ok(config)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one job here, in the foreground, through out-of-memory errors to the proven end
+    Run(run::RunArgs),
+    /// Show what would run and why, without starting anything
+    Plan(plan::PlanArgs),
+    /// Predict peak memory for JSON lines of (config, workload)
+    Estimate(estimate::EstimateArgs),
+    /// Turn a shell block that calls `swift sft` into a job.json
+    Import(import::ImportArgs),
+    /// Say why a trainer died, from its log
+    Diagnose(diagnose::DiagnoseArgs),
+    /// Show GPUs, host and trainer environment
+    Probe(probe::ProbeArgs),
+    /// Check everything that a job needs, and say what to do about what is missing
+    Doctor(doctor::DoctorArgs),
+    /// Print the JSON Schema of job.json
+    Schema(schema::SchemaArgs),
+    /// Install ms-swift, pinned, into an environment of its own
+    InstallTrainer(install_trainer::InstallTrainerArgs),
+    /// See it work on this machine: a real job through a real out-of-memory error, without a GPU
+    Demo(demo::DemoArgs),
+    #[command(flatten)]
+    NotYet(not_yet::NotYet),
+    /// (internal) Own one attempt of a job: start the trainer, wait for it, record how it ended
+    #[command(hide = true)]
+    Recorder {
+        /// Directory of the attempt's record
+        record: PathBuf,
+    },
+    /// (internal) Wait until the recorder has written down who the trainer is, then become the trainer
+    #[command(hide = true)]
+    RecorderGate {
+        /// What the recorder passes
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<std::ffi::OsString>,
+    },
+}
+
+/// Runs a parsed command line.
+pub fn dispatch(cli: &Cli) -> Result<Status, Failure> {
+    match &cli.command {
+        Command::Run(args) => run::run(args, &cli.global.load_config()?),
+        Command::Plan(args) => plan::run(args, &cli.global.load_config()?),
+        Command::Estimate(args) => estimate::run(args),
+        Command::Import(args) => import::run(args),
+        Command::Diagnose(args) => diagnose::run(args),
+        Command::Probe(args) => probe::run(args, &cli.global.load_config()?),
+        Command::Doctor(args) => doctor::run(args, &cli.global.load_config()?),
+        Command::Schema(args) => schema::run(args),
+        Command::InstallTrainer(args) => install_trainer::run(args),
+        Command::Demo(args) => demo::run(args, &cli.global.load_config()?),
+        Command::NotYet(command) => Err(command.refuse()),
+        Command::Recorder { .. } | Command::RecorderGate { .. } => {
+            unreachable!("main hands these to the supervisor before anything else is set up")
+        }
+    }
+}
+
+/// Returns whether the command line asks for errors as JSON.
+pub fn wants_json(cli: &Cli) -> bool {
+    match &cli.command {
+        Command::Run(args) => args.json,
+        Command::Plan(args) => args.json,
+        Command::Estimate(args) => args.json,
+        Command::Diagnose(args) => args.json,
+        Command::Probe(args) => args.json,
+        Command::Doctor(args) => args.json,
+        Command::NotYet(command) => command.wants_json(),
+        Command::Import(_)
+        | Command::Schema(_)
+        | Command::InstallTrainer(_)
+        | Command::Demo(_)
+        | Command::Recorder { .. }
+        | Command::RecorderGate { .. } => false,
+    }
+}

@@ -1,0 +1,217 @@
+//! What did the site set?
+//!
+//! `config/mhtraind.toml` is the reference and the embedded default: a file of the site is laid over it, so every
+//! setting has exactly one default, written there.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::failure::{Failure, unreadable};
+
+/// The reference configuration, which is also the default.
+pub const REFERENCE: &str = include_str!("../../../config/mhtraind.toml");
+
+/// Every setting.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Access to the cards.
+    pub nvml: Nvml,
+    /// The trainer.
+    pub trainer: Trainer,
+    /// The sizing engine.
+    pub sizing: Sizing,
+    /// How attempts are run.
+    pub attempt: Attempt,
+    /// Where secrets come from.
+    pub secrets: Secrets,
+}
+
+/// `[nvml]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nvml {
+    /// Library to open; empty: the driver's.
+    pub library: String,
+}
+
+/// `[trainer]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trainer {
+    /// The command that people type.
+    pub command: Vec<String>,
+}
+
+/// `[sizing]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sizing {
+    /// One-sided risk of an OOM.
+    pub oom_risk: f64,
+    /// A site's own tiers.toml; empty: built-in.
+    pub tiers: String,
+}
+
+/// `[attempt]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attempt {
+    /// Seconds between SIGTERM and SIGKILL.
+    pub grace_s: u32,
+    /// Seconds that a rerun waits for our own memory.
+    pub memory_return_s: u32,
+    /// Minutes that a job waits for the memory of others.
+    pub neighbour_wait_min: u32,
+    /// MiB kept of each output file.
+    pub log_cap_mib: u32,
+}
+
+/// `[secrets]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Secrets {
+    /// File with the values; empty: the user's default.
+    pub env_file: String,
+}
+
+impl Config {
+    /// Reads the site's configuration over the reference.
+    ///
+    /// # Errors
+    /// The file named by `explicit` or found at a standard place cannot be read, is no TOML, has an unknown key or
+    /// a value outside its range.
+    pub fn load(explicit: Option<&Path>) -> Result<Config, Failure> {
+        let path = explicit.map(Path::to_owned).or_else(|| standard_places().into_iter().find(|p| p.exists()));
+        match path {
+            None => Config::parse("", Path::new("built-in")),
+            Some(path) => {
+                let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, &e))?;
+                Config::parse(&text, &path)
+            }
+        }
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Config, Failure> {
+        let bad = |message: String| {
+            Failure::bad_input("bad_config", format!("{}: {message}", path.display()))
+                .help("config/mhtraind.toml lists every setting with its default".to_owned())
+        };
+        let mut merged: toml::Table = toml::from_str(REFERENCE).expect("the reference is valid: tested");
+        let own: toml::Table = toml::from_str(text).map_err(|e| bad(e.to_string()))?;
+        overlay(&mut merged, own, "").map_err(bad)?;
+        let config: Config = merged.try_into().map_err(|e: toml::de::Error| bad(e.to_string()))?;
+        if !(config.sizing.oom_risk > 0.0 && config.sizing.oom_risk < 1.0) {
+            return Err(bad(format!(
+                "sizing.oom_risk must be above 0 and below 1, it is {}",
+                config.sizing.oom_risk
+            )));
+        }
+        if config.trainer.command.is_empty() {
+            return Err(bad("trainer.command is empty".to_owned()));
+        }
+        Ok(config)
+    }
+
+    /// Returns the NVML library to open; `None` means the driver's own.
+    pub fn nvml_library(&self) -> Option<PathBuf> {
+        (!self.nvml.library.is_empty()).then(|| PathBuf::from(&self.nvml.library))
+    }
+}
+
+/// Lays `own` over `base`, which holds every known key.
+fn overlay(base: &mut toml::Table, own: toml::Table, at: &str) -> Result<(), String> {
+    for (key, value) in own {
+        let name = format!("{at}{key}");
+        let Some(slot) = base.get_mut(&key) else {
+            let nearest = nearest(&key, base.keys().map(String::as_str));
+            return Err(match nearest {
+                Some(known) => format!("unknown key `{name}`; the nearest known one is `{at}{known}`"),
+                None => format!("unknown key `{name}`"),
+            });
+        };
+        match (slot, value) {
+            (toml::Value::Table(inner), toml::Value::Table(own)) => {
+                overlay(inner, own, &format!("{name}."))?;
+            }
+            (slot, value) => *slot = value,
+        }
+    }
+    Ok(())
+}
+
+/// Returns the known name nearest to `name`.
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+fn standard_places() -> Vec<PathBuf> {
+    let mut places = Vec::new();
+    if let Some(home) = config_home() {
+        places.push(home.join("mhtraind.toml"));
+    }
+    places.push(PathBuf::from("/etc/mhtraind/mhtraind.toml"));
+    places
+}
+
+/// Returns the user's own directory of settings, `$XDG_CONFIG_HOME/mhtraind`; `None` without a home.
+pub fn config_home() -> Option<PathBuf> {
+    xdg("XDG_CONFIG_HOME", ".config")
+}
+
+/// Returns the user's own directory of data, `$XDG_DATA_HOME/mhtraind`; `None` without a home.
+pub fn data_home() -> Option<PathBuf> {
+    xdg("XDG_DATA_HOME", ".local/share")
+}
+
+/// Returns the user's own cache directory, `$XDG_CACHE_HOME/mhtraind`; `None` without a home.
+pub fn cache_home() -> Option<PathBuf> {
+    xdg("XDG_CACHE_HOME", ".cache")
+}
+
+fn xdg(variable: &str, below_home: &str) -> Option<PathBuf> {
+    let set = std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = set.or_else(|| Some(std::env::home_dir()?.join(below_home)))?;
+    Some(base.join("mhtraind"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, Failure> {
+        Config::parse(text, Path::new("test.toml"))
+    }
+
+    #[test]
+    fn the_reference_is_a_complete_configuration() {
+        let config = parse("").unwrap();
+        assert_eq!(config.trainer.command, ["swift", "sft"]);
+        assert!((config.sizing.oom_risk - 0.10).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_site_sets_one_value_and_keeps_the_others() {
+        let config = parse("[sizing]\noom_risk = 0.02").unwrap();
+        assert!((config.sizing.oom_risk - 0.02).abs() < 1e-12);
+        assert_eq!(config.attempt.grace_s, 20);
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest_known_one() {
+        let failure = parse("[sizing]\noom_rsk = 0.02").unwrap_err();
+        assert!(failure.message.contains("`sizing.oom_risk`"), "{}", failure.message);
+        assert_eq!(failure.status, crate::failure::Status::BadInput);
+    }
+
+    #[test]
+    fn a_risk_outside_its_range_is_refused() {
+        for text in ["oom_risk = 0.0", "oom_risk = 1.0", "oom_risk = -3.0", "oom_risk = nan", "oom_risk = 'x'"] {
+            assert!(parse(&format!("[sizing]\n{text}")).is_err(), "{text}");
+        }
+    }
+}

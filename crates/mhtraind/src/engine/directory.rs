@@ -1,0 +1,196 @@
+//! Where does everything of a job lie?
+//!
+//! ```text
+//! <output_dir>/
+//!   attempt-1/  attempt-2/ …   what the trainer writes: logging.jsonl, checkpoint-N, args.json
+//!   final -> attempt-2/checkpoint-40     on success, a relative link
+//!   receipt.json                         what was chosen, why, what was retried
+//!   .mhtraind/
+//!     lock                     held by the process that runs the job
+//!     job.json                 the job as it was understood, defaults filled in
+//!     journal.jsonl            what happened, one event a line; state is their fold
+//!     attempt-1/ …             the recorder's files and the trainer's stdout and stderr
+//! ```
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::failure::{Failure, Status, unwritable};
+
+/// One job's directory, locked for this process.
+#[derive(Debug)]
+pub struct JobDirectory {
+    root: PathBuf,
+    /// Held until the process ends; the kernel gives it back whatever happens to us.
+    _lock: fs::File,
+}
+
+impl JobDirectory {
+    /// Makes the directory where it is missing, and locks it.
+    ///
+    /// # Errors
+    /// It cannot be made, or another process runs a job in it.
+    pub fn open(root: &Path) -> Result<JobDirectory, Failure> {
+        let private = root.join(".mhtraind");
+        fs::create_dir_all(root).map_err(|e| unwritable(root, &e))?;
+        if !private.is_dir() {
+            fs::DirBuilder::new().mode(0o700).create(&private).map_err(|e| unwritable(&private, &e))?;
+        }
+        let path = private.join("lock");
+        let lock = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| unwritable(&path, &e))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|e| {
+            if e == rustix::io::Errno::WOULDBLOCK {
+                Failure::new(
+                    Status::BadInput,
+                    "busy",
+                    format!("another mhtraind runs a job in {}", root.display()),
+                )
+                .help("wait for it, or give this job another output_dir".to_owned())
+            } else {
+                unwritable(&path, &e.into())
+            }
+        })?;
+        Ok(JobDirectory { root: root.to_owned(), _lock: lock })
+    }
+
+    /// Returns the job's output directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Returns where the trainer of an attempt writes.
+    pub fn attempt(&self, number: u32) -> PathBuf {
+        self.root.join(format!("attempt-{number}"))
+    }
+
+    /// Returns where the recorder of an attempt writes.
+    pub fn record(&self, number: u32) -> PathBuf {
+        self.private().join(format!("attempt-{number}"))
+    }
+
+    /// Returns the directory of our own files.
+    pub fn private(&self) -> PathBuf {
+        self.root.join(".mhtraind")
+    }
+
+    /// Returns the journal's path.
+    pub fn journal(&self) -> PathBuf {
+        self.private().join("journal.jsonl")
+    }
+
+    /// Moves what an earlier job left here out of the way, into `previous-N` beside it; nothing is deleted.
+    ///
+    /// # Errors
+    /// Something cannot be moved.
+    pub fn set_earlier_job_aside(&self) -> Result<PathBuf, Failure> {
+        let aside = (1u32..)
+            .map(|n| self.root.join(format!("previous-{n}")))
+            .find(|path| !path.exists())
+            .expect("some number is free");
+        fs::create_dir(&aside).map_err(|e| unwritable(&aside, &e))?;
+        let entries = fs::read_dir(&self.root).map_err(|e| unwritable(&self.root, &e))?;
+        for entry in entries {
+            let entry = entry.map_err(|e| unwritable(&self.root, &e))?;
+            let name = entry.file_name();
+            let ours = name.to_str().is_some_and(|name| {
+                name.starts_with("attempt-") || name == "final" || name == "receipt.json"
+            });
+            if ours {
+                fs::rename(entry.path(), aside.join(&name)).map_err(|e| unwritable(&aside, &e))?;
+            }
+        }
+        let kept = aside.join(".mhtraind");
+        fs::create_dir(&kept).map_err(|e| unwritable(&kept, &e))?;
+        let own = fs::read_dir(self.private()).map_err(|e| unwritable(&self.private(), &e))?;
+        for entry in own.flatten().filter(|entry| entry.file_name() != "lock") {
+            fs::rename(entry.path(), kept.join(entry.file_name())).map_err(|e| unwritable(&kept, &e))?;
+        }
+        Ok(aside)
+    }
+
+    /// Points `final` at a checkpoint below the root by a relative link, in one step.
+    ///
+    /// # Errors
+    /// The link cannot be made, for example because something that is no link is called `final`.
+    pub fn link_final(&self, checkpoint: &Path) -> Result<(), Failure> {
+        let target = checkpoint.strip_prefix(&self.root).unwrap_or(checkpoint);
+        let link = self.root.join("final");
+        let temporary = self.root.join(".final.new");
+        let _ = fs::remove_file(&temporary);
+        std::os::unix::fs::symlink(target, &temporary).map_err(|e| unwritable(&temporary, &e))?;
+        fs::rename(&temporary, &link).map_err(|e| unwritable(&link, &e))
+    }
+
+    /// Writes a file below the root: whole or not at all, readable by its owner alone.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, relative: &str, bytes: &[u8]) -> Result<(), Failure> {
+        let path = self.root.join(relative);
+        write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))
+    }
+}
+
+/// Writes a file by a temporary one, fsync and rename, mode 0600.
+fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let temporary = PathBuf::from(temporary);
+    let mut file =
+        fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    match path.parent() {
+        Some(parent) => fs::File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_process_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = JobDirectory::open(dir.path()).unwrap();
+        let failure = JobDirectory::open(dir.path()).unwrap_err();
+        assert_eq!(failure.code, "busy");
+    }
+
+    #[test]
+    fn final_is_a_relative_link_and_can_be_moved_with_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = JobDirectory::open(dir.path()).unwrap();
+        let checkpoint = job.attempt(2).join("checkpoint-40");
+        fs::create_dir_all(&checkpoint).unwrap();
+        job.link_final(&checkpoint).unwrap();
+        assert_eq!(fs::read_link(dir.path().join("final")).unwrap(), Path::new("attempt-2/checkpoint-40"));
+        job.link_final(&checkpoint).unwrap();
+    }
+
+    #[test]
+    fn an_earlier_job_is_moved_and_not_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = JobDirectory::open(dir.path()).unwrap();
+        fs::create_dir_all(job.attempt(1)).unwrap();
+        fs::write(job.attempt(1).join("x"), "kept").unwrap();
+        fs::write(job.journal(), "{}\n").unwrap();
+        fs::write(dir.path().join("notes.txt"), "the user's own").unwrap();
+        let aside = job.set_earlier_job_aside().unwrap();
+        assert_eq!(fs::read_to_string(aside.join("attempt-1/x")).unwrap(), "kept");
+        assert!(aside.join(".mhtraind/journal.jsonl").exists() && !job.journal().exists());
+        assert!(dir.path().join("notes.txt").exists());
+    }
+}

@@ -1,0 +1,174 @@
+//! How does a job survive the death of the process that runs it?
+//!
+//! Every event is appended to a file and on disk before its effect begins; state is the fold of the events.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use mhtrain_job::event::{JobEvent, Record, read_journal};
+use mhtrain_job::state::JobState;
+
+use crate::failure::{Failure, Status, unreadable, unwritable};
+
+/// The events of one job, on disk and in memory, with the state that they fold to.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: fs::File,
+    records: Vec<Record>,
+    state: JobState,
+}
+
+impl Journal {
+    /// Begins the journal of a new job with its first event.
+    ///
+    /// # Errors
+    /// The file cannot be written, or is there already.
+    pub fn begin(path: &Path, first: JobEvent) -> Result<Journal, Failure> {
+        let state = JobState::begin(&first).map_err(bug)?;
+        let file = fs::OpenOptions::new()
+            .create_new(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|e| unwritable(path, &e))?;
+        let mut journal = Journal { path: path.to_owned(), file, records: Vec::new(), state };
+        journal.append(first)?;
+        if let Some(parent) = path.parent() {
+            fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(|e| unwritable(parent, &e))?;
+        }
+        Ok(journal)
+    }
+
+    /// Opens the journal of an earlier process; `None` when there is none.
+    ///
+    /// A last line that was cut off by a crash is removed: its effect had not begun.
+    ///
+    /// # Errors
+    /// It cannot be read, a whole line of it is damaged, or its events contradict each other.
+    pub fn open(path: &Path) -> Result<Option<Journal>, Failure> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = fs::read(path).map_err(|e| unreadable(path, &e))?;
+        let damaged = |why: String| {
+            Failure::bad_input("damaged_journal", format!("{}: {why}", path.display()))
+                .help("`--fresh` sets what is there aside and starts again; nothing is deleted".to_owned())
+        };
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let text = std::str::from_utf8(&bytes[..whole]).map_err(|e| damaged(e.to_string()))?;
+        let records = read_journal(text).map_err(|e| {
+            let cause = std::error::Error::source(&e).map_or(String::new(), |source| format!(": {source}"));
+            damaged(format!("{e}{cause}"))
+        })?;
+        if records.is_empty() {
+            fs::remove_file(path).map_err(|e| unwritable(path, &e))?;
+            return Ok(None);
+        }
+        let state =
+            JobState::fold(records.iter().map(|record| &record.event)).map_err(|e| damaged(e.to_string()))?;
+        let file = fs::OpenOptions::new().append(true).open(path).map_err(|e| unwritable(path, &e))?;
+        file.set_len(whole as u64).map_err(|e| unwritable(path, &e))?;
+        Ok(Some(Journal { path: path.to_owned(), file, records, state }))
+    }
+
+    /// Records that `event` happened, or is about to be made to happen. When this returns it is on disk.
+    ///
+    /// # Errors
+    /// The state does not allow the event (a bug), or it cannot be written.
+    pub fn record(&mut self, event: JobEvent) -> Result<(), Failure> {
+        self.state = self.state.next(&event).map_err(bug)?;
+        tracing::info!(event = event.name(), state = self.state.name(), "job event");
+        self.append(event)
+    }
+
+    fn append(&mut self, event: JobEvent) -> Result<(), Failure> {
+        let record = Record::new(now(), event);
+        let written =
+            self.file.write_all(record.to_line().as_bytes()).and_then(|()| self.file.sync_data());
+        written.map_err(|e| unwritable(&self.path, &e))?;
+        self.records.push(record);
+        Ok(())
+    }
+
+    /// Returns the state of the job.
+    pub fn state(&self) -> &JobState {
+        &self.state
+    }
+
+    /// Returns what happened, in order.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+}
+
+/// Returns the time as RFC 3339 in UTC, to the second.
+pub fn now() -> String {
+    rfc3339(std::time::SystemTime::now())
+}
+
+/// Returns a time as RFC 3339 in UTC, to the second.
+pub fn rfc3339(time: std::time::SystemTime) -> String {
+    match jiff::Timestamp::try_from(time) {
+        Ok(at) => at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+        Err(_) => "unknown".to_owned(),
+    }
+}
+
+fn bug(error: impl std::fmt::Display) -> Failure {
+    Failure::new(Status::Bug, "bug", error)
+        .help("this is a bug of mhtraind: please report it with the journal.jsonl of the job".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn submitted() -> JobEvent {
+        JobEvent::Submitted { spec: serde_json::json!({"model": "m"}) }
+    }
+
+    #[test]
+    fn a_journal_is_read_back_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal.jsonl");
+        let mut journal = Journal::begin(&path, submitted()).unwrap();
+        journal.record(JobEvent::Waiting { reason: "memory".to_owned() }).unwrap();
+        let again = Journal::open(&path).unwrap().unwrap();
+        assert_eq!(again.state(), journal.state());
+        assert_eq!(again.records(), journal.records());
+    }
+
+    #[test]
+    fn a_line_that_a_crash_cut_off_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal.jsonl");
+        drop(Journal::begin(&path, submitted()).unwrap());
+        let whole = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("{whole}{{\"v\":1,\"at\":\"2026")).unwrap();
+        let mut journal = Journal::open(&path).unwrap().unwrap();
+        journal.record(JobEvent::Waiting { reason: "memory".to_owned() }).unwrap();
+        assert_eq!(Journal::open(&path).unwrap().unwrap().records().len(), 2);
+    }
+
+    #[test]
+    fn a_damaged_line_is_an_error_and_not_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal.jsonl");
+        fs::write(&path, "garbage\n").unwrap();
+        assert_eq!(Journal::open(&path).unwrap_err().code, "damaged_journal");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "garbage\n");
+    }
+
+    #[test]
+    fn an_event_that_cannot_happen_is_a_bug_and_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal.jsonl");
+        let mut journal = Journal::begin(&path, submitted()).unwrap();
+        let failure = journal.record(submitted()).unwrap_err();
+        assert_eq!(failure.status, Status::Bug);
+        assert_eq!(Journal::open(&path).unwrap().unwrap().records().len(), 1);
+    }
+}

@@ -1,0 +1,103 @@
+//! How does a command end, and what does it say when it fails?
+
+use std::fmt;
+
+use serde_json::json;
+
+/// Exit statuses of `mhtraind`, as documented in the README. They are part of the interface.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// The thing asked for was done.
+    Done = 0,
+    /// The thing asked for failed: the job failed, or no plan is possible.
+    Failed = 1,
+    /// Bad usage or a bad input file; nothing was started.
+    BadInput = 2,
+    /// Not permitted.
+    NotPermitted = 4,
+    /// Not found.
+    NotFound = 5,
+    /// A bug of ours.
+    Bug = 70,
+    /// Ctrl-C.
+    Interrupted = 130,
+    /// SIGTERM.
+    Terminated = 143,
+}
+
+/// What went wrong, for people and for scripts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// How the process ends.
+    pub status: Status,
+    /// A short word for scripts.
+    pub code: &'static str,
+    /// What failed, with the numbers and names that matter.
+    pub message: String,
+    /// What the reader can do about it.
+    pub help: Option<String>,
+}
+
+impl Failure {
+    /// Returns a failure without help.
+    pub fn new(status: Status, code: &'static str, message: impl fmt::Display) -> Failure {
+        Failure { status, code, message: message.to_string(), help: None }
+    }
+
+    /// Returns a failure caused by bad usage or a bad input file.
+    pub fn bad_input(code: &'static str, message: impl fmt::Display) -> Failure {
+        Failure::new(Status::BadInput, code, message)
+    }
+
+    /// Returns a failure of the thing that was asked for.
+    pub fn failed(code: &'static str, message: impl fmt::Display) -> Failure {
+        Failure::new(Status::Failed, code, message)
+    }
+
+    /// Adds what the reader can do.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<Option<String>>) -> Failure {
+        self.help = help.into();
+        self
+    }
+
+    /// Returns the failure as the JSON interface shows it.
+    pub fn to_json(&self) -> serde_json::Value {
+        json!({"error": {"code": self.code, "message": self.message, "help": self.help}})
+    }
+
+    /// Returns the failure as people see it: `error: …` and, where there is something to do, `help: …`.
+    pub fn for_people(&self) -> String {
+        match &self.help {
+            Some(help) => {
+                format!("error: {}\nhelp:  {}", self.message, help.trim_end().replace('\n', "\n       "))
+            }
+            None => format!("error: {}", self.message),
+        }
+    }
+}
+
+/// Turns an error of file access into a failure that names the path.
+pub fn unreadable(path: &std::path::Path, error: &std::io::Error) -> Failure {
+    Failure::bad_input("unreadable", format!("cannot read {}: {error}", path.display()))
+}
+
+/// Turns an error of writing into a failure that names the path.
+pub fn unwritable(path: &std::path::Path, error: &std::io::Error) -> Failure {
+    let status = match error.kind() {
+        std::io::ErrorKind::PermissionDenied => Status::NotPermitted,
+        _ => Status::Failed,
+    };
+    Failure::new(status, "unwritable", format!("cannot write {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn help_of_several_lines_stays_aligned() {
+        let failure = Failure::failed("x", "no").help("do this\nor that".to_owned());
+        assert_eq!(failure.for_people(), "error: no\nhelp:  do this\n       or that");
+    }
+}
