@@ -1,0 +1,14 @@
+//! Where and how does a job run?
+//!
+//! `local` runs one job on this host, in the foreground; a queue and other places come around it later.
+
+pub mod directory;
+pub mod follow;
+pub mod journal;
+pub mod local;
+pub mod memory;
+pub mod prepare;
+pub mod resume;
+pub mod screen;
+pub mod secrets;
+pub mod signals;

@@ -1,0 +1,74 @@
+//! Who asked us to stop?
+
+use std::fmt;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::failure::{Failure, Status};
+
+/// What asked for the end of a job.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum StopCause {
+    /// Ctrl-C, or SIGINT from elsewhere.
+    CtrlC,
+    /// SIGTERM: a container, an sbatch script or a service manager ends us.
+    Sigterm,
+    /// SIGHUP: the terminal was closed.
+    Hangup,
+    /// The job's own `time_limit`.
+    TimeLimit,
+}
+
+impl fmt::Display for StopCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            StopCause::CtrlC => "Ctrl-C",
+            StopCause::Sigterm => "SIGTERM",
+            StopCause::Hangup => "SIGHUP (the terminal was closed)",
+            StopCause::TimeLimit => "its time limit",
+        })
+    }
+}
+
+impl StopCause {
+    /// Returns how a foreground run ends that was stopped so.
+    pub fn status(self) -> Status {
+        match self {
+            StopCause::CtrlC => Status::Interrupted,
+            StopCause::Sigterm | StopCause::Hangup => Status::Terminated,
+            StopCause::TimeLimit => Status::Failed,
+        }
+    }
+}
+
+/// The signals that end a foreground run.
+#[derive(Debug)]
+pub struct StopSignals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl StopSignals {
+    /// Listens from now on. Must be called inside a runtime.
+    ///
+    /// # Errors
+    /// The system refuses a handler.
+    pub fn listen() -> Result<StopSignals, Failure> {
+        let open = |kind| signal(kind).map_err(|e| Failure::new(Status::Bug, "no_signals", e));
+        Ok(StopSignals {
+            interrupt: open(SignalKind::interrupt())?,
+            terminate: open(SignalKind::terminate())?,
+            hangup: open(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for the next one. Safe to drop and call again: no signal is lost.
+    pub async fn next(&mut self) -> StopCause {
+        tokio::select! {
+            _ = self.interrupt.recv() => StopCause::CtrlC,
+            _ = self.terminate.recv() => StopCause::Sigterm,
+            _ = self.hangup.recv() => StopCause::Hangup,
+        }
+    }
+}
