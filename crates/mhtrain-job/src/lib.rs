@@ -12,6 +12,7 @@ pub mod diagnosis;
 pub mod event;
 pub mod receipt;
 pub mod rerun;
+pub mod schema;
 pub mod secrets;
 pub mod spec;
 pub mod state;

@@ -70,8 +70,8 @@ pub const TEXT_TOKENS: [&str; 26] = [
 pub const PLACES: [&str; 4] = ["file", "path", "dir", "name"];
 
 /// Beginnings of keys that well-known services give out. A value that begins so is a secret under any name.
-pub const VALUE_PREFIXES: [&str; 10] =
-    ["hf_", "sk-", "ghp_", "gho_", "ghs_", "github_pat_", "glpat-", "xoxb-", "AKIA", "Bearer "];
+pub const VALUE_PREFIXES: [&str; 9] =
+    ["hf_", "sk-", "ghp_", "gho_", "ghs_", "github_pat_", "glpat-", "xoxb-", "AKIA"];
 
 /// Shortest rest behind a prefix that makes a value a key, so that `hf_cache` is none.
 const KEY_CHARACTERS_MIN: usize = 16;
@@ -104,11 +104,14 @@ pub fn is_secret_value(value: &str) -> bool {
 }
 
 fn is_known_key(value: &str) -> bool {
-    VALUE_PREFIXES.iter().filter_map(|prefix| value.strip_prefix(prefix)).any(|rest| {
-        rest.len() >= KEY_CHARACTERS_MIN
-            && rest.chars().all(|c| c.is_ascii_alphanumeric() || "-_.=+/".contains(c))
-            && rest.chars().any(|c| c.is_ascii_digit() || c.is_ascii_uppercase())
-            && !rest.contains('/')
+    VALUE_PREFIXES.iter().any(|prefix| {
+        // Keys of the first kind hold `-` and `_`; the others are letters and digits, which file names seldom are.
+        let inside = if prefix.ends_with('-') || *prefix == "github_pat_" { "-_" } else { "" };
+        value.strip_prefix(prefix).is_some_and(|rest| {
+            rest.len() >= KEY_CHARACTERS_MIN
+                && rest.chars().all(|c| c.is_ascii_alphanumeric() || inside.contains(c))
+                && rest.chars().any(|c| c.is_ascii_digit() || c.is_ascii_uppercase())
+        })
     })
 }
 
@@ -160,10 +163,10 @@ fn words(name: &str) -> Vec<String> {
             words.push(String::new());
         }
         after_lower = c.is_ascii_lowercase();
-        if c.is_ascii_alphanumeric() {
-            if let Some(word) = words.last_mut() {
-                word.push(c.to_ascii_lowercase());
-            }
+        if c.is_ascii_alphanumeric()
+            && let Some(word) = words.last_mut()
+        {
+            word.push(c.to_ascii_lowercase());
         }
     }
     words.retain(|word| !word.is_empty());
@@ -270,7 +273,7 @@ mod tests {
             "https://h/a:b@c",
             "hf_cache",
             "/data/hf_Qwen2",
-            "hf_models_downloaded_here",
+            "hf_models_downloaded_here", "hf_Qwen2.5-7B-Instruct-long",
             "sk-learn",
             "",
             "$TOKEN",
