@@ -16,3 +16,6 @@ pub mod schema;
 pub mod secrets;
 pub mod spec;
 pub mod state;
+
+#[cfg(test)]
+mod testing;

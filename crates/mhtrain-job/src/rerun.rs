@@ -346,10 +346,15 @@ pub fn decide(history: &History, diagnosis: &Diagnosis, plan: &Plan, policy: &Po
     let Some(rung) = plan.rungs.get(history.rung) else {
         return give_up(format!("rung {} is not on the ladder of {}", history.rung, plan.rungs.len()), None);
     };
-    if history.reruns.len().saturating_add(1) >= policy.attempts_max(plan) {
-        return case.stop("no more attempts are allowed", None);
+    let attempts = history.reruns.len().saturating_add(1);
+    match case.answer(rung) {
+        // The bounds below this one make it unreachable; it is checked all the same, so that a mistake in one
+        // of them cannot make a job run for ever.
+        Decision::Rerun(_) if attempts >= policy.attempts_max(plan) => {
+            case.stop(&format!("{attempts} attempts were made, which is the limit"), None)
+        }
+        decision @ (Decision::Rerun(_) | Decision::Finish | Decision::GiveUp { .. }) => decision,
     }
-    case.answer(rung)
 }
 
 /// Everything that one decision looks at.

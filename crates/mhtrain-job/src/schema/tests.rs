@@ -18,33 +18,59 @@ fn names(object: &Value) -> BTreeSet<&str> {
 /// Returns whether `value` is valid, as far as the words go that the schema uses (patterns aside).
 fn is_valid(root: &Value, schema: &Value, value: &Value) -> bool {
     let known = [
-        "$ref", "type", "enum", "anyOf", "items", "properties", "additionalProperties", "propertyNames", "required",
-        "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "minLength", "maxLength", "pattern",
-        "description", "default", "examples", "$schema", "title", "$defs",
+        "$ref",
+        "type",
+        "enum",
+        "anyOf",
+        "items",
+        "properties",
+        "additionalProperties",
+        "propertyNames",
+        "required",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "minItems",
+        "minLength",
+        "maxLength",
+        "pattern",
+        "description",
+        "default",
+        "examples",
+        "$schema",
+        "title",
+        "$defs",
     ];
     let schema = schema.as_object().unwrap();
     schema.iter().all(|(word, with)| {
         assert!(known.contains(&word.as_str()), "this check does not know the word {word}");
         let number = value.as_f64();
         match word.as_str() {
-            "$ref" => is_valid(root, &root["$defs"][with.as_str().unwrap().rsplit('/').next().unwrap()], value),
+            "$ref" => {
+                is_valid(root, &root["$defs"][with.as_str().unwrap().rsplit('/').next().unwrap()], value)
+            }
             "type" => match with {
                 Value::String(name) => is_of_type(name, value),
-                other => other.as_array().unwrap().iter().any(|name| is_of_type(name.as_str().unwrap(), value)),
+                other => {
+                    other.as_array().unwrap().iter().any(|name| is_of_type(name.as_str().unwrap(), value))
+                }
             },
             "enum" => with.as_array().unwrap().contains(value),
             "anyOf" => with.as_array().unwrap().iter().any(|one| is_valid(root, one, value)),
-            "items" => value.as_array().is_none_or(|items| items.iter().all(|item| is_valid(root, with, item))),
-            "required" => value
-                .as_object()
-                .is_none_or(|o| with.as_array().unwrap().iter().all(|key| o.contains_key(key.as_str().unwrap()))),
+            "items" => {
+                value.as_array().is_none_or(|items| items.iter().all(|item| is_valid(root, with, item)))
+            }
+            "required" => value.as_object().is_none_or(|o| {
+                with.as_array().unwrap().iter().all(|key| o.contains_key(key.as_str().unwrap()))
+            }),
             "properties" => value.as_object().is_none_or(|o| {
                 o.iter().all(|(key, inner)| with.get(key).is_none_or(|schema| is_valid(root, schema, inner)))
             }),
             "additionalProperties" => value.as_object().is_none_or(|o| {
-                o.iter().filter(|(key, _)| schema.get("properties").is_none_or(|p| p.get(key).is_none())).all(
-                    |(_, inner)| if with == &json!(false) { false } else { is_valid(root, with, inner) },
-                )
+                o.iter()
+                    .filter(|(key, _)| schema.get("properties").is_none_or(|p| p.get(key).is_none()))
+                    .all(|(_, inner)| if with == &json!(false) { false } else { is_valid(root, with, inner) })
             }),
             "propertyNames" => {
                 value.as_object().is_none_or(|o| o.keys().all(|key| is_valid(root, with, &json!(key))))
@@ -54,8 +80,12 @@ fn is_valid(root: &Value, schema: &Value, value: &Value) -> bool {
             "exclusiveMinimum" => number.is_none_or(|n| n > with.as_f64().unwrap()),
             "exclusiveMaximum" => number.is_none_or(|n| n < with.as_f64().unwrap()),
             "minItems" => value.as_array().is_none_or(|items| items.len() as u64 >= with.as_u64().unwrap()),
-            "minLength" => value.as_str().is_none_or(|text| text.chars().count() as u64 >= with.as_u64().unwrap()),
-            "maxLength" => value.as_str().is_none_or(|text| text.chars().count() as u64 <= with.as_u64().unwrap()),
+            "minLength" => {
+                value.as_str().is_none_or(|text| text.chars().count() as u64 >= with.as_u64().unwrap())
+            }
+            "maxLength" => {
+                value.as_str().is_none_or(|text| text.chars().count() as u64 <= with.as_u64().unwrap())
+            }
             _ => true,
         }
     })
@@ -145,14 +175,36 @@ fn the_documentation_lists_everything_that_is_refused_or_secret() {
 fn what_the_schema_refuses_the_parser_refuses() {
     let schema = job_schema();
     let wrong = [
-        ("devices", json!(0)), ("devices", json!(1.5)), ("device", json!(-1)), ("device", json!(true)),
-        ("dataset", json!([])), ("dataset", json!(7)), ("model", json!("")), ("train_type", json!("dora")),
-        ("length", json!(0)), ("length", json!("huge")), ("validation", json!(1.0)), ("validation", json!({})),
-        ("save", json!(3)), ("learning", json!("wild")), ("min_effective_batch", json!(0)), ("allow", json!([])),
-        ("allow", json!({"emergency": 1})), ("allow", json!({"emergensy": true})), ("secrets", json!("A")),
-        ("time_limit", json!(0)), ("time_limit", json!(true)), ("args", json!({"a": null})), ("args", json!({"a": {}})),
-        ("env", json!({"A": true})), ("labels", json!({"a": 1})), ("after", json!([0])), ("priority", json!("high")),
-        ("report_to", json!("swanlap")), ("report_to", json!({"swanlab": 1})), ("colour", json!("red")),
+        ("devices", json!(0)),
+        ("devices", json!(1.5)),
+        ("device", json!(-1)),
+        ("device", json!(true)),
+        ("dataset", json!([])),
+        ("dataset", json!(7)),
+        ("model", json!("")),
+        ("train_type", json!("dora")),
+        ("length", json!(0)),
+        ("length", json!("huge")),
+        ("validation", json!(1.0)),
+        ("validation", json!({})),
+        ("save", json!(3)),
+        ("learning", json!("wild")),
+        ("min_effective_batch", json!(0)),
+        ("allow", json!([])),
+        ("allow", json!({"emergency": 1})),
+        ("allow", json!({"emergensy": true})),
+        ("secrets", json!("A")),
+        ("time_limit", json!(0)),
+        ("time_limit", json!(true)),
+        ("args", json!({"a": null})),
+        ("args", json!({"a": {}})),
+        ("env", json!({"A": true})),
+        ("labels", json!({"a": 1})),
+        ("after", json!([0])),
+        ("priority", json!("high")),
+        ("report_to", json!("swanlap")),
+        ("report_to", json!({"swanlab": 1})),
+        ("colour", json!("red")),
     ];
     for (key, value) in wrong {
         let mut job = json!({"model": "m", "dataset": "d"});
