@@ -1,5 +1,7 @@
 //! Why did a trainer die, and what is the answer to it?
 
+use std::fmt;
+
 use mhtrain_sizing::units::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -131,4 +133,29 @@ pub struct Diagnosis {
     pub evidence: Evidence,
     /// What is done about it.
     pub answer: Answer,
+}
+
+impl fmt::Display for Kind {
+    /// Says it in words; the JSON name is what serde writes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::DeviceOom => "out of device memory",
+            Kind::DeviceOomByNeighbour => "out of device memory, taken by another process",
+            Kind::HostOom => "out of host memory",
+            Kind::DiskFull => "disk full",
+            Kind::Network => "network or hub failed",
+            Kind::Communication => "ranks lost each other",
+            Kind::Diverged => "training diverged",
+            Kind::DeviceFault => "card or driver failed",
+            Kind::CheckpointCorrupt => "checkpoint cannot be read",
+            Kind::MissingModelOrDataset => "model or dataset missing",
+            Kind::BadArguments => "bad argument",
+            Kind::IncompatibleEnvironment => "incompatible environment",
+            Kind::BadData => "bad data",
+            Kind::CodeError => "error in code",
+            Kind::Interrupted => "interrupted",
+            Kind::Success => "success",
+            Kind::Unknown => "unknown",
+        })
+    }
 }
