@@ -2,4 +2,7 @@
 //!
 //! Pure: text and values in, text and values out. Everything that is known about ms-swift is in this crate.
 
+pub mod command;
+pub mod dialect;
 pub mod environment;
+pub mod parameters;
