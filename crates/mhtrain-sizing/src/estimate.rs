@@ -2,7 +2,38 @@
 
 use serde::Serialize;
 
+use crate::model::Model;
 use crate::units::Bytes;
+use crate::workload::Workload;
+
+/// Why a workload cannot be estimated.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum EstimateError {
+    /// A number of the workload is outside of what a trainer takes.
+    #[error("`{what}` is {value}, and has to be {bounds}")]
+    OutOfRange {
+        /// Key of the workload.
+        what: &'static str,
+        /// What it is.
+        value: String,
+        /// What it may be.
+        bounds: &'static str,
+    },
+}
+
+impl EstimateError {
+    /// Returns what to do about it.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            EstimateError::OutOfRange { what, bounds, .. } => Some(format!("set `{what}` to {bounds}")),
+        }
+    }
+}
+
+/// Returns the predicted peak of one training pass.
+pub fn estimate(_model: &Model, work: &Workload) -> Result<Estimate, EstimateError> {
+    Err(EstimateError::OutOfRange { what: "micro_batch", value: work.micro_batch.to_string(), bounds: "WIP" })
+}
 
 /// A predicted peak. Field names are those of the JSON interface of `mhtraind estimate`.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -20,6 +20,41 @@ pub struct Model {
     pub attention: Vec<AttnImpl>,
 }
 
+/// Why a model has no known shape.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ResolveError {
+    /// Neither a config.json, nor the catalogue, nor the name says how large it is.
+    #[error("nothing says how large the model `{name}` is")]
+    Unknown {
+        /// The model's name.
+        name: String,
+    },
+}
+
+impl ResolveError {
+    /// Returns what to do about it.
+    pub fn help(&self) -> Option<String> {
+        None
+    }
+}
+
+impl Model {
+    /// Returns what is known about the model `name`: from its config.json when `config` is given, else from the
+    /// catalogue, else from the parameter count in its name.
+    pub fn resolve(
+        name: &str,
+        _config: Option<&serde_json::Value>,
+        _weight_file_bytes: Option<Bytes>,
+    ) -> Result<Model, ResolveError> {
+        Err(ResolveError::Unknown { name: name.to_owned() })
+    }
+
+    /// Returns the number of parameters.
+    pub fn parameters(&self) -> u64 {
+        0
+    }
+}
+
 /// Where the dimensions of a model come from, surest first.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
