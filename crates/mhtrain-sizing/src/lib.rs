@@ -5,6 +5,8 @@
 //!
 //! It does not know ms-swift's flags (crate `mhtrain-swift`) nor what to do after a failure (`mhtrain-job`).
 
+mod block;
+pub mod catalogue;
 pub mod estimate;
 pub mod estimate_request;
 pub mod gpu;
