@@ -7,7 +7,7 @@
 //! Source of the forms: peaks of transformers 5.19 with peft 0.20 under a tracker of storages on fake tensors. They
 //! count what autograd saves; forms marked *fitted* were read off measured peaks and not off the code.
 
-use crate::model::{ModelShape, Part};
+use crate::model::{BlockKind, ModelShape, Part};
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
 
 /// Bytes of one block in one pass.
@@ -137,21 +137,25 @@ impl Sums<'_> {
         self.full() && self.work.dtype == Dtype::Float16
     }
 
-    /// Norms: the input in fp32; when the scale trains also the normalised copy, and the result, which is the input
-    /// that a trained linear keeps.
+    /// Norms: the input in fp32; when the scale trains also the normalised copy, and, before a linear that trains, the
+    /// result. Gemma normalises wholly in fp32, so its copies take four bytes.
     fn norms(&self) -> f64 {
-        let (e, count) = (self.e(), float(self.shape.norms_per_block));
-        let heads = if self.shape.qk_norm { 4.0 * (self.q + self.k) } else { 0.0 };
+        let heads = if self.shape.qk_norm { self.q + self.k } else { 0.0 };
+        let count = float(self.shape.norms_per_block);
         if !self.full() {
-            return count * 4.0 * self.h + heads;
+            return count * 4.0 * self.h + 4.0 * heads;
         }
-        let heads = heads * (4.0 + e) / 4.0;
-        if self.fp32_stream() {
-            // Input and normalised copy in fp32, and a half copy of the result for each linear that reads it.
-            let readers = 5.0 - if self.shape.fused_qkv { 2.0 } else { 0.0 } - if self.shape.fused_gate_up { 1.0 } else { 0.0 };
-            return (count * 8.0 + readers * 2.0) * self.h + heads;
-        }
-        count * (4.0 + 2.0 * e) * self.h + heads
+        // The first two norms stand before linears; further ones (Gemma 2, GLM-4) before the residual sum.
+        let before_linears = count.min(2.0);
+        let normalised = if self.shape.block == BlockKind::Gemma || self.fp32_stream() { 4.0 } else { self.e() };
+        let results = if self.fp32_stream() {
+            // The result is fp32, so each linear that reads it makes its own half copy.
+            let fused = if self.shape.fused_qkv { 2.0 } else { 0.0 } + if self.shape.fused_gate_up { 1.0 } else { 0.0 };
+            (5.0 - fused) * 2.0
+        } else {
+            before_linears * self.e()
+        };
+        (count * (4.0 + normalised) + results) * self.h + (4.0 + normalised) * heads
     }
 
     /// Attention: q, k, v and the result, and the log-sum-exp in fp32. Eager attention keeps its scores instead of the
@@ -177,7 +181,9 @@ impl Sums<'_> {
         let (e, top_k, m) = (self.e(), float(experts.top_k), float(experts.intermediate));
         // Per routed copy: fused gate and up, the activation, the result before it is weighted; when the experts
         // train also their inputs.
-        let routed = top_k * (3.0 * e * m + e * self.h) + if self.full() { top_k * e * (m + self.h) } else { 0.0 };
+        // gpt-oss clamps and scales both halves of its gate, which keeps three more copies.
+        let gate = if self.shape.block == BlockKind::GptOss { 6.0 } else { 3.0 };
+        let routed = top_k * (gate * e * m + e * self.h) + if self.full() { top_k * e * (m + self.h) } else { 0.0 };
         let shared = if self.i > 0.0 { self.gated(self.i) + e * self.h } else { 0.0 };
         routed + shared
     }
@@ -232,7 +238,8 @@ impl Sums<'_> {
 
     /// K and V are repeated to all heads by eager attention, and by sdpa with a mask.
     fn repeats_heads(&self) -> bool {
-        self.shape.kv_heads < self.shape.heads && (self.eager() || self.masked())
+        // A single head is repeated by a view and not by a copy.
+        (2..self.shape.heads).contains(&self.shape.kv_heads) && (self.eager() || self.masked())
     }
 
     fn masked(&self) -> bool {
@@ -268,6 +275,10 @@ impl Sums<'_> {
             return Scores::default();
         }
         let scores = self.a * self.square();
+        if self.shape.attention_sinks {
+            // The softmax is not lifted to fp32 (`modeling_gpt_oss.py`).
+            return Scores { saved: self.e() * scores, working: 2.0 * self.e() * scores };
+        }
         let copy = if self.work.dtype == Dtype::Float32 { 0.0 } else { 2.0 };
         Scores { saved: (4.0 + copy) * scores, working: 6.0 * scores }
     }
