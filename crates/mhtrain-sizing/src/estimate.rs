@@ -1,8 +1,52 @@
 //! How much memory will this need?
+//!
+//! The peak is the largest of a few stages of a step: the loss, the backward pass of the last block (all checkpoints
+//! alive), that of the first block (all gradients alive), and the optimizer's step. Each is a sum of what is resident
+//! and of what the blocks keep ([`crate::block`]). What torch allocates is then turned into what NVML shows.
 
 use serde::Serialize;
 
+use crate::block::{Adapted, BlockCosts, block_costs, float};
+use crate::model::{Model, ModelShape, ShapeSource};
 use crate::units::Bytes;
+use crate::workload::{Dtype, Targets, TrainType, Workload};
+
+/// Why a workload cannot be estimated.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum EstimateError {
+    /// A number of the workload is outside of what a trainer takes.
+    #[error("`{what}` is {value}, and has to be {bounds}")]
+    OutOfRange {
+        /// Key of the workload.
+        what: &'static str,
+        /// What it is.
+        value: String,
+        /// What it may be.
+        bounds: &'static str,
+    },
+    /// No linear layer has one of the names.
+    #[error("no linear layer of `{model}` is called {targets}")]
+    NoSuchTarget {
+        /// The model.
+        model: String,
+        /// What was asked for.
+        targets: String,
+        /// What there is.
+        layers: String,
+    },
+}
+
+impl EstimateError {
+    /// Returns what to do about it.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            EstimateError::OutOfRange { what, bounds, .. } => format!("set `{what}` to {bounds}"),
+            EstimateError::NoSuchTarget { layers, .. } => {
+                format!("write `all-linear`, or some of the layers that it has: {layers}")
+            }
+        })
+    }
+}
 
 /// A predicted peak. Field names are those of the JSON interface of `mhtraind estimate`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -17,6 +61,32 @@ pub struct Estimate {
     pub high_bytes: Bytes,
     /// What the peak is made of.
     pub terms: Terms,
+}
+
+impl Estimate {
+    /// Returns the device peak that is not exceeded with probability `p`.
+    ///
+    /// Above and below the best guess the logarithm of the peak is taken for normal, with the ends of the 90 %
+    /// interval as its 5th and 95th percentile.
+    pub fn quantile(&self, p: f64) -> Bytes {
+        let z = normal_quantile(p);
+        let end = if z < 0.0 { self.low_bytes } else { self.high_bytes };
+        let guess = self.device_peak_bytes.as_f64();
+        if guess <= 0.0 || end.as_f64() <= 0.0 {
+            return self.device_peak_bytes;
+        }
+        Bytes::from_f64(guess * (end.as_f64() / guess).powf(z.abs() / Z_95))
+    }
+
+    /// Returns what a card must have free so that the risk of running out of memory is at most `oom_risk`.
+    pub fn admission_bytes(&self, oom_risk: f64) -> Bytes {
+        self.quantile(1.0 - oom_risk)
+    }
+
+    /// Returns what is in memory before the first pass, context included: no smaller batch helps against it.
+    pub fn resident_bytes(&self) -> Bytes {
+        [self.terms.weights, self.terms.adapter, self.terms.optimizer, CONTEXT].into_iter().sum()
+    }
 }
 
 /// Parts of the device peak.
@@ -36,4 +106,361 @@ pub struct Terms {
     pub logits: Bytes,
     /// CUDA context, kernels and the allocator's reserve above what is allocated.
     pub context: Bytes,
+}
+
+/// CUDA context, loaded kernels and the workspace of cuBLAS.
+///
+/// Source: usual figures, 300 to 600 MiB and 8 to 32 MiB; `nvidia-smi` shows them and torch's allocator does not.
+pub const CONTEXT: Bytes = Bytes::from_mib(512);
+
+/// 95th percentile of the standard normal distribution.
+const Z_95: f64 = 1.644_853_626_951_472_6;
+
+/// Returns the quantile `p` of the standard normal distribution, to 4.5e-4; `p` is kept within 1e-9 of 0 and 1.
+///
+/// Source: Abramowitz and Stegun 1964, formula 26.2.23.
+fn normal_quantile(p: f64) -> f64 {
+    let p = if p.is_nan() { 0.5 } else { p.clamp(1e-9, 1.0 - 1e-9) };
+    let tail = p.min(1.0 - p);
+    let t = (-2.0 * tail.ln()).sqrt();
+    let above = t - (2.515_517 + 0.802_853 * t + 0.010_328 * t * t)
+        / (1.0 + 1.432_788 * t + 0.189_269 * t * t + 0.001_308 * t * t * t);
+    if (p - 0.5).abs() < 1e-6 {
+        0.0
+    } else if p < 0.5 {
+        -above
+    } else {
+        above
+    }
+}
+
+/// Returns the predicted peak of one training pass.
+///
+/// # Errors
+/// Numbers of the workload that are zero, or adapters that meet no layer.
+pub fn estimate(model: &Model, work: &Workload) -> Result<Estimate, EstimateError> {
+    check(model, work)?;
+    let peak = Pass::of(&model.shape, work, model.weight_file_bytes).peak();
+    Ok(on_device(&peak, work, model.source))
+}
+
+fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
+    let at_least_one = "1 or more";
+    let counts = [
+        ("micro_batch", work.micro_batch),
+        ("accumulation", work.accumulation),
+        ("max_length", work.max_length),
+    ];
+    for (what, value) in counts {
+        if value == 0 {
+            return Err(EstimateError::OutOfRange { what, value: "0".to_owned(), bounds: at_least_one });
+        }
+    }
+    if !(work.logit_share > 0.0 && work.logit_share <= 1.0) {
+        let value = work.logit_share.to_string();
+        return Err(EstimateError::OutOfRange { what: "logit_share", value, bounds: "above 0 and at most 1" });
+    }
+    if work.train_type == TrainType::Full {
+        return Ok(());
+    }
+    if work.lora_rank == 0 {
+        return Err(EstimateError::OutOfRange { what: "lora_rank", value: "0".to_owned(), bounds: at_least_one });
+    }
+    let sure = matches!(model.source, ShapeSource::Config | ShapeSource::Catalogue);
+    if sure && model.shape.adapted(&work.targets).next().is_none() {
+        return Err(no_such_target(model, &work.targets));
+    }
+    Ok(())
+}
+
+fn no_such_target(model: &Model, targets: &Targets) -> EstimateError {
+    let targets = match targets {
+        Targets::AllLinear => "all-linear".to_owned(),
+        Targets::Names(names) => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" or "),
+    };
+    let mut layers: Vec<&str> = model.shape.linears().iter().map(|linear| linear.name).collect();
+    layers.dedup();
+    EstimateError::NoSuchTarget { model: model.name.clone(), targets, layers: layers.join(", ") }
+}
+
+/// What torch has allocated at the busiest moment, in bytes.
+#[derive(Copy, Clone, Debug, Default, PartialEq)]
+struct Peak {
+    weights: f64,
+    adapter: f64,
+    gradients: f64,
+    optimizer: f64,
+    activations: f64,
+    logits: f64,
+}
+
+impl Peak {
+    fn sum(&self) -> f64 {
+        self.resident() + self.dynamic()
+    }
+
+    fn resident(&self) -> f64 {
+        self.weights + self.adapter + self.optimizer
+    }
+
+    fn dynamic(&self) -> f64 {
+        self.gradients + self.activations + self.logits
+    }
+}
+
+/// One training pass with everything that its stages are sums of. All in bytes.
+struct Pass {
+    full: bool,
+    checkpointed: bool,
+    tied: bool,
+    resident: Peak,
+    /// G.
+    gradients: f64,
+    /// g: gradients of an earlier pass.
+    earlier: f64,
+    /// One hidden state for all tokens, as checkpoints keep it.
+    stream: f64,
+    layers: f64,
+    block: BlockCosts,
+    /// Vocabulary-wide activations.
+    logits: f64,
+    /// Hidden states that the loss needs beside them.
+    head_states: f64,
+    /// Copies of weights in the type of autocast at the loss.
+    copies: f64,
+    /// The same at the end of the forward pass; 0 where it does not matter.
+    forward_copies: f64,
+    /// Gradient of the vocabulary matrix.
+    table: f64,
+}
+
+impl Pass {
+    fn of(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> Pass {
+        let full = work.train_type == TrainType::Full;
+        let adapted = Adapted::of(shape, work);
+        let resident = resident(shape, work, file_bytes);
+        let gradients = if full { resident.weights } else { resident.adapter };
+        let tokens = f64::from(work.micro_batch) * f64::from(work.max_length);
+        let h = float(shape.hidden);
+        let fp32_stream = work.dtype == Dtype::Float32 || (full && work.dtype == Dtype::Float16);
+        let state = if fp32_stream { 4.0 } else { 2.0 };
+        let positions = (tokens * work.logit_share).round().max(1.0);
+        let table = weight_bytes(work) * float(shape.vocab) * h;
+        Pass {
+            full,
+            checkpointed: work.gradient_checkpointing,
+            tied: shape.tied_embeddings,
+            resident,
+            gradients,
+            earlier: if work.accumulation > 1 { gradients } else { 0.0 },
+            stream: state * tokens * h,
+            layers: float(shape.layers),
+            block: block_costs(shape, work, &adapted),
+            logits: logits(shape, work, positions),
+            head_states: if full { 8.0 } else { 4.0 } * tokens * h,
+            copies: autocast_copies(shape, work, &resident),
+            forward_copies: if full && work.dtype == Dtype::Float16 { resident.weights / 2.0 } else { 0.0 },
+            table: if full { table } else { 0.0 },
+        }
+    }
+
+    /// Returns the busiest moment of the step.
+    fn peak(&self) -> Peak {
+        let stages = [self.forward(), self.loss(), self.top(), self.bottom(), self.after_bottom(), self.step()];
+        stages.into_iter().max_by(|a, b| a.sum().total_cmp(&b.sum())).unwrap_or_default()
+    }
+
+    fn stage(&self, gradients: f64, activations: f64, logits: f64) -> Peak {
+        Peak { gradients, activations, logits, ..self.resident }
+    }
+
+    /// Activations that wait for the backward pass when it begins.
+    fn waiting(&self) -> f64 {
+        self.block.shared
+            + if self.checkpointed { self.stream * self.layers } else { self.stream + self.layers * self.block.saved }
+    }
+
+    /// The loss: its vocabulary-wide activations on top of all that waits.
+    fn loss(&self) -> Peak {
+        self.stage(self.earlier, self.waiting() + self.head_states + self.copies, self.logits)
+    }
+
+    /// The end of the forward pass, when autocast still holds its copies of all weights that train. It matters in
+    /// full fine-tuning in fp16 only; 10 of the 12 bytes a logit live by then.
+    fn forward(&self) -> Peak {
+        if self.forward_copies == 0.0 {
+            return self.loss();
+        }
+        self.stage(self.earlier, self.waiting() + self.head_states + self.forward_copies, self.logits * 10.0 / 12.0)
+    }
+
+    /// The last block's backward pass.
+    fn top(&self) -> Peak {
+        let busy = if self.checkpointed {
+            self.stream + self.block.working
+        } else {
+            // Without recomputation less is alive at once; the share is fitted over all measured points.
+            self.copies + 0.6 * (self.block.working - self.block.saved).max(0.0)
+        };
+        // The gradient of the head is new unless an earlier pass left one to add to.
+        let head = if self.checkpointed && !self.tied && self.earlier > 0.0 { 0.0 } else { self.table };
+        self.stage(self.earlier + head, self.waiting() + busy, 0.0)
+    }
+
+    /// The first block's backward pass, when nearly all gradients are there.
+    fn bottom(&self) -> Peak {
+        let streams = if self.checkpointed { 2.0 } else { 1.0 };
+        let activations = self.block.shared + streams * self.stream + self.block.working;
+        let again = self.earlier > 0.0;
+        let gradients = match (self.full, self.tied) {
+            (false, _) => self.gradients,
+            (true, false) if again => self.gradients,
+            // The embedding's gradient comes last.
+            (true, false) => self.gradients - self.table,
+            (true, true) => self.gradients + if again { self.table } else { 0.0 },
+        };
+        self.stage(gradients, activations, 0.0)
+    }
+
+    /// The embedding's backward pass.
+    fn after_bottom(&self) -> Peak {
+        if !self.full {
+            return self.step();
+        }
+        let again = if self.earlier > 0.0 { self.table } else { 0.0 };
+        if self.tied {
+            return self.stage(self.gradients + 2.0 * self.table + again, 0.0, 0.0);
+        }
+        self.stage(self.gradients + again, self.stream, 0.0)
+    }
+
+    /// The optimizer's step. AdamW is fused (ms-swift's default), so it makes no temporary copies.
+    fn step(&self) -> Peak {
+        self.stage(self.gradients, 0.0, 0.0)
+    }
+}
+
+/// Returns the bytes of a weight that is not quantised.
+///
+/// Full fine-tuning in fp16 keeps fp32 weights: fp16 cannot hold small updates, and the gradient scaler refuses it.
+fn weight_bytes(work: &Workload) -> f64 {
+    match (work.dtype, work.train_type) {
+        (Dtype::Float32, _) | (Dtype::Float16, TrainType::Full) => 4.0,
+        (Dtype::Bfloat16 | Dtype::Float16, _) => 2.0,
+    }
+}
+
+/// Returns what is in memory all the time: weights, adapters and the two moments of AdamW.
+///
+/// Source: Loshchilov and Hutter 2019, algorithm 2 (moments in the parameter's own type, as `torch/optim/adam.py`
+/// allocates them); Dettmers et al. 2023, section 3 (NF4: 4 bits a weight, an 8-bit scale for 64 of them, an fp32
+/// scale for 256 scales).
+fn resident(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> Peak {
+    let parameters = float(shape.parameters());
+    let linears = float(shape.linear_weights());
+    let each = weight_bytes(work);
+    // The headers of the weight files know better than any count, if they hold two-byte weights.
+    let unpacked = match file_bytes {
+        Some(bytes) if bytes.as_f64() >= 1.6 * parameters => bytes.as_f64().min(2.2 * parameters) * each / 2.0,
+        Some(_) | None => each * parameters,
+    };
+    let adapter = 4.0 * float(shape.adapter_parameters(work.lora_rank, &work.targets));
+    match work.train_type {
+        TrainType::Lora => Peak { weights: unpacked, adapter, optimizer: 2.0 * adapter, ..Peak::default() },
+        TrainType::Qlora => {
+            let packed = linears * (1.0 / 2.0 + 1.0 / 64.0 + 1.0 / 4096.0);
+            let weights = (unpacked - each * linears).max(0.0) + packed;
+            Peak { weights, adapter, optimizer: 2.0 * adapter, ..Peak::default() }
+        }
+        TrainType::Full => Peak { weights: unpacked, optimizer: 2.0 * unpacked, ..Peak::default() },
+    }
+}
+
+/// Returns the vocabulary-wide bytes at the loss.
+///
+/// 12 bytes a logit: the log-softmax, the gradient of the loss and that of the log-softmax, all in fp32.
+/// Liger's fused loss never holds them all: it works through chunks whose size is that of the hidden states.
+/// Source of the last: `fused_linear_cross_entropy.py` of liger-kernel (chunk = tokens / ceil(V / H), a power of two).
+fn logits(shape: &ModelShape, work: &Workload, positions: f64) -> f64 {
+    let vocab = float(shape.vocab);
+    if work.liger_kernel {
+        let chunks = (vocab / float(shape.hidden)).ceil().max(1.0);
+        let chunk = (positions / chunks).ceil().max(1.0);
+        return 6.0 * 2.0 * chunk * vocab;
+    }
+    // The soft cap keeps the result of its tanh.
+    let each = if shape.soft_capped_logits { 14.0 } else { 12.0 };
+    each * positions * vocab
+}
+
+/// Returns copies of weights in the type of autocast that live at the loss.
+///
+/// Autocast keeps one copy of each fp32 weight that trains until the forward pass is left; without checkpointing
+/// autograd holds on to them, with it only to the head's.
+fn autocast_copies(shape: &ModelShape, work: &Workload, resident: &Peak) -> f64 {
+    let head = 2.0 * float(shape.vocab) * float(shape.hidden);
+    match (work.train_type, work.dtype, work.gradient_checkpointing) {
+        (_, Dtype::Float32, _) | (TrainType::Full, Dtype::Bfloat16, _) => 0.0,
+        (TrainType::Full, Dtype::Float16, false) => resident.weights / 2.0,
+        (TrainType::Full, Dtype::Float16, true) => head,
+        (TrainType::Lora | TrainType::Qlora, _, true) => 0.0,
+        (TrainType::Lora | TrainType::Qlora, _, false) => resident.adapter / 2.0,
+    }
+}
+
+/// By what the reserved peak differs from the allocated one, and how much of that is luck: median, 5th and 95th
+/// percentile of the ratio on what grows with the batch.
+#[derive(Copy, Clone, Debug, PartialEq)]
+struct Spread {
+    low: f64,
+    guess: f64,
+    high: f64,
+}
+
+impl Spread {
+    /// Returns the spread for one way of forming batches.
+    ///
+    /// Source: ratios of published peaks to this estimate, on the part that grows with the batch. Rows of one length
+    /// (packed, or the longest row of the set): 14 figures, 0.98 to 1.28 of the whole peak. Rows of unequal length on
+    /// old releases without expandable segments: 101 figures, 1.06 to 2.05. Expandable segments, which are on, end the
+    /// fragmentation that most of that came from, so unequal rows stand between the two.
+    fn of(work: &Workload) -> Spread {
+        if work.packing || !work.padded {
+            Spread { low: 0.92, guess: 1.04, high: 1.35 }
+        } else {
+            Spread { low: 0.88, guess: 1.08, high: 1.6 }
+        }
+    }
+
+    fn widened(self, down: f64, up: f64) -> Spread {
+        Spread { low: self.low * down, guess: self.guess, high: self.high * up }
+    }
+}
+
+/// Returns the estimate of what NVML will show.
+fn on_device(peak: &Peak, work: &Workload, source: ShapeSource) -> Estimate {
+    let spread = Spread::of(work);
+    let spread = if work.liger_kernel { spread.widened(0.8, 1.5) } else { spread };
+    // A worse source: what the dimensions are wrong by, on weights and on the rest.
+    let (resident_low, resident_high, spread) = match source {
+        ShapeSource::Config => (1.0, 1.0, spread),
+        ShapeSource::Catalogue => (0.99, 1.01, spread.widened(0.98, 1.02)),
+        ShapeSource::UnknownBlock => (0.95, 1.08, spread.widened(0.8, 1.4)),
+        ShapeSource::Name => (0.85, 1.2, spread.widened(0.5, 2.0)),
+    };
+    let context = CONTEXT.as_f64();
+    let terms = [peak.weights, peak.adapter, peak.gradients, peak.optimizer, peak.activations, peak.logits];
+    let [weights, adapter, gradients, optimizer, activations, logits] = terms.map(Bytes::from_f64);
+    let allocated: Bytes = [weights, adapter, gradients, optimizer, activations, logits].into_iter().sum();
+    let reserve = Bytes::from_f64((spread.guess - 1.0) * peak.dynamic() + context);
+    let guess = allocated.saturating_add(reserve);
+    let low = resident_low * peak.resident() + spread.low * peak.dynamic() + 0.6 * context;
+    let high = resident_high * peak.resident() + spread.high * peak.dynamic() + 1.4 * context;
+    Estimate {
+        allocated_peak_bytes: allocated,
+        device_peak_bytes: guess,
+        low_bytes: Bytes::from_f64(low).min(guess),
+        high_bytes: Bytes::from_f64(high).max(guess),
+        terms: Terms { weights, adapter, gradients, optimizer, activations, logits, context: reserve },
+    }
 }

@@ -5,8 +5,12 @@
 //!
 //! It does not know ms-swift's flags (crate `mhtrain-swift`) nor what to do after a failure (`mhtrain-job`).
 
+mod block;
+pub mod catalogue;
 pub mod estimate;
+pub mod estimate_request;
 pub mod gpu;
+pub mod ladder;
 pub mod model;
 pub mod plan;
 pub mod request;

@@ -1,9 +1,11 @@
 //! What shape has a model, and how sure is that?
 
 use serde::Serialize;
+use serde_json::Value;
 
+use crate::catalogue::{Catalogue, Entry};
 use crate::units::Bytes;
-use crate::workload::AttnImpl;
+use crate::workload::{AttnImpl, Targets};
 
 /// What is known about a model before it is loaded.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +20,147 @@ pub struct Model {
     pub weight_file_bytes: Option<Bytes>,
     /// Attention implementations that the model class supports in transformers, best first.
     pub attention: Vec<AttnImpl>,
+    /// Tier class that the catalogue asks for; `None` leaves it to the parameter count.
+    pub class: Option<String>,
+    /// What a reader of the plan should know about the shape or the class; a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Why a model has no known shape.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ResolveError {
+    /// Its config.json cannot be used.
+    #[error("cannot read the shape of `{name}` from its config.json: {source}")]
+    Config {
+        /// The model's name.
+        name: String,
+        /// What is wrong with it.
+        source: ShapeError,
+    },
+    /// Neither a config.json, nor the catalogue, nor the name says how large it is.
+    #[error(
+        "nothing says how large the model `{name}` is: no config.json, no entry in models.toml, no count in its name"
+    )]
+    Unknown {
+        /// The model's name.
+        name: String,
+    },
+}
+
+impl ResolveError {
+    /// Returns what to do about it.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            ResolveError::Config { source, .. } => source.help(),
+            ResolveError::Unknown { .. } => {
+                "download the model first, give a local directory with a config.json, or add it to models.toml"
+                    .to_owned()
+            }
+        })
+    }
+}
+
+impl Model {
+    /// Returns what is known about the model `name`: from its config.json when `config` is given, else from the
+    /// catalogue, else from the parameter count in its name.
+    ///
+    /// # Errors
+    /// A `config` that cannot be used is an error and is not replaced by a guess; without one, a name that says
+    /// nothing is.
+    pub fn resolve(
+        name: &str,
+        config: Option<&Value>,
+        weight_file_bytes: Option<Bytes>,
+    ) -> Result<Model, ResolveError> {
+        let known = Catalogue::builtin().find(name);
+        let mut model = match (config, known) {
+            (Some(config), known) => {
+                let (shape, known_block) = ModelShape::from_config(config)
+                    .map_err(|source| ResolveError::Config { name: name.to_owned(), source })?;
+                let mut model = Model::of_shape(name, shape);
+                if let Some(known) = known {
+                    model.adopt(known);
+                }
+                if !known_block {
+                    model.source = ShapeSource::UnknownBlock;
+                    model.notes.push(format!(
+                        "the blocks of `{}` are not among those that the estimate knows; the nearest kind stands in \
+                         and the interval is wider",
+                        model.shape.model_type
+                    ));
+                }
+                model
+            }
+            (None, Some(known)) => {
+                let mut model = Model::of_shape(name, known.shape.clone());
+                model.source = if known.exact_blocks { ShapeSource::Catalogue } else { ShapeSource::UnknownBlock };
+                model.adopt(known);
+                model
+            }
+            (None, None) => Model::from_name(name)?,
+        };
+        model.weight_file_bytes = weight_file_bytes;
+        Ok(model)
+    }
+
+    /// Returns the number of parameters.
+    pub fn parameters(&self) -> u64 {
+        self.shape.parameters()
+    }
+
+    /// Returns a model of that shape, read from its own config.json.
+    fn of_shape(name: &str, shape: ModelShape) -> Model {
+        Model {
+            name: name.to_owned(),
+            attention: attention_of(&shape.model_type),
+            class: None,
+            notes: gpt_oss_note(&shape.model_type).into_iter().collect(),
+            shape,
+            source: ShapeSource::Config,
+            weight_file_bytes: None,
+        }
+    }
+
+    /// Takes over what the catalogue knows beside the dimensions.
+    fn adopt(&mut self, known: &Entry) {
+        self.class = known.class.clone();
+        self.notes.extend(known.note.clone());
+        if !known.attention.is_empty() {
+            self.attention = known.attention.clone();
+        }
+    }
+
+    fn from_name(name: &str) -> Result<Model, ResolveError> {
+        let (shape, billions) =
+            crate::catalogue::shape_from_name(name).ok_or_else(|| ResolveError::Unknown { name: name.to_owned() })?;
+        Ok(Model {
+            source: ShapeSource::Name,
+            notes: vec![format!(
+                "no config.json and no entry in models.toml: the shape is a guess from the {billions} billion \
+                 parameters in the name, and the interval is wide"
+            )],
+            ..Model::of_shape(name, shape)
+        })
+    }
+}
+
+/// Returns what a `model_type` supports in transformers, best first.
+///
+/// Source: `_supports_sdpa` and `_supports_flash_attn` of the model classes in transformers 4.57 and 5.19.
+fn attention_of(model_type: &str) -> Vec<AttnImpl> {
+    match model_type {
+        "gpt_oss" => vec![AttnImpl::Eager],
+        _ => vec![AttnImpl::FlashAttn, AttnImpl::Sdpa, AttnImpl::Eager],
+    }
+}
+
+/// Returns what is special about gpt-oss.
+fn gpt_oss_note(model_type: &str) -> Option<String> {
+    (model_type == "gpt_oss").then(|| {
+        "gpt-oss has no sdpa in transformers and its attention sinks need a flash build that knows them, so \
+         attention is eager; its 4-bit experts are unpacked for training and are sized as bfloat16"
+            .to_owned()
+    })
 }
 
 /// Where the dimensions of a model come from, surest first.
@@ -59,14 +202,36 @@ pub struct ModelShape {
     pub qk_norm: bool,
     /// Query, key and value come out of one product (Phi-3).
     pub fused_qkv: bool,
+    /// Gate and up come out of one product (Phi-3, GLM-4).
+    pub fused_gate_up: bool,
     /// Biases on q, k, v (Qwen2) or on all four projections.
     pub attention_bias: AttentionBias,
     /// RMSNorms in a block: 2, or 4 (Gemma 2, GLM-4).
     pub norms_per_block: u64,
     /// The MLP has a gate (three matrices) or not (two).
     pub gated_mlp: bool,
+    /// Which list of allocations a block follows.
+    pub block: BlockKind,
+    /// Logits are squeezed through tanh before the loss (Gemma 2).
+    pub soft_capped_logits: bool,
+    /// Each head has a learned sink (gpt-oss).
+    pub attention_sinks: bool,
     /// Mixture of experts; `None` for a dense model.
     pub experts: Option<Experts>,
+}
+
+/// Families of blocks that allocate alike; see `block.rs`.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockKind {
+    /// Two RMSNorms, SwiGLU: Llama, Mistral, Qwen, Yi, InternLM, Baichuan, Phi-3, and their mixtures of experts.
+    Llama,
+    /// RMSNorms computed wholly in fp32, GeGLU: Gemma 1 to 3.
+    Gemma,
+    /// Partial rotary embedding, fused gate: GLM-4.
+    Glm,
+    /// Experts with biases and a clamped gate: gpt-oss.
+    GptOss,
 }
 
 /// Which attention projections carry a bias.
@@ -96,4 +261,540 @@ pub struct Experts {
     pub dense_layers: u64,
     /// Experts carry biases (gpt-oss).
     pub biases: bool,
+}
+
+/// Why a config.json gives no shape.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ShapeError {
+    /// The file is not an object.
+    #[error("config.json is not a JSON object but {found}")]
+    NotAnObject {
+        /// What it is.
+        found: &'static str,
+    },
+    /// A needed key is absent.
+    #[error("the key `{key}` is missing")]
+    Missing {
+        /// Its usual name.
+        key: &'static str,
+    },
+    /// A key has no usable value.
+    #[error("the key `{key}` is {found}, and has to be {expected}")]
+    Unusable {
+        /// The key.
+        key: String,
+        /// What it is.
+        found: String,
+        /// What it has to be.
+        expected: String,
+    },
+    /// The dimensions are fine one by one, and absurd together.
+    #[error("the dimensions make {parameters} parameters, more than the {limit} that this program sizes")]
+    TooLarge {
+        /// Parameters; saturated.
+        parameters: u64,
+        /// Largest number.
+        limit: u64,
+    },
+}
+
+impl ShapeError {
+    /// Returns what to do about it.
+    pub fn help(&self) -> String {
+        match self {
+            ShapeError::NotAnObject { .. } => "give the config.json of a Hugging Face model".to_owned(),
+            ShapeError::Missing { key } => {
+                format!("is this the config.json of a causal language model? it should state `{key}`")
+            }
+            ShapeError::Unusable { key, .. } => format!("compare `{key}` with the config.json on the model's hub page"),
+            ShapeError::TooLarge { .. } => "compare the dimensions with the model's hub page".to_owned(),
+        }
+    }
+}
+
+/// Largest model that is sized: 2^45 parameters, 35 times the largest open one, so that sums of bytes stay exact.
+pub const PARAMETERS_MAX: u64 = 1 << 45;
+
+/// Reads numbers and flags out of a config.json, and keeps to bounds.
+struct Fields<'a> {
+    object: &'a serde_json::Map<String, Value>,
+}
+
+impl Fields<'_> {
+    /// Returns the number under the first key that is present and not null; `None` when none is.
+    fn number(&self, keys: &[&'static str], max: u64) -> Result<Option<u64>, ShapeError> {
+        for key in keys {
+            match self.object.get(*key) {
+                None | Some(Value::Null) => continue,
+                Some(value) => {
+                    let number = value.as_u64().filter(|n| (1..=max).contains(n));
+                    let unusable = || ShapeError::Unusable {
+                        key: (*key).to_owned(),
+                        found: brief(value),
+                        expected: format!("a whole number from 1 to {max}"),
+                    };
+                    return number.map(Some).ok_or_else(unusable);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn needed(&self, keys: &[&'static str], max: u64) -> Result<u64, ShapeError> {
+        self.number(keys, max)?.ok_or(ShapeError::Missing { key: keys[0] })
+    }
+
+    fn flag(&self, key: &'static str) -> Result<Option<bool>, ShapeError> {
+        match self.object.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
+            Some(value) => Err(ShapeError::Unusable {
+                key: key.to_owned(),
+                found: brief(value),
+                expected: "true or false".to_owned(),
+            }),
+        }
+    }
+}
+
+/// Returns a value in a few words, however large it is.
+fn brief(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::String(text) if text.len() <= 40 => format!("{text:?}"),
+        Value::String(_) => "a long text".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+    }
+}
+
+const HIDDEN_MAX: u64 = 1 << 20;
+const LAYERS_MAX: u64 = 1 << 12;
+const HEADS_MAX: u64 = 1 << 14;
+const WIDTH_MAX: u64 = 1 << 24;
+const VOCAB_MAX: u64 = 1 << 26;
+const EXPERTS_MAX: u64 = 1 << 16;
+
+impl ModelShape {
+    /// Reads the dimensions from a config.json, and whether its block kind is known to the estimate.
+    ///
+    /// Multimodal models are read by their text part; what sees images is not counted.
+    ///
+    /// # Errors
+    /// A key that is missing, of the wrong type or out of bounds is an error that names it.
+    pub fn from_config(config: &Value) -> Result<(ModelShape, bool), ShapeError> {
+        let outer = config.as_object().ok_or_else(|| ShapeError::NotAnObject {
+            found: match config {
+                Value::Null => "null",
+                Value::Bool(_) => "true or false",
+                Value::Number(_) => "a number",
+                Value::String(_) => "a text",
+                Value::Array(_) => "a list",
+                Value::Object(_) => "an object",
+            },
+        })?;
+        let nested = ["text_config", "llm_config", "language_config"]
+            .iter()
+            .find_map(|key| outer.get(*key).and_then(Value::as_object))
+            .filter(|_| !outer.contains_key("hidden_size"));
+        let object = nested.unwrap_or(outer);
+        let model_type = match object.get("model_type").or_else(|| outer.get("model_type")) {
+            None | Some(Value::Null) => "llama".to_owned(),
+            Some(Value::String(name)) if name.len() <= 100 => name.to_ascii_lowercase(),
+            Some(value) => {
+                return Err(ShapeError::Unusable {
+                    key: "model_type".to_owned(),
+                    found: brief(value),
+                    expected: "a short text".to_owned(),
+                });
+            }
+        };
+        let tied = Fields { object }.flag("tie_word_embeddings")?;
+        let tied = match (tied, nested) {
+            (None, Some(_)) => Fields { object: outer }.flag("tie_word_embeddings")?,
+            (tied, _) => tied,
+        };
+        let traits = Traits::of(&model_type);
+        let stated = object.get("model_type").or_else(|| outer.get("model_type")).is_some_and(Value::is_string);
+        let shape = read_shape(&Fields { object }, model_type, &traits, tied)?;
+        let parameters = shape.parameters();
+        if parameters > PARAMETERS_MAX {
+            return Err(ShapeError::TooLarge { parameters, limit: PARAMETERS_MAX });
+        }
+        Ok((shape, traits.known && stated && nested.is_none_or(|_| traits.known)))
+    }
+
+    /// Returns q, the width of all query heads.
+    pub fn q_width(&self) -> u64 {
+        self.heads.saturating_mul(self.head_dim)
+    }
+
+    /// Returns k, the width of all key heads.
+    pub fn k_width(&self) -> u64 {
+        self.kv_heads.saturating_mul(self.head_dim)
+    }
+
+    /// Returns the parameters of embedding and head.
+    pub fn vocab_parameters(&self) -> u64 {
+        let table = self.vocab.saturating_mul(self.hidden);
+        if self.tied_embeddings { table } else { table.saturating_mul(2) }
+    }
+
+    /// Returns the number of parameters; exact for the block kinds that are known, saturated at the largest number.
+    ///
+    /// Source: the modules of `modeling_*.py` in transformers 5.19, counted.
+    pub fn parameters(&self) -> u64 {
+        let linears: u128 = self.linears().iter().map(|linear| linear.parameters() * u128::from(linear.layers)).sum();
+        let (layers, hidden) = (u128::from(self.layers), u128::from(self.hidden));
+        let norm_width = if self.block == BlockKind::Llama && self.norms_per_block == 0 { 0 } else { hidden };
+        let mut per_layer = u128::from(self.norms_per_block) * norm_width;
+        if self.qk_norm {
+            per_layer += 2 * u128::from(self.head_dim);
+        }
+        if self.attention_sinks {
+            per_layer += u128::from(self.heads);
+        }
+        let mut total = linears + layers * per_layer + hidden + u128::from(self.vocab_parameters());
+        if let Some(experts) = &self.experts {
+            let sparse = layers.saturating_sub(u128::from(experts.dense_layers));
+            total += sparse * experts.parameters(hidden);
+        }
+        u64::try_from(total).unwrap_or(u64::MAX)
+    }
+
+    /// Returns the parameters of the layers' linear modules: what 4-bit quantisation packs.
+    pub fn linear_weights(&self) -> u64 {
+        let total: u128 = self
+            .linears()
+            .iter()
+            .map(|l| u128::from(l.input) * u128::from(l.output) * u128::from(l.layers))
+            .sum();
+        u64::try_from(total).unwrap_or(u64::MAX)
+    }
+
+    /// Returns the parameters of adapters of `rank` on `targets`: rank x (in + out) for each adapted linear.
+    ///
+    /// Source: Hu et al. 2021, section 4.1.
+    pub fn adapter_parameters(&self, rank: u32, targets: &Targets) -> u64 {
+        let total: u128 = self
+            .adapted(targets)
+            .map(|l| u128::from(rank) * (u128::from(l.input) + u128::from(l.output)) * u128::from(l.layers))
+            .sum();
+        u64::try_from(total).unwrap_or(u64::MAX)
+    }
+
+    /// Returns the linear modules that get an adapter.
+    pub fn adapted(&self, targets: &Targets) -> impl Iterator<Item = Linear> {
+        let targets = targets.clone();
+        self.linears().into_iter().filter(move |linear| match &targets {
+            Targets::AllLinear => linear.adapted_by_all,
+            Targets::Names(names) => names.iter().any(|name| linear.is_called(name)),
+        })
+    }
+
+    /// Returns the linear modules of the blocks. Fused experts and routers are none.
+    pub fn linears(&self) -> Vec<Linear> {
+        let (h, q, k) = (self.hidden, self.q_width(), self.k_width());
+        let names = LinearNames::of(&self.model_type);
+        let (qkv_bias, o_bias) = (self.attention_bias != AttentionBias::None, self.attention_bias == AttentionBias::All);
+        let linear = |name, part, input, output, bias| Linear {
+            name,
+            part,
+            input,
+            output,
+            bias,
+            layers: self.layers,
+            adapted_by_all: true,
+        };
+        let mut all = Vec::with_capacity(8);
+        if self.fused_qkv {
+            all.push(linear(names.qkv, Part::Attention, h, q.saturating_add(k.saturating_mul(2)), qkv_bias));
+        } else {
+            all.push(linear("q_proj", Part::Attention, h, q, qkv_bias));
+            all.push(linear("k_proj", Part::Attention, h, k, qkv_bias));
+            all.push(linear("v_proj", Part::Attention, h, k, qkv_bias));
+        }
+        all.push(linear(names.output, Part::Attention, q, h, o_bias));
+        match &self.experts {
+            None => all.extend(self.mlp(self.intermediate, self.layers, true)),
+            Some(experts) => {
+                // An adapter on "all linears" of a mixture meets attention only, as in the memory harness: with
+                // transformers 5 the experts are fused tensors. A shared expert is adapted by name.
+                all.extend(self.mlp(experts.shared_intermediate, self.layers.saturating_sub(experts.dense_layers), false));
+                all.extend(self.mlp(self.intermediate, experts.dense_layers, false));
+            }
+        }
+        all
+    }
+
+    /// Returns the linears of a dense MLP of width `width` in `layers` of the layers.
+    fn mlp(&self, width: u64, layers: u64, adapted_by_all: bool) -> Vec<Linear> {
+        if width == 0 || layers == 0 {
+            return Vec::new();
+        }
+        let names = LinearNames::of(&self.model_type);
+        let linear =
+            |name, part, input, output| Linear { name, part, input, output, bias: !self.gated_mlp, layers, adapted_by_all };
+        let h = self.hidden;
+        let mut all = Vec::with_capacity(3);
+        if self.fused_gate_up {
+            all.push(linear(names.gate_up, Part::GateUp, h, width.saturating_mul(2)));
+        } else {
+            if self.gated_mlp {
+                all.push(linear(names.gate, Part::GateUp, h, width));
+            }
+            all.push(linear(names.up, Part::GateUp, h, width));
+        }
+        all.push(linear(names.down, Part::Down, width, h));
+        all
+    }
+}
+
+impl Experts {
+    /// Returns the parameters of the experts and the router of one block; the shared expert is a linear module.
+    fn parameters(&self, hidden: u128) -> u128 {
+        let (count, width) = (u128::from(self.count), u128::from(self.intermediate));
+        let biases = if self.biases { 2 * width + hidden + 1 } else { 0 };
+        let shared_gate = if self.shared_intermediate > 0 { hidden } else { 0 };
+        count * (3 * hidden * width + hidden + biases) + shared_gate
+    }
+}
+
+/// One kind of linear module in the blocks.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// Last part of its module name.
+    pub name: &'static str,
+    /// Where it sits.
+    pub part: Part,
+    /// Inputs.
+    pub input: u64,
+    /// Outputs.
+    pub output: u64,
+    /// It has a bias.
+    pub bias: bool,
+    /// Blocks that have it.
+    pub layers: u64,
+    /// `all-linear` adapts it.
+    pub adapted_by_all: bool,
+}
+
+/// Where a linear module sits.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Query, key, value or output of attention.
+    Attention,
+    /// Gate or up projection of the MLP.
+    GateUp,
+    /// Down projection of the MLP.
+    Down,
+}
+
+impl Linear {
+    fn parameters(&self) -> u128 {
+        u128::from(self.input) * u128::from(self.output) + if self.bias { u128::from(self.output) } else { 0 }
+    }
+
+    /// Returns whether a target name means this module: its own name, or a path that ends in it.
+    fn is_called(&self, target: &str) -> bool {
+        target.rsplit('.').next() == Some(self.name)
+    }
+}
+
+/// Names of the linear modules where a model type has its own.
+struct LinearNames {
+    qkv: &'static str,
+    output: &'static str,
+    gate_up: &'static str,
+    gate: &'static str,
+    up: &'static str,
+    down: &'static str,
+}
+
+impl LinearNames {
+    fn of(model_type: &str) -> LinearNames {
+        let usual = LinearNames {
+            qkv: "qkv_proj",
+            output: "o_proj",
+            gate_up: "gate_up_proj",
+            gate: "gate_proj",
+            up: "up_proj",
+            down: "down_proj",
+        };
+        match model_type {
+            "qwen" => LinearNames { qkv: "c_attn", output: "c_proj", gate: "w2", up: "w1", down: "c_proj", ..usual },
+            "internlm2" => LinearNames { qkv: "wqkv", output: "wo", gate: "w1", up: "w3", down: "w2", ..usual },
+            "baichuan" => LinearNames { qkv: "W_pack", ..usual },
+            "chatglm" => LinearNames {
+                qkv: "query_key_value",
+                output: "dense",
+                gate_up: "dense_h_to_4h",
+                down: "dense_4h_to_h",
+                ..usual
+            },
+            _ => usual,
+        }
+    }
+}
+
+/// What a `model_type` has beyond what its config.json says.
+struct Traits {
+    known: bool,
+    block: BlockKind,
+    bias: AttentionBias,
+    qk_norm: bool,
+    fused_qkv: bool,
+    fused_gate_up: bool,
+    norms: u64,
+    tied: bool,
+    mixture: bool,
+}
+
+impl Traits {
+    /// Returns the traits of a `model_type`. Source: `modeling_*.py` and the defaults of `configuration_*.py` in
+    /// transformers 5.19; for models with remote code (qwen, chatglm, internlm, baichuan) the code on their hub pages.
+    fn of(model_type: &str) -> Traits {
+        let llama = Traits {
+            known: true,
+            block: BlockKind::Llama,
+            bias: AttentionBias::None,
+            qk_norm: false,
+            fused_qkv: false,
+            fused_gate_up: false,
+            norms: 2,
+            tied: false,
+            mixture: false,
+        };
+        let moe = Traits { mixture: true, ..llama };
+        match model_type {
+            "llama" | "mistral" | "yi" | "ministral" => llama,
+            "internlm" => Traits { bias: AttentionBias::All, ..llama },
+            "internlm2" | "baichuan" => Traits { fused_qkv: true, ..llama },
+            "qwen2" => Traits { bias: AttentionBias::Qkv, ..llama },
+            "qwen" => Traits { bias: AttentionBias::Qkv, fused_qkv: true, ..llama },
+            "qwen3" => Traits { qk_norm: true, ..llama },
+            "phi3" => Traits { fused_qkv: true, fused_gate_up: true, ..llama },
+            "gemma" => Traits { block: BlockKind::Gemma, tied: true, ..llama },
+            "gemma2" => Traits { block: BlockKind::Gemma, tied: true, norms: 4, ..llama },
+            "gemma3_text" | "gemma3" => {
+                Traits { block: BlockKind::Gemma, tied: true, norms: 4, qk_norm: true, ..llama }
+            }
+            "glm" => Traits { block: BlockKind::Glm, fused_gate_up: true, ..llama },
+            "glm4" => Traits { block: BlockKind::Glm, fused_gate_up: true, norms: 4, ..llama },
+            "chatglm" => Traits {
+                block: BlockKind::Glm,
+                bias: AttentionBias::Qkv,
+                fused_qkv: true,
+                fused_gate_up: true,
+                ..llama
+            },
+            "qwen3_moe" => Traits { qk_norm: true, ..moe },
+            "qwen2_moe" => Traits { bias: AttentionBias::Qkv, ..moe },
+            "mixtral" => moe,
+            "gpt_oss" => Traits { block: BlockKind::GptOss, bias: AttentionBias::All, ..moe },
+            other => Traits { known: false, mixture: other.contains("moe") || other.starts_with("deepseek_v"), ..llama },
+        }
+    }
+}
+
+fn read_shape(
+    fields: &Fields<'_>,
+    model_type: String,
+    traits: &Traits,
+    tied: Option<bool>,
+) -> Result<ModelShape, ShapeError> {
+    let hidden = fields.needed(&["hidden_size", "n_embd", "d_model"], HIDDEN_MAX)?;
+    let layers = fields.needed(&["num_hidden_layers", "num_layers", "n_layer"], LAYERS_MAX)?;
+    let heads = fields.needed(&["num_attention_heads", "n_head"], HEADS_MAX)?;
+    let grouped = if model_type == "chatglm" {
+        match fields.flag("multi_query_attention")? {
+            Some(false) => None,
+            Some(true) | None => fields.number(&["multi_query_group_num"], HEADS_MAX)?,
+        }
+    } else {
+        fields.number(&["num_key_value_heads"], HEADS_MAX)?
+    };
+    let head_dim = match fields.number(&["head_dim", "kv_channels"], HIDDEN_MAX)? {
+        Some(width) => width,
+        None => (hidden / heads).max(1),
+    };
+    let experts = read_experts(fields, &model_type, traits, layers)?;
+    let intermediate = match fields.number(&["intermediate_size", "ffn_hidden_size", "n_inner"], WIDTH_MAX)? {
+        // The first Qwen states both halves of its gated MLP together.
+        Some(both) if model_type == "qwen" => (both / 2).max(1),
+        Some(width) => width,
+        None => match &experts {
+            Some(experts) => experts.intermediate,
+            None => return Err(ShapeError::Missing { key: "intermediate_size" }),
+        },
+    };
+    let bias = match fields.flag("attention_bias")? {
+        Some(true) if traits.block == BlockKind::Glm => AttentionBias::Qkv,
+        Some(true) => AttentionBias::All,
+        Some(false) => AttentionBias::None,
+        None => match (model_type.as_str(), fields.flag("add_qkv_bias")?, fields.flag("bias")?) {
+            ("chatglm", Some(false), _) | ("internlm" | "internlm2", _, Some(false)) => AttentionBias::None,
+            ("internlm2", _, Some(true)) => AttentionBias::All,
+            _ => traits.bias,
+        },
+    };
+    let capped = match fields.object.get("final_logit_softcapping") {
+        Some(Value::Number(_)) => true,
+        Some(_) => false,
+        None => model_type == "gemma2",
+    };
+    Ok(ModelShape {
+        hidden,
+        layers,
+        heads,
+        kv_heads: grouped.unwrap_or(heads),
+        head_dim,
+        intermediate,
+        vocab: fields.needed(&["vocab_size", "padded_vocab_size"], VOCAB_MAX)?,
+        tied_embeddings: tied.unwrap_or(traits.tied),
+        qk_norm: traits.qk_norm,
+        fused_qkv: traits.fused_qkv,
+        fused_gate_up: traits.fused_gate_up,
+        attention_bias: bias,
+        norms_per_block: traits.norms,
+        gated_mlp: true,
+        block: traits.block,
+        soft_capped_logits: traits.block == BlockKind::Gemma && capped,
+        attention_sinks: traits.block == BlockKind::GptOss,
+        experts,
+        model_type,
+    })
+}
+
+fn read_experts(
+    fields: &Fields<'_>,
+    model_type: &str,
+    traits: &Traits,
+    layers: u64,
+) -> Result<Option<Experts>, ShapeError> {
+    if !traits.mixture {
+        return Ok(None);
+    }
+    let gpt_oss = traits.block == BlockKind::GptOss;
+    let count = fields.needed(&["num_experts", "num_local_experts", "n_routed_experts"], EXPERTS_MAX)?;
+    let top_k = fields.needed(&["num_experts_per_tok", "experts_per_token", "num_experts_per_token"], EXPERTS_MAX)?;
+    let intermediate = fields.needed(&["moe_intermediate_size", "intermediate_size"], WIDTH_MAX)?;
+    let shared = match fields.number(&["shared_expert_intermediate_size"], WIDTH_MAX)? {
+        Some(width) => width,
+        None if traits.known => 0,
+        None => fields.number(&["n_shared_experts"], EXPERTS_MAX)?.unwrap_or(0).saturating_mul(intermediate),
+    };
+    let listed = fields.object.get("mlp_only_layers").and_then(Value::as_array).map_or(0, Vec::len);
+    let leading = fields.object.get("first_k_dense_replace").and_then(Value::as_u64).unwrap_or(0);
+    let listed = u64::try_from(listed).unwrap_or(u64::MAX);
+    debug_assert!(!model_type.is_empty());
+    Ok(Some(Experts {
+        count,
+        top_k: top_k.min(count),
+        intermediate,
+        shared_intermediate: shared,
+        dense_layers: listed.saturating_add(leading).min(layers),
+        biases: gpt_oss,
+    }))
 }

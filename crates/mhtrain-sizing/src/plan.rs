@@ -2,7 +2,9 @@
 
 use serde::Serialize;
 
-use crate::estimate::Estimate;
+use crate::estimate::{Estimate, EstimateError};
+use crate::ladder::TierBook;
+use crate::request::Request;
 use crate::tier::Tier;
 use crate::units::Bytes;
 
@@ -41,4 +43,39 @@ impl Plan {
     pub fn chosen_rung(&self) -> &Rung {
         &self.rungs[self.chosen]
     }
+}
+
+/// Why there is no plan.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    /// The model or a pinned value cannot be estimated.
+    #[error("cannot predict the memory")]
+    Estimate(#[from] EstimateError),
+}
+
+impl PlanError {
+    /// Returns what to do about it.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            PlanError::Estimate(error) => error.help(),
+        }
+    }
+}
+
+/// Returns every rung in order and the one to start at.
+pub fn plan(_request: &Request, _book: &TierBook) -> Result<Plan, PlanError> {
+    Err(EstimateError::OutOfRange { what: "plan", value: "WIP".into(), bounds: "WIP" }.into())
+}
+
+/// Returns the rung to try after the attempt at `dead_rung` ran out of device memory; `None` when nothing is left.
+///
+/// `observed_need` is what the out-of-memory message says the attempt would have needed, `free_now` what the card
+/// has free for us.
+pub fn after_oom(
+    _plan: &Plan,
+    _dead_rung: usize,
+    _observed_need: Option<Bytes>,
+    _free_now: Option<Bytes>,
+) -> Option<usize> {
+    None
 }

@@ -1,0 +1,254 @@
+//! What does one line of `mhtraind estimate --json` ask?
+
+use serde_json::{Map, Value};
+
+use crate::estimate::{Estimate, EstimateError, estimate};
+use crate::model::{Model, ResolveError};
+use crate::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
+
+/// One line, parsed. The path of a config is for the caller to load: this crate reads no file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EstimateRequest {
+    /// Where the model's shape is to be found.
+    pub config: ConfigRef,
+    /// The pass.
+    pub workload: Workload,
+}
+
+/// Where the model's shape is to be found.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ConfigRef {
+    /// Path of a config.json.
+    Path(String),
+    /// The object itself.
+    Object(Value),
+}
+
+/// Why a line cannot be answered.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum EstimateRequestError {
+    /// It is no JSON object.
+    #[error("the line is not a JSON object: {reason}")]
+    NotAnObject {
+        /// What it is instead.
+        reason: String,
+    },
+    /// A key that means nothing.
+    #[error("unknown key `{key}`")]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// The nearest key that means something.
+        nearest: Option<&'static str>,
+    },
+    /// A value that cannot be.
+    #[error("`{key}` is {found}, and has to be {expected}")]
+    Unusable {
+        /// The key.
+        key: &'static str,
+        /// What it is.
+        found: String,
+        /// What it may be.
+        expected: String,
+    },
+    /// Neither or both of `config` and `config_object`.
+    #[error("{0} of `config` and `config_object` are given, and exactly one is needed")]
+    WhichConfig(&'static str),
+    /// The model has no usable shape.
+    #[error(transparent)]
+    Model(#[from] ResolveError),
+    /// The workload cannot be estimated.
+    #[error(transparent)]
+    Estimate(#[from] EstimateError),
+}
+
+impl EstimateRequestError {
+    /// Returns what to do about it.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            EstimateRequestError::UnknownKey { nearest: Some(nearest), .. } => {
+                Some(format!("did you mean `{nearest}`?"))
+            }
+            EstimateRequestError::UnknownKey { nearest: None, .. } => Some(format!("the keys are: {}", KEYS.join(", "))),
+            EstimateRequestError::NotAnObject { .. } | EstimateRequestError::WhichConfig(_) => {
+                Some(r#"write one object a line, for example {"config": "path/to/config.json", "micro_batch": 4}"#.into())
+            }
+            EstimateRequestError::Unusable { key, expected, .. } => Some(format!("set `{key}` to {expected}")),
+            EstimateRequestError::Model(error) => error.help(),
+            EstimateRequestError::Estimate(error) => error.help(),
+        }
+    }
+
+    /// Returns the name of the kind of error for the JSON interface.
+    pub fn code(&self) -> &'static str {
+        match self {
+            EstimateRequestError::NotAnObject { .. } => "not_an_object",
+            EstimateRequestError::UnknownKey { .. } => "unknown_key",
+            EstimateRequestError::Unusable { .. } | EstimateRequestError::Estimate(_) => "bad_value",
+            EstimateRequestError::WhichConfig(_) => "which_config",
+            EstimateRequestError::Model(_) => "bad_config",
+        }
+    }
+}
+
+const KEYS: [&str; 15] = [
+    "config",
+    "config_object",
+    "train_type",
+    "lora_rank",
+    "target_modules",
+    "torch_dtype",
+    "micro_batch",
+    "accumulation",
+    "max_length",
+    "packing",
+    "padded",
+    "attn_impl",
+    "gradient_checkpointing",
+    "liger_kernel",
+    "logit_share",
+];
+
+/// Largest micro-batch, length or rank that is taken: beyond any trainer, and far from any overflow.
+const COUNT_MAX: u32 = 1 << 24;
+
+impl EstimateRequest {
+    /// Reads one line.
+    ///
+    /// Absent keys take ms-swift's recommended setup: LoRA of rank 8 on all linears, bfloat16, one row of 2048 tokens,
+    /// no packing, flash attention, checkpointing on. `padded` is true unless rows are packed.
+    ///
+    /// # Errors
+    /// Anything but an object of known keys with usable values.
+    pub fn parse(line: &str) -> Result<EstimateRequest, EstimateRequestError> {
+        let value: Value = serde_json::from_str(line)
+            .map_err(|error| EstimateRequestError::NotAnObject { reason: error.to_string() })?;
+        let Value::Object(object) = value else {
+            return Err(EstimateRequestError::NotAnObject { reason: brief(&value) });
+        };
+        for key in object.keys() {
+            if !KEYS.contains(&key.as_str()) {
+                return Err(EstimateRequestError::UnknownKey { key: key.chars().take(80).collect(), nearest: nearest_key(key) });
+            }
+        }
+        Ok(EstimateRequest { config: config_of(&object)?, workload: workload_of(&object)? })
+    }
+
+    /// Answers it; `loaded` is the content of the file that [`ConfigRef::Path`] names, `None` for an object.
+    ///
+    /// # Errors
+    /// A config without a usable shape, or a workload that cannot be.
+    pub fn answer(&self, loaded: Option<&Value>) -> Result<Estimate, EstimateRequestError> {
+        let (name, config) = match &self.config {
+            ConfigRef::Path(path) => (path.as_str(), loaded),
+            ConfigRef::Object(object) => ("config_object", Some(object)),
+        };
+        let model = Model::resolve(name, config, None)?;
+        Ok(estimate(&model, &self.workload)?)
+    }
+}
+
+fn config_of(object: &Map<String, Value>) -> Result<ConfigRef, EstimateRequestError> {
+    match (object.get("config"), object.get("config_object")) {
+        (Some(Value::String(path)), None) => Ok(ConfigRef::Path(path.clone())),
+        (Some(value), None) => Err(unusable("config", value, "a path")),
+        (None, Some(value @ Value::Object(_))) => Ok(ConfigRef::Object(value.clone())),
+        (None, Some(value)) => Err(unusable("config_object", value, "an object")),
+        (None, None) => Err(EstimateRequestError::WhichConfig("none")),
+        (Some(_), Some(_)) => Err(EstimateRequestError::WhichConfig("both")),
+    }
+}
+
+fn workload_of(object: &Map<String, Value>) -> Result<Workload, EstimateRequestError> {
+    let packing = flag(object, "packing", false)?;
+    Ok(Workload {
+        train_type: choice(object, "train_type", TrainType::Lora, "lora, qlora or full")?,
+        lora_rank: count(object, "lora_rank", 8)?,
+        targets: targets(object)?,
+        dtype: choice(object, "torch_dtype", Dtype::Bfloat16, "bfloat16, float16 or float32")?,
+        micro_batch: count(object, "micro_batch", 1)?,
+        accumulation: count(object, "accumulation", 1)?,
+        max_length: count(object, "max_length", 2048)?,
+        packing,
+        padded: flag(object, "padded", !packing)?,
+        attn_impl: choice(
+            object,
+            "attn_impl",
+            AttnImpl::FlashAttn,
+            "flash_attn, flash_attention_2, flash_attention_3, flash_attention_4, sdpa, eager or flex_attention",
+        )?,
+        gradient_checkpointing: flag(object, "gradient_checkpointing", true)?,
+        liger_kernel: flag(object, "liger_kernel", false)?,
+        logit_share: share(object, "logit_share")?,
+    })
+}
+
+fn count(object: &Map<String, Value>, key: &'static str, default: u32) -> Result<u32, EstimateRequestError> {
+    let Some(value) = object.get(key) else { return Ok(default) };
+    let number = value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| (1..=COUNT_MAX).contains(n));
+    // A full fine-tuning line may state rank 0: there is no adapter.
+    let number = number.or_else(|| (key == "lora_rank" && value.as_u64() == Some(0)).then_some(0));
+    number.ok_or_else(|| unusable(key, value, &format!("a whole number from 1 to {COUNT_MAX}")))
+}
+
+fn flag(object: &Map<String, Value>, key: &'static str, default: bool) -> Result<bool, EstimateRequestError> {
+    match object.get(key) {
+        None => Ok(default),
+        Some(Value::Bool(flag)) => Ok(*flag),
+        Some(value) => Err(unusable(key, value, "true or false")),
+    }
+}
+
+fn share(object: &Map<String, Value>, key: &'static str) -> Result<f64, EstimateRequestError> {
+    let Some(value) = object.get(key) else { return Ok(1.0) };
+    let number = value.as_f64().filter(|share| *share > 0.0 && *share <= 1.0);
+    number.ok_or_else(|| unusable(key, value, "a number above 0 and at most 1"))
+}
+
+fn choice<T: serde::de::DeserializeOwned>(
+    object: &Map<String, Value>,
+    key: &'static str,
+    default: T,
+    choices: &str,
+) -> Result<T, EstimateRequestError> {
+    let Some(value) = object.get(key) else { return Ok(default) };
+    T::deserialize(value).map_err(|_| unusable(key, value, choices))
+}
+
+fn targets(object: &Map<String, Value>) -> Result<Targets, EstimateRequestError> {
+    let expected = "`all-linear`, or names of layers in a text or a list";
+    match object.get("target_modules") {
+        None => Ok(Targets::AllLinear),
+        Some(Value::String(text)) if !text.trim().is_empty() => Ok(Targets::parse(text)),
+        Some(value @ Value::Array(list)) => {
+            let names: Option<Vec<&str>> = list.iter().map(Value::as_str).collect();
+            match names {
+                Some(names) if !names.is_empty() => Ok(Targets::parse(&names.join(","))),
+                Some(_) | None => Err(unusable("target_modules", value, expected)),
+            }
+        }
+        Some(value) => Err(unusable("target_modules", value, expected)),
+    }
+}
+
+fn unusable(key: &'static str, value: &Value, expected: &str) -> EstimateRequestError {
+    EstimateRequestError::Unusable { key, found: brief(value), expected: expected.to_owned() }
+}
+
+/// Returns a value in a few words, however large it is.
+fn brief(value: &Value) -> String {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::String(text) if text.len() <= 40 => format!("{text:?}"),
+        Value::String(_) => "a long text".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+    }
+}
+
+/// Returns the known key that is written most like `key`; `None` when none is near.
+fn nearest_key(key: &str) -> Option<&'static str> {
+    let key: String = key.chars().take(80).collect();
+    let near = KEYS.iter().map(|known| (strsim::jaro_winkler(&key, known), *known));
+    near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score > 0.75).map(|(_, known)| known)
+}
