@@ -1,0 +1,220 @@
+//! `mhtraind run`: one job, here and now, to its proven end.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use mhtrain_job::event::JobEvent;
+use mhtrain_job::spec::JobSpec;
+use mhtrain_job::state::JobState;
+use mhtrain_probe::probe::{ProbeQuery, ProbeReport, TrainerReport, probe};
+use mhtrain_probe::trainer_environment::TrainerQuery;
+use mhtrain_sizing::tier::Tier;
+use serde_json::Value;
+
+use super::{output, plan};
+use crate::config::Config;
+use crate::engine::directory::JobDirectory;
+use crate::engine::journal::Journal;
+use crate::engine::local::{self, LocalRun};
+use crate::engine::prepare::{self, Datasets};
+use crate::engine::screen::Sentences;
+use crate::failure::{Failure, Status};
+
+/// Run one job here, in the foreground, through out-of-memory errors to the proven end
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mhtraind run job.json
+  mhtraind run job.json --continue      # after Ctrl-C, a reboot or a full disk: from the last checkpoint
+  mhtraind run job.json --json > receipt.json
+
+Everything goes to the job's output_dir: attempt-N/ (what the trainer writes), final (a link to the last
+checkpoint), receipt.json (what was chosen, why, what was retried). Ctrl-C stops the trainer, and nothing is left
+running. Exit code 0 only when success was proven.")]
+pub struct RunArgs {
+    /// The job file; `-` reads standard input
+    job: PathBuf,
+    /// Print the receipt as JSON at the end; what happens is told on standard error
+    #[arg(long)]
+    pub json: bool,
+    /// Go on with the job that output_dir holds: take over its live trainer, or resume from its last checkpoint
+    #[arg(long = "continue", conflicts_with = "fresh")]
+    go_on: bool,
+    /// Set what output_dir holds aside (into previous-N, nothing is deleted) and start from the beginning
+    #[arg(long)]
+    fresh: bool,
+}
+
+/// Runs the command.
+pub fn run(args: &RunArgs, config: &Config) -> Result<Status, Failure> {
+    let spec = prepare::read_job(&args.job)?;
+    let sentences = if args.json { Sentences::ToStderr } else { Sentences::ToStdout };
+    let verdict = run_job(spec, args, sentences, config)?;
+    local::show(&verdict, args.json)?;
+    Ok(verdict.status)
+}
+
+/// What to do with a job that the output directory holds already.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Earlier {
+    /// Refuse.
+    Refuse,
+    /// Go on with it.
+    Continue,
+    /// Set it aside.
+    SetAside,
+}
+
+fn run_job(
+    spec: JobSpec,
+    args: &RunArgs,
+    sentences: Sentences,
+    config: &Config,
+) -> Result<local::Verdict, Failure> {
+    let earlier = match (args.go_on, args.fresh) {
+        (true, _) => Earlier::Continue,
+        (_, true) => Earlier::SetAside,
+        _ => Earlier::Refuse,
+    };
+    let started = start(spec, earlier, sentences, config)?;
+    local::run(started, config)
+}
+
+/// Probes, sizes and prepares the directory of a job; the next thing is its first attempt.
+///
+/// # Errors
+/// A local file is missing, no card or trainer is there, no rung fits, or the directory holds another job. Nothing
+/// was started then, and before the plan stands nothing was written.
+pub fn start(
+    spec: JobSpec,
+    earlier: Earlier,
+    sentences: Sentences,
+    config: &Config,
+) -> Result<LocalRun, Failure> {
+    let working_dir = prepare::working_dir()?;
+    let model = prepare::find_files(&spec, Datasets::MustExist, &working_dir)?;
+    let report = probe(&ProbeQuery {
+        nvml_library: config.nvml_library(),
+        trainer: TrainerQuery::from_environment(config.trainer.command.clone(), None),
+        output_dir: working_dir.join(&spec.output_dir),
+    });
+    let environment = match &report.trainer {
+        TrainerReport::Ready(environment) => environment.clone(),
+        TrainerReport::Missing { error, help } => {
+            let install = "`mhtraind install-trainer` installs one";
+            let help = help.as_ref().map_or(install.to_owned(), |help| format!("{help}\n{install}"));
+            return Err(Failure::failed("no_trainer", error).help(help));
+        }
+    };
+    let host = prepare::probed_host(&spec, &report)?;
+    let book = prepare::tier_book(config)?;
+    let prepared = prepare::prepare(spec, &model, host, &book, config)?;
+    let command = plan::typed(&prepared)?;
+    let directory = JobDirectory::open(&prepared.output_dir(&working_dir))?;
+    let (journal, from) = take_up(&directory, &prepared.spec, earlier)?;
+    let text = plan::plan_text(&prepared, &command);
+    match sentences {
+        Sentences::ToStdout => output::line(text)?,
+        Sentences::ToStderr => output::note(text),
+    }
+    Ok(LocalRun {
+        probe: probe_json(&report)?,
+        prepared,
+        environment,
+        directory,
+        journal,
+        earlier: from,
+        sentences,
+    })
+}
+
+fn probe_json(report: &ProbeReport) -> Result<Value, Failure> {
+    serde_json::to_value(report).map_err(|e| Failure::new(Status::Bug, "not_json", e))
+}
+
+/// Attempts of an earlier job, with the rung of each.
+type Attempts = Vec<(PathBuf, Tier)>;
+
+/// Decides what becomes of a job that the directory holds already.
+fn take_up(
+    directory: &JobDirectory,
+    spec: &JobSpec,
+    earlier: Earlier,
+) -> Result<(Option<Journal>, Attempts), Failure> {
+    let root = directory.root().display();
+    if earlier == Earlier::SetAside {
+        if directory.journal().exists() {
+            directory.set_earlier_job_aside()?;
+        }
+        return Ok((None, Vec::new()));
+    }
+    let Some(journal) = Journal::open(&directory.journal())? else { return Ok((None, Vec::new())) };
+    let state = journal.state().clone();
+    if earlier == Earlier::Refuse {
+        return Err(Failure::bad_input("not_empty", format!("{root} holds a job already, which is {}", state.name()))
+            .help("`--continue` goes on with it, `--fresh` sets it aside and starts again, or choose another output_dir".to_owned()));
+    }
+    must_be_same_job(&journal, spec)?;
+    match state {
+        JobState::Succeeded { .. } => {
+            Err(Failure::bad_input("done", format!("the job in {root} has succeeded: there is nothing to continue"))
+                .help("`--fresh` sets it aside and starts again".to_owned()))
+        }
+        JobState::Failed { .. } | JobState::Cancelled { .. } => {
+            let tiers = attempts_of(&journal);
+            drop(journal);
+            let aside = directory.set_earlier_job_aside()?;
+            let from = tiers.into_iter().map(|(n, tier)| (aside.join(format!("attempt-{n}")), tier)).collect();
+            Ok((None, from))
+        }
+        JobState::Queued { .. }
+        | JobState::Waiting { .. }
+        | JobState::Starting { .. }
+        | JobState::Running { .. }
+        | JobState::Recovering { .. } => Ok((Some(journal), Vec::new())),
+    }
+}
+
+fn attempts_of(journal: &Journal) -> Vec<(u32, Tier)> {
+    journal
+        .records()
+        .iter()
+        .filter_map(|record| match &record.event {
+            JobEvent::AttemptStarting(start) => Some((start.attempt, start.tier.clone())),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Keys of a job that change nothing about the rows that are trained.
+const KEYS_THAT_MAY_CHANGE: [&str; 10] = [
+    "name", "device", "output_dir", "report_to", "allow", "secrets", "time_limit", "env", "priority", "labels",
+];
+
+/// A job is only continued as what it was: other data or another learning rate would make one model of two runs.
+fn must_be_same_job(journal: &Journal, spec: &JobSpec) -> Result<(), Failure> {
+    let Some(JobEvent::Submitted { spec: before }) = journal.records().first().map(|record| &record.event) else {
+        return Ok(());
+    };
+    let now = spec.to_json();
+    let changed: Vec<&str> = now
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, value)| !KEYS_THAT_MAY_CHANGE.contains(&key.as_str()) && before.get(key.as_str()) != Some(value))
+        .map(|(key, _)| key.as_str())
+        .collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::bad_input(
+        "other_job",
+        format!("the job file is not the one that was started: it differs in {}", changed.join(", ")),
+    )
+    .help("put it back to continue, or start again with `--fresh`".to_owned()))
+}
+
+/// Returns the receipt's path of a job, for people.
+pub fn receipt_path(output_dir: &Path) -> PathBuf {
+    output_dir.join("receipt.json")
+}

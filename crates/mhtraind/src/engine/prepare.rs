@@ -1,0 +1,298 @@
+//! What will run, where, and at which rung?
+//!
+//! Reads the job file and the host, asks the sizing engine once a card, and takes the best answer.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use mhtrain_job::spec::{JobSpec, SpecError};
+use mhtrain_probe::model_files::{FoundModel, Places, find_dataset, find_model};
+use mhtrain_probe::probe::ProbeReport;
+use mhtrain_sizing::gpu::Card;
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
+use mhtrain_sizing::plan::{Plan, PlanError, plan};
+use mhtrain_sizing::request::TrainerFeatures;
+use mhtrain_sizing::units::Bytes;
+use mhtrain_swift::command::CommandRequest;
+use mhtrain_swift::dialect::Dialect;
+
+use crate::cli::output;
+use crate::config::Config;
+use crate::failure::{Failure, Status, unreadable};
+
+/// Parameters from which a model counts as large: evaluation is then every 50 steps and not every 200 (recipe 8.4).
+const LARGE_MODEL_PARAMETERS: u64 = 10_000_000_000;
+
+/// A card that a job could take.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Candidate {
+    /// As the sizing engine sees it.
+    pub card: Card,
+    /// Its UUID; `None` when it was described by flags.
+    pub uuid: Option<String>,
+    /// Memory that other processes hold there.
+    pub held_by_others: Bytes,
+}
+
+/// The host as far as a plan depends on it, probed or described by flags.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Cards that the job could take, in order of their index.
+    pub candidates: Vec<Candidate>,
+    /// What the trainer environment can do.
+    pub features: TrainerFeatures,
+    /// How the installed ms-swift spells things.
+    pub dialect: Dialect,
+    /// Cores that the trainer may use.
+    pub cores: u32,
+    /// What was assumed, a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// A sized job.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// The job.
+    pub spec: JobSpec,
+    /// The card that it takes.
+    pub candidate: Candidate,
+    /// Rungs and choice.
+    pub plan: Plan,
+    /// How the installed ms-swift spells things.
+    pub dialect: Dialect,
+    /// Cores that the trainer may use.
+    pub cores: u32,
+    /// Whether the model counts as large.
+    pub large_model: bool,
+    /// What was assumed about the host, a sentence each.
+    pub notes: Vec<String>,
+    /// Variables that the trainer inherits.
+    pub inherited: BTreeMap<String, String>,
+}
+
+impl Prepared {
+    /// Returns the question for the command of the rung `index`.
+    pub fn command_request(&self, rung: usize) -> CommandRequest<'_> {
+        CommandRequest {
+            spec: &self.spec,
+            tier: &self.plan.rungs[rung].tier,
+            dialect: &self.dialect,
+            device_index: self.candidate.card.index,
+            cores: self.cores,
+            large_model: self.large_model,
+            inherited: &self.inherited,
+        }
+    }
+
+    /// Returns where everything of the job goes, absolute.
+    pub fn output_dir(&self, working_dir: &Path) -> PathBuf {
+        absolute(working_dir, &self.spec.output_dir)
+    }
+}
+
+/// Returns `path` relative to `working_dir`, with a leading `~` for the home directory.
+fn absolute(working_dir: &Path, path: &str) -> PathBuf {
+    match (path.strip_prefix("~/"), std::env::home_dir()) {
+        (Some(rest), Some(home)) => home.join(rest),
+        _ => working_dir.join(path.strip_prefix("./").unwrap_or(path)),
+    }
+}
+
+/// Returns the working directory.
+///
+/// # Errors
+/// It was removed, or may not be read.
+pub fn working_dir() -> Result<PathBuf, Failure> {
+    std::env::current_dir().map_err(|e| unreadable(Path::new("."), &e))
+}
+
+/// Reads and checks a job file; `-` reads standard input.
+///
+/// # Errors
+/// It cannot be read, is no job, or asks for what this version does not do.
+pub fn read_job(path: &Path) -> Result<JobSpec, Failure> {
+    let spec = JobSpec::parse(&output::read_input(path)?).map_err(|e| spec_failure(path, &e))?;
+    spec.check_supported().map_err(|e| spec_failure(path, &e))?;
+    Ok(spec)
+}
+
+fn spec_failure(path: &Path, error: &SpecError) -> Failure {
+    Failure::bad_input(error.code(), format!("{}: {error}", path.display())).help(error.help())
+}
+
+/// Whether the data sets of a job must be there.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Datasets {
+    /// Local ones must exist: the job is about to run.
+    MustExist,
+    /// They are not looked for: the plan may be for another machine.
+    NotNeeded,
+}
+
+/// Finds the model, and the data sets where they are needed.
+///
+/// # Errors
+/// A local path is not there or holds no model; a hub id that no source knows the size of.
+pub fn find_files(spec: &JobSpec, datasets: Datasets, working_dir: &Path) -> Result<Model, Failure> {
+    let variable = |name: &str| {
+        spec.env.get(name).map(std::ffi::OsString::from).or_else(|| std::env::var_os(name))
+    };
+    let places = Places::from_variables(working_dir, variable);
+    let found = find_model(&spec.model, &places)
+        .map_err(|e| Failure::bad_input("missing_model", chain(&e)).help(e.help()))?;
+    if datasets == Datasets::MustExist {
+        for entry in &spec.dataset {
+            find_dataset(entry, &places)
+                .map_err(|e| Failure::bad_input("missing_dataset", &e).help(e.help()))?;
+        }
+    }
+    let model = match &found {
+        FoundModel::Here(files) => {
+            Model::resolve(&spec.model, Some(&files.config), files.weights.as_ref().map(|w| w.bytes()))
+        }
+        FoundModel::NotLocal { id } => Model::resolve(id, None, None),
+    };
+    model.map_err(|e| Failure::bad_input("unknown_model", chain(&e)).help(e.help()))
+}
+
+/// Returns an error with its causes behind colons.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Returns the host as it was probed, for the card that the job wishes.
+///
+/// # Errors
+/// No card can take the job.
+pub fn probed_host(spec: &JobSpec, report: &ProbeReport) -> Result<Host, Failure> {
+    let cards = report
+        .gpus
+        .resolve(&spec.device)
+        .map_err(|e| Failure::failed("no_device", &e).help(device_help(e.help())))?;
+    let candidates = cards
+        .into_iter()
+        .map(|(state, card)| Candidate {
+            card,
+            uuid: state.uuid.clone(),
+            held_by_others: state.held_by_others(&[]),
+        })
+        .collect();
+    let (dialect, mut notes) = match report.trainer.environment() {
+        Some(environment) => Dialect::for_environment(environment),
+        None => Dialect::for_versions(None, None),
+    };
+    let features = report.trainer.environment().map_or_else(
+        || {
+            notes.push("no trainer environment was found; flash-attn is taken for installed".to_owned());
+            TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true }
+        },
+        |environment| environment.features(),
+    );
+    let cores = u32::try_from(report.host.cores).unwrap_or(u32::MAX);
+    Ok(Host { candidates, features, dialect, cores, notes })
+}
+
+fn device_help(help: Option<String>) -> String {
+    let plan = "`mhtraind plan` can plan for a card that is not here: --gpu-free 22.5GiB --gpu-total 24GiB";
+    match help {
+        Some(help) => format!("{help}\n{plan}"),
+        None => plan.to_owned(),
+    }
+}
+
+/// Returns the tier book of the site.
+///
+/// # Errors
+/// The site's own file cannot be read or understood.
+pub fn tier_book(config: &Config) -> Result<TierBook, Failure> {
+    if config.sizing.tiers.is_empty() {
+        return Ok(TierBook::builtin());
+    }
+    let path = PathBuf::from(&config.sizing.tiers);
+    let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, &e))?;
+    TierBook::from_toml(&text)
+        .map_err(|e| Failure::bad_input("bad_tiers", format!("{}: {}", path.display(), chain(&e))).help(e.help()))
+}
+
+/// Sizes a job on every card that it could take, and takes the best: the most faithful profile, then the largest
+/// micro-batch, then the most free memory.
+///
+/// # Errors
+/// No rung fits anywhere; the error is that of the card with the most free memory.
+pub fn prepare(
+    spec: JobSpec,
+    model: &Model,
+    host: Host,
+    book: &TierBook,
+    config: &Config,
+) -> Result<Prepared, Failure> {
+    let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
+        let request = spec
+            .sizing_request(
+                model.clone(),
+                candidate.card.clone(),
+                candidate.held_by_others,
+                host.features,
+                config.sizing.oom_risk,
+            )
+            .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
+        Ok(plan(&request, book))
+    };
+    let mut by_free = host.candidates.clone();
+    by_free.sort_by_key(|candidate| std::cmp::Reverse(candidate.card.free));
+    let mut best: Option<(Candidate, Plan)> = None;
+    let mut refusal: Option<(Candidate, PlanError)> = None;
+    for candidate in by_free {
+        match size(&candidate)? {
+            Ok(plan) if best.as_ref().is_none_or(|(_, other)| is_better(&plan, other)) => {
+                best = Some((candidate, plan));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                refusal.get_or_insert((candidate, error));
+            }
+        }
+    }
+    match (best, refusal) {
+        (Some((candidate, plan)), _) => Ok(Prepared {
+            large_model: model.parameters() >= LARGE_MODEL_PARAMETERS,
+            spec,
+            candidate,
+            plan,
+            dialect: host.dialect,
+            cores: host.cores,
+            notes: host.notes,
+            inherited: inherited(),
+        }),
+        (None, Some((candidate, error))) => {
+            let place = candidate.card.index.map_or(candidate.card.name.clone(), |index| format!("GPU {index}"));
+            Err(Failure::failed("no_plan", format!("no plan on {place}: {}", chain(&error))).help(error.help()))
+        }
+        (None, None) => Err(Failure::new(Status::Bug, "bug", "a job without any card to size it for")),
+    }
+}
+
+fn is_better(plan: &Plan, other: &Plan) -> bool {
+    let rank = |plan: &Plan| {
+        let rung = plan.chosen_rung();
+        (!rung.fits, rung.tier.name, std::cmp::Reverse(rung.tier.micro_batch))
+    };
+    rank(plan) < rank(other)
+}
+
+/// Variables of our own environment that are text: what the trainer of a foreground run inherits.
+fn inherited() -> BTreeMap<String, String> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}
