@@ -548,30 +548,7 @@ fn the_sizing_request_carries_the_wishes_and_the_pins() {
 }
 
 fn any_model() -> Model {
-    use mhtrain_sizing::model::{AttentionBias, ModelShape, ShapeSource};
-    Model {
-        name: "m".to_owned(),
-        shape: ModelShape {
-            model_type: "qwen2".to_owned(),
-            hidden: 64,
-            layers: 2,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 16,
-            intermediate: 128,
-            vocab: 256,
-            tied_embeddings: true,
-            qk_norm: false,
-            fused_qkv: false,
-            attention_bias: AttentionBias::Qkv,
-            norms_per_block: 2,
-            gated_mlp: true,
-            experts: None,
-        },
-        source: ShapeSource::Config,
-        weight_file_bytes: None,
-        attention: vec![AttnImpl::Sdpa],
-    }
+    Model::resolve("Qwen/Qwen2.5-7B-Instruct", None, None).unwrap()
 }
 
 fn any_json() -> impl Strategy<Value = Value> {
