@@ -20,15 +20,16 @@ use crate::dialect::{Dialect, Line};
 pub const TRAINER_COMMAND: [&str; 2] = ["swift", "sft"];
 
 /// What [`exact_command`] may set beyond [`user_command`]: the flag or variable, and why. The list is closed.
-pub const EXACT_FLAGS: [(&str, &str); 10] = [
+pub const EXACT_FLAGS: [(&str, &str); 11] = [
     ("--output_dir", "the attempt's own directory inside the job's output_dir"),
     ("--add_version", "false: ms-swift adds no directory of its own below it"),
     (
         "--check_model",
         "false, unless the job sets it: the check asks a hub and costs about 20 s without network",
     ),
-    ("--external_plugins", "the companion beside the job's own plugins"),
+    ("--external_plugins", "the supervisor's plugins beside the job's own"),
     ("--resume_from_checkpoint", "from the second attempt on, where going on is sound"),
+    ("--resume_only_model", "true after a divergence: the optimizer's moments are spoilt, the weights are not"),
     ("--per_device_eval_batch_size", "smaller after an out-of-memory in evaluation, unless the job pins it"),
     ("--dataloader_num_workers", "fewer after the host ran out of memory, unless the job pins it"),
     (
@@ -109,6 +110,8 @@ pub struct AttemptFlags {
     pub output_dir: PathBuf,
     /// Checkpoint to go on from.
     pub resume_from: Option<PathBuf>,
+    /// Whether only the weights of that checkpoint go on: optimizer and learning rate begin again.
+    pub resume_only_model: bool,
     /// Plugins of the supervisor.
     pub plugins: Vec<PathBuf>,
     /// Whether the allocator may use expandable segments. A setting of the user's is never changed.
@@ -228,6 +231,9 @@ pub fn exact_command(
     command.add_plugins(&flags.plugins);
     if let Some(checkpoint) = &flags.resume_from {
         command.replace("resume_from_checkpoint", vec![path_text(checkpoint)]);
+        if flags.resume_only_model {
+            command.replace("resume_only_model", vec!["true".to_owned()]);
+        }
     }
     let start = match how {
         TrainerStart::Script { python, script } => vec![path_text(python), path_text(script)],

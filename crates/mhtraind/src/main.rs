@@ -11,15 +11,16 @@ mod failure;
 mod trainer_install;
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use mhtrain_supervisor::recorder;
 
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
-    // The recorder owns a trainer for hours and the gate becomes it: neither sets anything up that it does not need.
-    if let Some(code) = mhtrain_supervisor::recorder::main_if_asked() {
+    if let Some(code) = hidden_verb() {
         return code;
     }
     let cli = cli::Cli::parse();
@@ -31,6 +32,23 @@ fn main() -> ExitCode {
             ExitCode::from(failure.status as u8)
         }
     }
+}
+
+/// Becomes the recorder of an attempt, or the gate in front of its trainer, when the command line says so.
+///
+/// Before anything else: the recorder closes every descriptor and must be the only thread, and the gate becomes
+/// the trainer.
+fn hidden_verb() -> Option<ExitCode> {
+    let mut words = std::env::args_os().skip(1);
+    let verb = words.next()?;
+    let become_it = match verb.to_str()? {
+        recorder::RECORDER_VERB => recorder::recorder_main,
+        recorder::GATE_VERB => recorder::gate_main,
+        _ => return None,
+    };
+    let record = words.next()?;
+    let code = become_it(Path::new(&record));
+    Some(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
 }
 
 fn report(failure: &Failure, as_json: bool) {

@@ -88,19 +88,6 @@ pub enum Command {
     Demo(demo::DemoArgs),
     #[command(flatten)]
     NotYet(not_yet::NotYet),
-    /// (internal) Own one attempt of a job: start the trainer, wait for it, record how it ended
-    #[command(hide = true)]
-    Recorder {
-        /// Directory of the attempt's record
-        record: PathBuf,
-    },
-    /// (internal) Wait until the recorder has written down who the trainer is, then become the trainer
-    #[command(hide = true)]
-    RecorderGate {
-        /// What the recorder passes
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        words: Vec<std::ffi::OsString>,
-    },
 }
 
 /// Runs a parsed command line.
@@ -117,9 +104,6 @@ pub fn dispatch(cli: &Cli) -> Result<Status, Failure> {
         Command::InstallTrainer(args) => install_trainer::run(args),
         Command::Demo(args) => demo::run(args, &cli.global.load_config()?),
         Command::NotYet(command) => Err(command.refuse()),
-        Command::Recorder { .. } | Command::RecorderGate { .. } => {
-            unreachable!("main hands these to the supervisor before anything else is set up")
-        }
     }
 }
 
@@ -136,8 +120,6 @@ pub fn wants_json(cli: &Cli) -> bool {
         Command::Import(_)
         | Command::Schema(_)
         | Command::InstallTrainer(_)
-        | Command::Demo(_)
-        | Command::Recorder { .. }
-        | Command::RecorderGate { .. } => false,
+        | Command::Demo(_) => false,
     }
 }
