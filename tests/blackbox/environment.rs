@@ -104,3 +104,102 @@ impl Ran {
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("crates/mhtraind").to_owned()
 }
+
+/// A host with one simulated card and a trainer environment in which `swift sft` is `tests/fake-swift`.
+pub(crate) struct FakeHost {
+    pub(crate) env: TestEnv,
+}
+
+pub(crate) const CARD: &str = "GPU-00000000-0000-4000-8000-000000000001";
+
+impl FakeHost {
+    /// Makes the host; the card has `card` bytes, all free.
+    pub(crate) fn with_card(card: u64) -> FakeHost {
+        let env = TestEnv::new();
+        make_trainer(&env, "4.6.0", "5.19.0");
+        let device = nvml_sim::SimDevice::idle(CARD, "Simulated GPU", card, "8.0");
+        nvml_sim::SimFile::new(vec![device]).write_atomically(&env.path("nvml.json")).expect("can write");
+        env.write("mhtraind.toml", format!("[trainer]\ncommand = [{:?}, \"sft\"]\n[attempt]\ngrace_s = 2\n", env.path("trainer/bin/swift")));
+        // 0.5 B parameters in Qwen2's shape: real sizes, no weights.
+        env.write(
+            "model/config.json",
+            r#"{"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+                "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": true}"#,
+        );
+        let rows: String = (0..320).map(|n| format!("{{\"messages\": [{{\"role\": \"user\", \"content\": \"<id {n:04}>\"}}]}}\n")).collect();
+        env.write("train.jsonl", rows);
+        FakeHost { env }
+    }
+
+    /// Writes job.json: the local model and data, with `extra` keys laid over.
+    pub(crate) fn job(&self, extra: Value) {
+        let mut job = serde_json::json!({"model": "./model", "dataset": "train.jsonl", "output_dir": "out",
+            "args": {"save_steps": 3, "logging_steps": 1, "num_train_epochs": 1}});
+        for (key, value) in extra.as_object().expect("an object") {
+            job[key] = value.clone();
+        }
+        self.env.write("job.json", job.to_string());
+    }
+
+    /// Returns a command with the card visible and the scenario set.
+    pub(crate) fn command(&self, args: &[&str], scenario: &Value) -> Command {
+        let library = nvml_sim::find_library().expect("libnvml_sim.so was built with the tests");
+        let mut command = self.env.command(args);
+        command.env("MHTRAIND_NVML_LIBRARY", library);
+        command.env("NVML_SIM_FILE", self.env.path("nvml.json"));
+        command.env("MHTRAIND_CONFIG", self.env.path("mhtraind.toml"));
+        command.env("FAKE_SWIFT_SCENARIO", scenario.to_string());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub(crate) fn run(&self, args: &[&str], scenario: Value) -> Ran {
+        Ran::from(self.command(args, &scenario).output().expect("the binary starts"))
+    }
+
+    /// Returns the receipt of the job.
+    pub(crate) fn receipt(&self) -> Value {
+        let text = std::fs::read_to_string(self.env.path("out/receipt.json")).expect("there is a receipt");
+        serde_json::from_str(&text).expect("it is JSON")
+    }
+
+    /// Returns the rows that each optimizer step of an attempt trained, in order of the steps.
+    pub(crate) fn trained(&self, attempt: u32) -> Vec<(u64, Vec<u64>)> {
+        let path = self.env.path(&format!("out/attempt-{attempt}/fake-rows.jsonl"));
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines()
+            .map(|line| {
+                let line: Value = serde_json::from_str(line).expect("JSON");
+                let rows = line["rows"].as_array().expect("rows").iter().map(|row| row.as_u64().expect("a row"));
+                (line["step"].as_u64().expect("a step"), rows.collect())
+            })
+            .collect()
+    }
+}
+
+/// Makes a virtual environment that looks like one with ms-swift in it.
+fn make_trainer(env: &TestEnv, ms_swift: &str, transformers: &str) {
+    let venv = env.path("trainer");
+    let made = Command::new("python3").args(["-m", "venv", "--without-pip"]).arg(&venv).status();
+    assert!(made.expect("python3 is on the PATH").success(), "python3 -m venv works");
+    let site = std::fs::read_dir(venv.join("lib"))
+        .expect("lib")
+        .flatten()
+        .map(|entry| entry.path().join("site-packages"))
+        .find(|path| path.is_dir())
+        .expect("site-packages");
+    for (name, version) in [("ms_swift", ms_swift), ("torch", "2.15.0"), ("transformers", transformers), ("peft", "0.20.0")] {
+        let dir = site.join(format!("{name}-{version}.dist-info"));
+        std::fs::create_dir_all(&dir).expect("dist-info");
+        let metadata = format!("Metadata-Version: 2.1\nName: {}\nVersion: {version}\n", name.replace('_', "-"));
+        std::fs::write(dir.join("METADATA"), metadata).expect("METADATA");
+    }
+    let cli = site.join("swift/cli");
+    std::fs::create_dir_all(&cli).expect("swift/cli");
+    std::fs::write(site.join("swift/__init__.py"), "").expect("__init__");
+    std::fs::copy(root().join("tests/fake-swift/fake_swift.py"), cli.join("sft.py")).expect("the fake trainer");
+    let script = format!("#!{}\nimport sys\nsys.exit('the wrapper is not used')\n", venv.join("bin/python").display());
+    let path = venv.join("bin/swift");
+    std::fs::write(&path, script).expect("bin/swift");
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
+}

@@ -1,0 +1,220 @@
+//! `mhtraind run` around a fake trainer: every answer, the proof, and what is left behind.
+
+use std::collections::BTreeSet;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::environment::FakeHost;
+
+const GIB: u64 = 1 << 30;
+
+/// A card on which the class's own batch of 8 x 4 fits.
+fn host() -> FakeHost {
+    FakeHost::with_card(80 * GIB)
+}
+
+fn pid_is_alive(pid: u64) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+/// Waits for a condition, at most 30 s.
+#[track_caller]
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(Instant::now() < until, "waited 30 s for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn send(signal: &str, pid: u32) {
+    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn a_run_without_trouble_is_proven_by_its_rows() {
+    let host = host();
+    host.job(json!({}));
+    let ran = host.run(&["run", "job.json"], json!({})).expect(0);
+    assert!(ran.stdout.contains("swift sft"), "the plan is shown: {}", ran.stdout);
+    let receipt = host.receipt();
+    assert_eq!(receipt["state"], "succeeded");
+    assert_eq!(receipt["proof"], "rows");
+    assert_eq!(receipt["proof_facts"]["rows"], 320);
+    assert_eq!(receipt["proof_facts"]["global_step"], 10);
+    assert_eq!(receipt["attempts"].as_array().unwrap().len(), 1);
+    let link = std::fs::read_link(host.env.path("out/final")).unwrap();
+    assert_eq!(link.to_str(), Some("attempt-1/checkpoint-10"));
+    let argv: Value =
+        serde_json::from_str(&std::fs::read_to_string(host.env.path("out/attempt-1/fake-argv.json")).unwrap()).unwrap();
+    assert!(argv.to_string().contains("--check_model"), "{argv}");
+}
+
+#[test]
+fn an_oom_goes_one_rung_down_and_on_from_the_saved_step() {
+    let host = host();
+    host.job(json!({}));
+    let scenario = json!({"oom": {"capacity_gib": 80, "base_gib": 30, "per_sample_gib": 7, "at_step": 5}});
+    host.run(&["run", "job.json"], scenario).expect(0);
+    let receipt = host.receipt();
+    let attempts = receipt["attempts"].as_array().unwrap();
+    assert_eq!(attempts.len(), 2, "{attempts:#?}");
+    assert_eq!(attempts[0]["tier"]["micro_batch"], 8);
+    assert_eq!(attempts[0]["diagnosis"]["kind"], "device_oom");
+    assert!(attempts[1]["tier"]["micro_batch"].as_u64().unwrap() < 8);
+    assert_eq!(attempts[1]["resume"]["kind"], "exact");
+    assert_eq!(attempts[1]["resume"]["from_step"], 3);
+    for attempt in attempts {
+        let tier = &attempt["tier"];
+        assert_eq!(tier["micro_batch"].as_u64().unwrap() * tier["accumulation"].as_u64().unwrap(), 32);
+    }
+    let kept = host.trained(1).into_iter().filter(|(step, _)| *step <= 3);
+    let rows: Vec<u64> = kept.chain(host.trained(2)).flat_map(|(_, rows)| rows).collect();
+    assert_eq!(rows.len(), 320, "no row twice");
+    assert_eq!(rows.iter().collect::<BTreeSet<_>>().len(), 320, "no row missing");
+    let link = std::fs::read_link(host.env.path("out/final")).unwrap();
+    assert_eq!(link.to_str(), Some("attempt-2/checkpoint-10"));
+}
+
+#[test]
+fn exit_code_0_without_the_planned_steps_is_no_success() {
+    let host = host();
+    host.job(json!({}));
+    let ran = host.run(&["run", "job.json"], json!({"lose_steps": 2})).expect(1);
+    assert_eq!(host.receipt()["state"], "failed");
+    assert!(ran.stdout.contains("8 of 10"), "{}", ran.stdout);
+    assert!(!host.env.path("out/final").exists());
+}
+
+#[test]
+fn a_neighbour_makes_it_wait_and_keeps_the_rung() {
+    let host = host();
+    host.job(json!({}));
+    let scenario = json!({"attempts": {"1": {"oom": {"capacity_gib": 80, "base_gib": 79, "per_sample_gib": 7, "at_step": 5, "kind": "neighbour"}}}});
+    host.run(&["run", "job.json"], scenario).expect(0);
+    let receipt = host.receipt();
+    let attempts = receipt["attempts"].as_array().unwrap();
+    assert_eq!(attempts[0]["diagnosis"]["kind"], "device_oom_by_neighbour");
+    assert_eq!(attempts[0]["tier"], attempts[1]["tier"]);
+}
+
+#[test]
+fn a_bare_signal_9_resumes_at_the_same_rung() {
+    let host = host();
+    host.job(json!({}));
+    let scenario = json!({"attempts": {"1": {"kill": {"at_step": 7, "signal": 9, "partial_checkpoint": true}}}});
+    host.run(&["run", "job.json"], scenario).expect(0);
+    let receipt = host.receipt();
+    let attempts = receipt["attempts"].as_array().unwrap();
+    assert_eq!(attempts.len(), 2);
+    assert_eq!(attempts[0]["tier"], attempts[1]["tier"]);
+    assert_eq!(attempts[1]["resume"]["kind"], "exact");
+}
+
+#[test]
+fn unknown_words_stop_the_job_and_show_the_line() {
+    let host = host();
+    host.job(json!({}));
+    let scenario = json!({"fail": {"at_step": 2, "text": "zorglub: the flux is inverted", "exit_code": 1}});
+    let ran = host.run(&["run", "job.json"], scenario).expect(1);
+    assert!(ran.stdout.contains("zorglub"), "{}", ran.stdout);
+    assert_eq!(host.receipt()["attempts"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn nothing_is_left_running_after_ctrl_c_and_continue_goes_on() {
+    let host = host();
+    host.job(json!({}));
+    let slow = json!({"step_seconds": 0.2, "workers": 2, "workers_ignore_sigterm": true});
+    let mut child =
+        host.command(&["run", "job.json"], &slow).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("four trained steps", || host.trained(1).len() >= 4);
+    send("-INT", child.id());
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130), "{status:?} {:?}", status.signal());
+    let pids: Value =
+        serde_json::from_str(&std::fs::read_to_string(host.env.path("out/attempt-1/fake-pids.json")).unwrap()).unwrap();
+    let workers = pids["workers"].as_array().unwrap();
+    assert_eq!(workers.len(), 2);
+    for pid in workers.iter().chain([&pids["trainer"]]) {
+        assert!(!pid_is_alive(pid.as_u64().unwrap()), "pid {pid} still runs");
+    }
+    assert_eq!(host.receipt()["state"], "cancelled");
+    host.run(&["run", "job.json"], json!({})).expect(2);
+    host.run(&["run", "job.json", "--continue"], json!({})).expect(0);
+    let receipt = host.receipt();
+    assert_eq!(receipt["attempts"][0]["resume"]["kind"], "exact");
+    assert_eq!(receipt["attempts"][0]["resume"]["from_step"], 3);
+}
+
+#[test]
+fn a_trainer_outlives_us_and_is_taken_over() {
+    let host = host();
+    host.job(json!({}));
+    let slow = json!({"step_seconds": 0.3});
+    let mut child =
+        host.command(&["run", "job.json"], &slow).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("two trained steps", || host.trained(1).len() >= 2);
+    send("-KILL", child.id());
+    child.wait().unwrap();
+    host.run(&["run", "job.json", "--continue"], slow).expect(0);
+    let receipt = host.receipt();
+    assert_eq!(receipt["attempts"].as_array().unwrap().len(), 1, "it was not started again");
+    assert_eq!(host.trained(1).len(), 10);
+}
+
+#[test]
+fn a_changed_job_file_is_not_continued() {
+    let host = host();
+    host.job(json!({}));
+    host.run(&["run", "job.json"], json!({"fail": {"at_step": 2, "text": "zorglub", "exit_code": 1}})).expect(1);
+    host.job(json!({"args": {"learning_rate": 3e-4}}));
+    let ran = host.run(&["run", "job.json", "--continue"], json!({})).expect(2);
+    assert!(ran.stderr.contains("args"), "{}", ran.stderr);
+    host.run(&["run", "job.json", "--fresh"], json!({})).expect(0);
+    assert!(host.env.path("out/previous-1/attempt-1").is_dir(), "nothing is deleted");
+}
+
+#[test]
+fn secrets_reach_the_trainer_and_no_file() {
+    let host = host();
+    host.job(json!({"secrets": ["SWANLAB_API_KEY"]}));
+    let mut command = host.command(&["run", "job.json"], &json!({}));
+    command.env("SWANLAB_API_KEY", "canary-4711");
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let names = std::fs::read_to_string(host.env.path("out/attempt-1/fake-argv.json")).unwrap();
+    assert!(names.contains("SWANLAB_API_KEY"), "the trainer has it");
+    let found = Command::new("grep").args(["-rl", "canary-4711"]).arg(host.env.path(".")).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&found.stdout), "", "files with the secret");
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("canary"));
+}
+
+#[test]
+fn a_secret_without_a_value_is_an_error_before_anything_starts() {
+    let host = host();
+    host.job(json!({"secrets": ["SWANLAB_API_KEY"]}));
+    let ran = host.run(&["run", "job.json"], json!({})).expect(2);
+    assert!(ran.stderr.contains("SWANLAB_API_KEY"), "{}", ran.stderr);
+    assert!(!host.env.path("out/attempt-1").exists());
+}
+
+#[test]
+fn a_time_limit_ends_it() {
+    let host = host();
+    host.job(json!({"time_limit": "2s"}));
+    let ran = host.run(&["run", "job.json"], json!({"step_seconds": 5})).expect(1);
+    assert!(ran.stdout.contains("time limit"), "{}", ran.stdout);
+}
+
+#[test]
+fn json_is_the_receipt_and_nothing_else() {
+    let host = host();
+    host.job(json!({}));
+    let receipt = host.run(&["run", "job.json", "--json"], json!({})).expect(0).json();
+    assert_eq!(receipt["state"], "succeeded");
+}
