@@ -2,4 +2,10 @@
 //!
 //! Pure: text and values in, text and values out. Everything that is known about ms-swift is in this crate.
 
+pub mod checkpoint;
+pub mod diagnosis;
 pub mod environment;
+pub mod oom_message;
+pub mod progress;
+pub mod proof;
+pub mod python_json;
