@@ -2,8 +2,14 @@
 //!
 //! Pure: text and values in, text and values out. Everything that is known about ms-swift is in this crate.
 
+pub mod checkpoint;
 pub mod command;
+pub mod diagnosis;
 pub mod dialect;
 pub mod environment;
 pub mod import;
+pub mod oom_message;
 pub mod parameters;
+pub mod progress;
+pub mod proof;
+pub mod python_json;
