@@ -67,7 +67,8 @@ pub(crate) fn block_costs(shape: &ModelShape, work: &Workload, adapted: &Adapted
     let sums = Sums::of(shape, work);
     let (tokens, mask, scores) = (sums.tokens, sums.mask(), sums.scores());
     let mlp = sums.norms() / 2.0 + sums.mlp() + sums.mlp_adapters(adapted);
-    let per_token = sums.norms() / 2.0 + sums.attention() + mlp + sums.adapters(adapted) - sums.mlp_adapters(adapted);
+    let per_token =
+        sums.norms() / 2.0 + sums.attention() + mlp + sums.adapters(adapted) - sums.mlp_adapters(adapted);
     let saved = tokens * per_token + mask.per_block + scores.saved;
     // Either the MLP is busy while the scores wait, or attention is, when what the MLP kept is gone.
     let mlp_busy = saved + tokens * sums.working(adapted);
@@ -147,10 +148,12 @@ impl Sums<'_> {
         }
         // The first two norms stand before linears; further ones (Gemma 2, GLM-4) before the residual sum.
         let before_linears = count.min(2.0);
-        let normalised = if self.shape.block == BlockKind::Gemma || self.fp32_stream() { 4.0 } else { self.e() };
+        let normalised =
+            if self.shape.block == BlockKind::Gemma || self.fp32_stream() { 4.0 } else { self.e() };
         let results = if self.fp32_stream() {
             // The result is fp32, so each linear that reads it makes its own half copy.
-            let fused = if self.shape.fused_qkv { 2.0 } else { 0.0 } + if self.shape.fused_gate_up { 1.0 } else { 0.0 };
+            let fused = if self.shape.fused_qkv { 2.0 } else { 0.0 }
+                + if self.shape.fused_gate_up { 1.0 } else { 0.0 };
             (5.0 - fused) * 2.0
         } else {
             before_linears * self.e()
@@ -183,7 +186,8 @@ impl Sums<'_> {
         // train also their inputs.
         // gpt-oss clamps and scales both halves of its gate, which keeps three more copies.
         let gate = if self.shape.block == BlockKind::GptOss { 6.0 } else { 3.0 };
-        let routed = top_k * (gate * e * m + e * self.h) + if self.full() { top_k * e * (m + self.h) } else { 0.0 };
+        let routed =
+            top_k * (gate * e * m + e * self.h) + if self.full() { top_k * e * (m + self.h) } else { 0.0 };
         let shared = if self.i > 0.0 { self.gated(self.i) + e * self.h } else { 0.0 };
         routed + shared
     }

@@ -123,8 +123,9 @@ fn normal_quantile(p: f64) -> f64 {
     let p = if p.is_nan() { 0.5 } else { p.clamp(1e-9, 1.0 - 1e-9) };
     let tail = p.min(1.0 - p);
     let t = (-2.0 * tail.ln()).sqrt();
-    let above = t - (2.515_517 + 0.802_853 * t + 0.010_328 * t * t)
-        / (1.0 + 1.432_788 * t + 0.189_269 * t * t + 0.001_308 * t * t * t);
+    let above = t
+        - (2.515_517 + 0.802_853 * t + 0.010_328 * t * t)
+            / (1.0 + 1.432_788 * t + 0.189_269 * t * t + 0.001_308 * t * t * t);
     if (p - 0.5).abs() < 1e-6 {
         0.0
     } else if p < 0.5 {
@@ -158,13 +159,21 @@ fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
     }
     if !(work.logit_share > 0.0 && work.logit_share <= 1.0) {
         let value = work.logit_share.to_string();
-        return Err(EstimateError::OutOfRange { what: "logit_share", value, bounds: "above 0 and at most 1" });
+        return Err(EstimateError::OutOfRange {
+            what: "logit_share",
+            value,
+            bounds: "above 0 and at most 1",
+        });
     }
     if work.train_type == TrainType::Full {
         return Ok(());
     }
     if work.lora_rank == 0 {
-        return Err(EstimateError::OutOfRange { what: "lora_rank", value: "0".to_owned(), bounds: at_least_one });
+        return Err(EstimateError::OutOfRange {
+            what: "lora_rank",
+            value: "0".to_owned(),
+            bounds: at_least_one,
+        });
     }
     let sure = matches!(model.source, ShapeSource::Config | ShapeSource::Catalogue);
     if sure && model.shape.adapted(&work.targets).next().is_none() {
@@ -176,7 +185,9 @@ fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
 fn no_such_target(model: &Model, targets: &Targets) -> EstimateError {
     let targets = match targets {
         Targets::AllLinear => "all-linear".to_owned(),
-        Targets::Names(names) => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" or "),
+        Targets::Names(names) => {
+            names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" or ")
+        }
     };
     let mut layers: Vec<&str> = model.shape.linears().iter().map(|linear| linear.name).collect();
     layers.dedup();
@@ -266,7 +277,8 @@ impl Pass {
 
     /// Returns the busiest moment of the step.
     fn peak(&self) -> Peak {
-        let stages = [self.forward(), self.loss(), self.top(), self.bottom(), self.after_bottom(), self.step()];
+        let stages =
+            [self.forward(), self.loss(), self.top(), self.bottom(), self.after_bottom(), self.step()];
         stages.into_iter().max_by(|a, b| a.sum().total_cmp(&b.sum())).unwrap_or_default()
     }
 
@@ -277,7 +289,11 @@ impl Pass {
     /// Activations that wait for the backward pass when it begins.
     fn waiting(&self) -> f64 {
         self.block.shared
-            + if self.checkpointed { self.stream * self.layers } else { self.stream + self.layers * self.block.saved }
+            + if self.checkpointed {
+                self.stream * self.layers
+            } else {
+                self.stream + self.layers * self.block.saved
+            }
     }
 
     /// The loss: its vocabulary-wide activations on top of all that waits.
@@ -291,7 +307,11 @@ impl Pass {
         if self.forward_copies == 0.0 {
             return self.loss();
         }
-        self.stage(self.earlier, self.waiting() + self.head_states + self.forward_copies, self.logits * 10.0 / 12.0)
+        self.stage(
+            self.earlier,
+            self.waiting() + self.head_states + self.forward_copies,
+            self.logits * 10.0 / 12.0,
+        )
     }
 
     /// The last block's backward pass.
@@ -361,7 +381,9 @@ fn resident(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> P
     let each = weight_bytes(work);
     // The headers of the weight files know better than any count, if they hold two-byte weights.
     let unpacked = match file_bytes {
-        Some(bytes) if bytes.as_f64() >= 1.6 * parameters => bytes.as_f64().min(2.2 * parameters) * each / 2.0,
+        Some(bytes) if bytes.as_f64() >= 1.6 * parameters => {
+            bytes.as_f64().min(2.2 * parameters) * each / 2.0
+        }
         Some(_) | None => each * parameters,
     };
     let adapter = 4.0 * float(shape.adapter_parameters(work.lora_rank, &work.targets));

@@ -69,11 +69,16 @@ impl EstimateRequestError {
             EstimateRequestError::UnknownKey { nearest: Some(nearest), .. } => {
                 Some(format!("did you mean `{nearest}`?"))
             }
-            EstimateRequestError::UnknownKey { nearest: None, .. } => Some(format!("the keys are: {}", KEYS.join(", "))),
-            EstimateRequestError::NotAnObject { .. } | EstimateRequestError::WhichConfig(_) => {
-                Some(r#"write one object a line, for example {"config": "path/to/config.json", "micro_batch": 4}"#.into())
+            EstimateRequestError::UnknownKey { nearest: None, .. } => {
+                Some(format!("the keys are: {}", KEYS.join(", ")))
             }
-            EstimateRequestError::Unusable { key, expected, .. } => Some(format!("set `{key}` to {expected}")),
+            EstimateRequestError::NotAnObject { .. } | EstimateRequestError::WhichConfig(_) => Some(
+                r#"write one object a line, for example {"config": "path/to/config.json", "micro_batch": 4}"#
+                    .into(),
+            ),
+            EstimateRequestError::Unusable { key, expected, .. } => {
+                Some(format!("set `{key}` to {expected}"))
+            }
             EstimateRequestError::Model(error) => error.help(),
             EstimateRequestError::Estimate(error) => error.help(),
         }
@@ -128,7 +133,10 @@ impl EstimateRequest {
         };
         for key in object.keys() {
             if !KEYS.contains(&key.as_str()) {
-                return Err(EstimateRequestError::UnknownKey { key: key.chars().take(80).collect(), nearest: nearest_key(key) });
+                return Err(EstimateRequestError::UnknownKey {
+                    key: key.chars().take(80).collect(),
+                    nearest: nearest_key(key),
+                });
             }
         }
         Ok(EstimateRequest { config: config_of(&object)?, workload: workload_of(&object)? })

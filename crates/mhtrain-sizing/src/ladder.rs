@@ -310,7 +310,9 @@ impl TierBookError {
     /// Returns what to do about it.
     pub fn help(&self) -> Option<String> {
         match self {
-            TierBookError::Toml(_) => Some("compare it with the tiers.toml that comes with the program".to_owned()),
+            TierBookError::Toml(_) => {
+                Some("compare it with the tiers.toml that comes with the program".to_owned())
+            }
             TierBookError::Unusable { what, expected, .. } => Some(format!("set {what} to {expected}")),
         }
     }
@@ -320,7 +322,15 @@ impl TierBookError {
 const VALUE_KEYS: [&str; 6] =
     ["learning_rate", "warmup_ratio", "max_grad_norm", "save_steps", "save_total_limit", "logging_steps"];
 const CLASS_KEYS: [&str; 10] = [
-    "name", "mixture", "from", "below", "effective_batch", "micro_batch", "micro_batches", "eval_steps", "max_length",
+    "name",
+    "mixture",
+    "from",
+    "below",
+    "effective_batch",
+    "micro_batch",
+    "micro_batches",
+    "eval_steps",
+    "max_length",
     "note",
 ];
 
@@ -350,7 +360,8 @@ impl TierBook {
 
     /// Returns the class of a model: the one that the catalogue names, else the first that its size is in.
     pub fn class_of(&self, model: &Model) -> &Class {
-        let named = model.class.as_ref().and_then(|name| self.classes.iter().find(|class| &class.name == name));
+        let named =
+            model.class.as_ref().and_then(|name| self.classes.iter().find(|class| &class.name == name));
         let parameters = crate::block::float(model.parameters());
         let mixture = model.shape.experts.is_some();
         let fits = |class: &&Class| {
@@ -403,8 +414,13 @@ impl TierBook {
         if self.classes.is_empty() {
             return Err(unusable("the list of classes", "empty", "one class or more"));
         }
-        if self.classes.last().is_some_and(|class| class.below.is_some() || class.mixture || class.from > 0.0) {
-            return Err(unusable("the last class", "limited", "without `below`, `from` and `mixture`: it takes the rest"));
+        if self.classes.last().is_some_and(|class| class.below.is_some() || class.mixture || class.from > 0.0)
+        {
+            return Err(unusable(
+                "the last class",
+                "limited",
+                "without `below`, `from` and `mixture`: it takes the rest",
+            ));
         }
         self.classes.iter().try_for_each(Class::check)?;
         let lengths = [
@@ -465,7 +481,11 @@ impl Class {
             return Err(unusable(&what("micro_batches"), &found, "in falling order"));
         }
         if !self.micro_batches.contains(&self.micro_batch) {
-            return Err(unusable(&what("micro_batch"), &self.micro_batch.to_string(), "one of its `micro_batches`"));
+            return Err(unusable(
+                &what("micro_batch"),
+                &self.micro_batch.to_string(),
+                "one of its `micro_batches`",
+            ));
         }
         Ok(())
     }
@@ -493,7 +513,11 @@ fn refuse_unknown_values(table: &toml::Table) -> Result<(), TierBookError> {
 fn refuse_unknown(place: &str, table: &toml::Table, own: &[&str]) -> Result<(), TierBookError> {
     let known = |key: &str| own.contains(&key) || VALUE_KEYS.contains(&key);
     match table.keys().find(|key| !known(key)) {
-        Some(key) => Err(unusable(&format!("`{key}` in [{place}]"), "no known key", "left out, or spelt as in the shipped file")),
+        Some(key) => Err(unusable(
+            &format!("`{key}` in [{place}]"),
+            "no known key",
+            "left out, or spelt as in the shipped file",
+        )),
         None => Ok(()),
     }
 }

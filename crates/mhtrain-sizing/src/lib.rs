@@ -7,6 +7,7 @@
 
 mod block;
 pub mod catalogue;
+pub mod correct;
 pub mod estimate;
 pub mod estimate_request;
 pub mod gpu;

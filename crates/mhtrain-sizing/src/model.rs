@@ -93,7 +93,8 @@ impl Model {
             }
             (None, Some(known)) => {
                 let mut model = Model::of_shape(name, known.shape.clone());
-                model.source = if known.exact_blocks { ShapeSource::Catalogue } else { ShapeSource::UnknownBlock };
+                model.source =
+                    if known.exact_blocks { ShapeSource::Catalogue } else { ShapeSource::UnknownBlock };
                 model.adopt(known);
                 model
             }
@@ -131,8 +132,8 @@ impl Model {
     }
 
     fn from_name(name: &str) -> Result<Model, ResolveError> {
-        let (shape, billions) =
-            crate::catalogue::shape_from_name(name).ok_or_else(|| ResolveError::Unknown { name: name.to_owned() })?;
+        let (shape, billions) = crate::catalogue::shape_from_name(name)
+            .ok_or_else(|| ResolveError::Unknown { name: name.to_owned() })?;
         Ok(Model {
             source: ShapeSource::Name,
             notes: vec![format!(
@@ -306,7 +307,9 @@ impl ShapeError {
             ShapeError::Missing { key } => {
                 format!("is this the config.json of a causal language model? it should state `{key}`")
             }
-            ShapeError::Unusable { key, .. } => format!("compare `{key}` with the config.json on the model's hub page"),
+            ShapeError::Unusable { key, .. } => {
+                format!("compare `{key}` with the config.json on the model's hub page")
+            }
             ShapeError::TooLarge { .. } => "compare the dimensions with the model's hub page".to_owned(),
         }
     }
@@ -416,7 +419,8 @@ impl ModelShape {
             (tied, _) => tied,
         };
         let traits = Traits::of(&model_type);
-        let stated = object.get("model_type").or_else(|| outer.get("model_type")).is_some_and(Value::is_string);
+        let stated =
+            object.get("model_type").or_else(|| outer.get("model_type")).is_some_and(Value::is_string);
         let shape = read_shape(&Fields { object }, model_type, &traits, tied)?;
         let parameters = shape.parameters();
         if parameters > PARAMETERS_MAX {
@@ -445,7 +449,8 @@ impl ModelShape {
     ///
     /// Source: the modules of `modeling_*.py` in transformers 5.19, counted.
     pub fn parameters(&self) -> u64 {
-        let linears: u128 = self.linears().iter().map(|linear| linear.parameters() * u128::from(linear.layers)).sum();
+        let linears: u128 =
+            self.linears().iter().map(|linear| linear.parameters() * u128::from(linear.layers)).sum();
         let (layers, hidden) = (u128::from(self.layers), u128::from(self.hidden));
         let norm_width = if self.block == BlockKind::Llama && self.norms_per_block == 0 { 0 } else { hidden };
         let mut per_layer = u128::from(self.norms_per_block) * norm_width;
@@ -497,7 +502,8 @@ impl ModelShape {
     pub fn linears(&self) -> Vec<Linear> {
         let (h, q, k) = (self.hidden, self.q_width(), self.k_width());
         let names = LinearNames::of(&self.model_type);
-        let (qkv_bias, o_bias) = (self.attention_bias != AttentionBias::None, self.attention_bias == AttentionBias::All);
+        let (qkv_bias, o_bias) =
+            (self.attention_bias != AttentionBias::None, self.attention_bias == AttentionBias::All);
         let linear = |name, part, input, output, bias| Linear {
             name,
             part,
@@ -521,7 +527,11 @@ impl ModelShape {
             Some(experts) => {
                 // An adapter on "all linears" of a mixture meets attention only, as in the memory harness: with
                 // transformers 5 the experts are fused tensors. A shared expert is adapted by name.
-                all.extend(self.mlp(experts.shared_intermediate, self.layers.saturating_sub(experts.dense_layers), false));
+                all.extend(self.mlp(
+                    experts.shared_intermediate,
+                    self.layers.saturating_sub(experts.dense_layers),
+                    false,
+                ));
                 all.extend(self.mlp(self.intermediate, experts.dense_layers, false));
             }
         }
@@ -534,8 +544,15 @@ impl ModelShape {
             return Vec::new();
         }
         let names = LinearNames::of(&self.model_type);
-        let linear =
-            |name, part, input, output| Linear { name, part, input, output, bias: !self.gated_mlp, layers, adapted_by_all };
+        let linear = |name, part, input, output| Linear {
+            name,
+            part,
+            input,
+            output,
+            bias: !self.gated_mlp,
+            layers,
+            adapted_by_all,
+        };
         let h = self.hidden;
         let mut all = Vec::with_capacity(3);
         if self.fused_gate_up {
@@ -623,8 +640,12 @@ impl LinearNames {
             down: "down_proj",
         };
         match model_type {
-            "qwen" => LinearNames { qkv: "c_attn", output: "c_proj", gate: "w2", up: "w1", down: "c_proj", ..usual },
-            "internlm2" => LinearNames { qkv: "wqkv", output: "wo", gate: "w1", up: "w3", down: "w2", ..usual },
+            "qwen" => {
+                LinearNames { qkv: "c_attn", output: "c_proj", gate: "w2", up: "w1", down: "c_proj", ..usual }
+            }
+            "internlm2" => {
+                LinearNames { qkv: "wqkv", output: "wo", gate: "w1", up: "w3", down: "w2", ..usual }
+            }
             "baichuan" => LinearNames { qkv: "W_pack", ..usual },
             "chatglm" => LinearNames {
                 qkv: "query_key_value",
@@ -693,7 +714,11 @@ impl Traits {
             "qwen2_moe" => Traits { bias: AttentionBias::Qkv, ..moe },
             "mixtral" => moe,
             "gpt_oss" => Traits { block: BlockKind::GptOss, bias: AttentionBias::All, ..moe },
-            other => Traits { known: false, mixture: other.contains("moe") || other.starts_with("deepseek_v"), ..llama },
+            other => Traits {
+                known: false,
+                mixture: other.contains("moe") || other.starts_with("deepseek_v"),
+                ..llama
+            },
         }
     }
 }
@@ -778,7 +803,8 @@ fn read_experts(
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
     let count = fields.needed(&["num_experts", "num_local_experts", "n_routed_experts"], EXPERTS_MAX)?;
-    let top_k = fields.needed(&["num_experts_per_tok", "experts_per_token", "num_experts_per_token"], EXPERTS_MAX)?;
+    let top_k =
+        fields.needed(&["num_experts_per_tok", "experts_per_token", "num_experts_per_token"], EXPERTS_MAX)?;
     let intermediate = fields.needed(&["moe_intermediate_size", "intermediate_size"], WIDTH_MAX)?;
     let shared = match fields.number(&["shared_expert_intermediate_size"], WIDTH_MAX)? {
         Some(width) => width,

@@ -1,12 +1,18 @@
 //! Which rung is the best that fits?
 
+use std::cmp::Ordering;
+
 use serde::Serialize;
 
-use crate::estimate::{Estimate, EstimateError};
-use crate::ladder::TierBook;
-use crate::request::Request;
-use crate::tier::Tier;
+pub use crate::correct::after_oom;
+use crate::estimate::{Estimate, EstimateError, estimate};
+use crate::gpu::ComputeCapability;
+use crate::ladder::{Class, TierBook, Values};
+use crate::model::ShapeSource;
+use crate::request::{Learning, Length, Request};
+use crate::tier::{Profile, Tier};
 use crate::units::Bytes;
+use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
 
 /// One rung of the ladder with the engine's verdict.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -49,8 +55,66 @@ impl Plan {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
     /// The model or a pinned value cannot be estimated.
-    #[error("cannot predict the memory")]
+    #[error(transparent)]
     Estimate(#[from] EstimateError),
+    /// A number of the request cannot be.
+    #[error("`{what}` is {found}, and has to be {expected}")]
+    Unusable {
+        /// Key of the job.
+        what: &'static str,
+        /// What it is.
+        found: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// Both factors of the batch are pinned, and their product is too small.
+    #[error(
+        "micro-batch {micro_batch} x accumulation {accumulation} = {product} is pinned, and the effective batch has \
+         to be {min_effective_batch} or more"
+    )]
+    PinnedBatchTooSmall {
+        /// Pinned micro-batch.
+        micro_batch: u32,
+        /// Pinned accumulation.
+        accumulation: u32,
+        /// Their product.
+        product: u64,
+        /// Least effective batch.
+        min_effective_batch: u32,
+    },
+    /// Two wishes exclude each other.
+    #[error("{0}")]
+    Conflict(String, String),
+    /// No rung fits, and the emergency profile may not be tried.
+    #[error("no tier fits on {card}: the smallest ({tier}) needs {needed}, {free} are free{costs}")]
+    NothingFits {
+        /// The card.
+        card: String,
+        /// The rung that needs least.
+        tier: String,
+        /// What that rung needs.
+        needed: Bytes,
+        /// What the card has free.
+        free: Bytes,
+        /// What pins cost, as the end of the sentence; empty when they cost nothing.
+        costs: String,
+        /// What would help.
+        help: String,
+    },
+    /// The weights alone are too much.
+    #[error("`{model}` does not fit on {card}: what stays in memory needs {needed}, {free} are free")]
+    WeightsDoNotFit {
+        /// The model.
+        model: String,
+        /// The card.
+        card: String,
+        /// Weights, adapters, optimizer moments and CUDA context.
+        needed: Bytes,
+        /// What the card has free.
+        free: Bytes,
+        /// What would help.
+        help: String,
+    },
 }
 
 impl PlanError {
@@ -58,24 +122,782 @@ impl PlanError {
     pub fn help(&self) -> Option<String> {
         match self {
             PlanError::Estimate(error) => error.help(),
+            PlanError::Unusable { what, expected, .. } => Some(format!("set `{what}` to {expected}")),
+            PlanError::PinnedBatchTooSmall { product, min_effective_batch, .. } => Some(format!(
+                "pin only one of the two and let the other be solved, or set `min_effective_batch` to {product} \
+                 instead of {min_effective_batch}"
+            )),
+            PlanError::Conflict(_, help)
+            | PlanError::NothingFits { help, .. }
+            | PlanError::WeightsDoNotFit { help, .. } => Some(help.clone()),
         }
     }
 }
 
 /// Returns every rung in order and the one to start at.
-pub fn plan(_request: &Request, _book: &TierBook) -> Result<Plan, PlanError> {
-    Err(EstimateError::OutOfRange { what: "plan", value: "WIP".into(), bounds: "WIP" }.into())
+///
+/// Order is lexicographic: first what is trained, then throughput. The class's own batch is the presumption and is
+/// taken when its best guess fits; smaller batches and shorter rows are taken when they fit at the stated risk, larger
+/// batches when they fit with room to spare and are faster. When nothing fits, the emergency rung is tried once, unless
+/// the weights alone are too much. Every threshold depends on the rung alone, so more free memory never picks a lower
+/// rung.
+///
+/// # Errors
+/// Pins or wishes that exclude each other, and models that do not fit.
+pub fn plan(request: &Request, book: &TierBook) -> Result<Plan, PlanError> {
+    let sizing = Sizing::of(request, book)?;
+    let candidates = sizing.candidates()?;
+    let chosen = sizing.choose(&candidates)?;
+    let rungs = sizing.rungs(&candidates, chosen);
+    let notes = sizing.notes(&candidates, chosen);
+    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, notes })
 }
 
-/// Returns the rung to try after the attempt at `dead_rung` ran out of device memory; `None` when nothing is left.
+/// Returns the pass that a rung means for the card.
+pub fn workload(request: &Request, tier: &Tier) -> Workload {
+    Workload {
+        train_type: request.train_type,
+        lora_rank: request.lora_rank,
+        targets: request.targets.clone(),
+        dtype: tier.torch_dtype,
+        micro_batch: tier.micro_batch,
+        accumulation: tier.accumulation,
+        max_length: tier.max_length,
+        packing: tier.packing,
+        // A single row has nothing to be padded to.
+        padded: !tier.packing && tier.micro_batch > 1,
+        attn_impl: tier.attn_impl,
+        gradient_checkpointing: tier.gradient_checkpointing,
+        liger_kernel: tier.liger_kernel,
+        logit_share: 1.0,
+    }
+}
+
+/// By which rule a rung is admitted.
+#[derive(Copy, Clone, Debug, PartialEq)]
+enum Rule {
+    /// The class's own batch, or a pinned one: the best guess has to fit.
+    Presumed,
+    /// A smaller batch or shorter rows: has to fit at the stated risk.
+    Careful,
+    /// A larger batch: has to fit at a smaller risk, and be faster than the next smaller by this share.
+    Larger { gain: f64 },
+}
+
+/// A rung before the choice.
+#[derive(Clone, Debug)]
+struct Candidate {
+    tier: Tier,
+    rule: Rule,
+    estimate: Estimate,
+    needed: Bytes,
+    admitted: bool,
+}
+
+/// Everything that is settled before the rungs are listed.
+struct Sizing<'a> {
+    request: &'a Request,
+    book: &'a TierBook,
+    class: &'a Class,
+    effective_batch: u64,
+    batches: Batches,
+    lengths: Lengths,
+    attention: Attention,
+    dtype: Dtype,
+    liger: bool,
+    notes: Vec<String>,
+}
+
+/// Which factors of the effective batch may be tried.
+#[derive(Clone, Debug)]
+struct Batches {
+    /// The presumption.
+    own: u32,
+    /// To try, largest first.
+    micro: Vec<u32>,
+    /// Nothing to choose: a factor is pinned.
+    pinned: bool,
+}
+
+/// Which lengths may be tried.
+#[derive(Copy, Clone, Debug)]
+struct Lengths {
+    long: Option<u32>,
+    standard: Option<u32>,
+    shorter: Option<u32>,
+    emergency: u32,
+}
+
+/// Attention and packing of the standard rungs and of the emergency rung.
+#[derive(Copy, Clone, Debug)]
+struct Attention {
+    attn_impl: AttnImpl,
+    packing: bool,
+    emergency_attn_impl: AttnImpl,
+    emergency_packing: bool,
+}
+
+impl<'a> Sizing<'a> {
+    fn of(request: &'a Request, book: &'a TierBook) -> Result<Sizing<'a>, PlanError> {
+        check_numbers(request)?;
+        let class = book.class_of(&request.model);
+        let mut notes = request.model.notes.clone();
+        notes.extend(class.note.clone());
+        let (effective_batch, batches) = settle_batch(request, class, &mut notes)?;
+        let lengths = settle_lengths(request, book, class)?;
+        let attention = settle_attention(request, book, &mut notes)?;
+        let dtype = settle_dtype(request, &mut notes)?;
+        let liger = settle_liger(request, &mut notes);
+        note_environment(request, &mut notes);
+        if request.learning == Learning::Fast {
+            notes.extend(book.learning.fast.note.clone());
+        }
+        Ok(Sizing { request, book, class, effective_batch, batches, lengths, attention, dtype, liger, notes })
+    }
+
+    /// Returns every rung in order, with its prediction.
+    fn candidates(&self) -> Result<Vec<Candidate>, PlanError> {
+        let mut tiers: Vec<(Tier, Rule)> = Vec::new();
+        let whole = [(Profile::Long, self.lengths.long), (Profile::Standard, self.lengths.standard)];
+        for (profile, length) in whole {
+            let Some(length) = length else { continue };
+            tiers.extend(
+                self.batches
+                    .micro
+                    .iter()
+                    .map(|&micro| (self.standard_tier(profile, micro, length), self.rule(micro, length))),
+            );
+        }
+        if let Some(length) = self.lengths.shorter {
+            let small =
+                |micro: &&u32| self.batches.pinned || **micro <= self.book.profiles.shorter.micro_batch_max;
+            tiers.extend(
+                self.batches
+                    .micro
+                    .iter()
+                    .filter(small)
+                    .map(|&micro| (self.standard_tier(Profile::Shorter, micro, length), Rule::Careful)),
+            );
+        }
+        if self.request.allow.emergency && !self.request.pins.leave_nothing_to_size() {
+            tiers.push((self.emergency_tier(), Rule::Careful));
+        }
+        tiers.into_iter().map(|(tier, rule)| self.candidate(tier, rule)).collect()
+    }
+
+    fn candidate(&self, tier: Tier, rule: Rule) -> Result<Candidate, PlanError> {
+        let estimate = estimate(&self.request.model, &workload(self.request, &tier))?;
+        let risk = self.request.oom_risk;
+        let needed = match rule {
+            Rule::Presumed => estimate.device_peak_bytes,
+            Rule::Careful => estimate.admission_bytes(risk),
+            Rule::Larger { .. } => estimate.admission_bytes(risk * self.book.ladder.larger_risk_share),
+        };
+        let worth_it = match rule {
+            Rule::Larger { gain } => gain >= self.book.ladder.throughput_gain_min,
+            Rule::Presumed | Rule::Careful => true,
+        };
+        let admitted = worth_it && needed <= self.request.card.free;
+        Ok(Candidate { tier, rule, estimate, needed, admitted })
+    }
+
+    fn rule(&self, micro: u32, length: u32) -> Rule {
+        match micro.cmp(&self.batches.own) {
+            Ordering::Equal => Rule::Presumed,
+            Ordering::Less => Rule::Careful,
+            Ordering::Greater => Rule::Larger { gain: self.gain(micro, length) },
+        }
+    }
+
+    /// Returns by what share a pass of `micro` rows is faster than one of the next smaller micro-batch.
+    ///
+    /// A pass of T tokens runs at T / (T + T0) of full speed: a matrix product first waits for its weights, and each
+    /// token then adds its share of arithmetic (Williams et al. 2009, roofline).
+    fn gain(&self, micro: u32, length: u32) -> f64 {
+        let smaller =
+            self.batches.micro.iter().copied().filter(|other| *other < micro).max().unwrap_or(micro);
+        let speed = |rows: u32| {
+            let tokens = f64::from(rows) * f64::from(length);
+            tokens / (tokens + self.book.ladder.saturation_tokens)
+        };
+        speed(micro) / speed(smaller) - 1.0
+    }
+
+    fn accumulation(&self, micro: u32) -> u32 {
+        let passes = self.effective_batch.div_ceil(u64::from(micro.max(1)));
+        self.request.pins.accumulation.unwrap_or_else(|| u32::try_from(passes).unwrap_or(u32::MAX))
+    }
+
+    fn standard_tier(&self, name: Profile, micro: u32, max_length: u32) -> Tier {
+        let asked = self.book.asked(self.request.learning, self.request.save);
+        let values = self.book.standard_values(self.class, &asked);
+        let attention = self.attention;
+        self.tier(name, micro, max_length, attention.packing, attention.attn_impl, &values)
+    }
+
+    fn emergency_tier(&self) -> Tier {
+        let asked = self.book.asked(self.request.learning, self.request.save);
+        let values = self.book.emergency_values(&asked);
+        let micro = if self.batches.pinned {
+            self.batches.own
+        } else {
+            self.smallest(self.book.profiles.emergency.micro_batch)
+        };
+        let attention = self.attention;
+        self.tier(
+            Profile::Emergency,
+            micro,
+            self.lengths.emergency,
+            attention.emergency_packing,
+            attention.emergency_attn_impl,
+            &values,
+        )
+    }
+
+    /// Returns the largest divisor of the effective batch up to `micro`, so that E stays what it is.
+    fn smallest(&self, micro: u32) -> u32 {
+        (1..=micro).rev().find(|rows| self.effective_batch.is_multiple_of(u64::from(*rows))).unwrap_or(1)
+    }
+
+    fn tier(
+        &self,
+        name: Profile,
+        micro_batch: u32,
+        max_length: u32,
+        packing: bool,
+        attn_impl: AttnImpl,
+        values: &Values,
+    ) -> Tier {
+        let (pins, standard) = (&self.request.pins, &self.book.profiles.standard);
+        let mixture = self.request.model.shape.experts.is_some();
+        Tier {
+            name,
+            micro_batch,
+            accumulation: self.accumulation(micro_batch),
+            world_size: 1,
+            max_length,
+            packing,
+            attn_impl,
+            torch_dtype: self.dtype,
+            gradient_checkpointing: pins.gradient_checkpointing.unwrap_or(standard.gradient_checkpointing),
+            liger_kernel: self.liger,
+            learning_rate: pins.learning_rate.or(values.learning_rate).unwrap_or(standard.learning_rate),
+            warmup_ratio: pins.warmup_ratio.or(values.warmup_ratio).unwrap_or(standard.warmup_ratio),
+            max_grad_norm: pins.max_grad_norm.or(values.max_grad_norm),
+            num_train_epochs: pins.num_train_epochs.unwrap_or(standard.num_train_epochs),
+            save_steps: pins.save_steps.or(values.save_steps).unwrap_or(standard.save_steps),
+            save_total_limit: pins
+                .save_total_limit
+                .or(values.save_total_limit)
+                .unwrap_or(standard.save_total_limit),
+            logging_steps: pins.logging_steps.or(values.logging_steps).unwrap_or(standard.logging_steps),
+            router_aux_loss_coef: pins
+                .router_aux_loss_coef
+                .or(mixture.then_some(self.book.mixture.router_aux_loss_coef)),
+        }
+    }
+
+    /// Returns the first rung that is admitted, else the emergency rung.
+    fn choose(&self, candidates: &[Candidate]) -> Result<usize, PlanError> {
+        if let Some(index) = candidates.iter().position(|candidate| candidate.admitted) {
+            return Ok(index);
+        }
+        let free = self.request.card.free;
+        let smallest =
+            candidates.iter().min_by_key(|candidate| candidate.needed).ok_or(PlanError::Unusable {
+                what: "tiers.toml",
+                found: "without a rung for this job".to_owned(),
+                expected: "a book with micro-batches for its class",
+            })?;
+        let resident = smallest.estimate.resident_bytes();
+        if resident > free {
+            return Err(PlanError::WeightsDoNotFit {
+                model: self.request.model.name.clone(),
+                card: self.card(),
+                needed: resident,
+                free,
+                help: self.what_would_help(resident),
+            });
+        }
+        match candidates.last() {
+            Some(last) if last.tier.name == Profile::Emergency => Ok(candidates.len() - 1),
+            Some(_) | None => Err(PlanError::NothingFits {
+                card: self.card(),
+                tier: smallest.tier.to_string(),
+                needed: smallest.needed,
+                free,
+                costs: self.cost_of_pins(&smallest.tier),
+                help: self.what_would_help(smallest.needed),
+            }),
+        }
+    }
+
+    fn card(&self) -> String {
+        match self.request.card.index {
+            Some(index) => format!("GPU {index} ({})", self.request.card.name),
+            None => self.request.card.name.clone(),
+        }
+    }
+
+    /// Returns what each pin of `tier` costs against the most frugal value, as the end of a sentence.
+    fn cost_of_pins(&self, tier: &Tier) -> String {
+        let pins = &self.request.pins;
+        let frugal = &self.book.profiles.emergency;
+        let mut released: Vec<(String, Tier)> = Vec::new();
+        if self.batches.pinned && tier.micro_batch > 1 {
+            let text = format!("micro-batch {} instead of 1", tier.micro_batch);
+            released.push((text, Tier { micro_batch: 1, ..tier.clone() }));
+        }
+        if tier.max_length > frugal.max_length && self.pinned_length() {
+            let text = format!("max_length {} instead of {}", tier.max_length, frugal.max_length);
+            released.push((text, Tier { max_length: frugal.max_length, ..tier.clone() }));
+        }
+        if pins.gradient_checkpointing == Some(false) {
+            let text = "gradient_checkpointing false instead of true".to_owned();
+            released.push((text, Tier { gradient_checkpointing: true, ..tier.clone() }));
+        }
+        if pins.torch_dtype == Some(Dtype::Float32) {
+            let text = "torch_dtype float32 instead of bfloat16".to_owned();
+            released.push((text, Tier { torch_dtype: Dtype::Bfloat16, ..tier.clone() }));
+        }
+        if pins.attn_impl == Some(AttnImpl::Eager) {
+            let text = "attn_impl eager instead of sdpa".to_owned();
+            released.push((text, Tier { attn_impl: AttnImpl::Sdpa, ..tier.clone() }));
+        }
+        let costs: Vec<String> =
+            released.into_iter().filter_map(|(text, other)| self.cost(tier, &text, &other)).collect();
+        if costs.is_empty() { String::new() } else { format!("; of that, {}", costs.join(", ")) }
+    }
+
+    fn cost(&self, tier: &Tier, text: &str, released: &Tier) -> Option<String> {
+        let need =
+            |tier| Some(estimate(&self.request.model, &workload(self.request, tier)).ok()?.device_peak_bytes);
+        let saved = need(tier)?.checked_sub(need(released)?)?;
+        (saved > Bytes::ZERO).then(|| format!("{text} (pinned) costs {saved}"))
+    }
+
+    fn pinned_length(&self) -> bool {
+        self.request.pins.max_length.is_some() || matches!(self.request.length, Length::Tokens(_))
+    }
+
+    fn what_would_help(&self, needed: Bytes) -> String {
+        let missing = needed.saturating_sub(self.request.card.free);
+        let mut ways = vec![format!("free {missing} more on {}", self.card())];
+        if self.request.held_by_others > Bytes::ZERO {
+            ways[0] = format!("{} (other processes hold {})", ways[0], self.request.held_by_others);
+        }
+        match self.request.train_type {
+            TrainType::Full => ways.push("train adapters (`train_type` lora or qlora)".to_owned()),
+            TrainType::Lora => ways.push("pack the weights into 4 bits (`train_type` qlora)".to_owned()),
+            TrainType::Qlora => {}
+        }
+        if self.pinned_length() {
+            ways.push("unpin the length".to_owned());
+        } else if !self.request.allow.shorter_max_length {
+            ways.push("allow shorter rows (`allow.shorter_max_length`)".to_owned());
+        }
+        if self.batches.pinned {
+            ways.push("unpin the batch".to_owned());
+        }
+        if !self.request.allow.emergency {
+            ways.push("allow the emergency profile (`allow.emergency`)".to_owned());
+        }
+        if !self.liger && self.request.features.liger {
+            ways.push("allow Liger's fused loss (`allow.liger`)".to_owned());
+        }
+        ways.push("or take a smaller model".to_owned());
+        ways.join(", ")
+    }
+
+    fn rungs(&self, candidates: &[Candidate], chosen: usize) -> Vec<Rung> {
+        let rung = |(index, candidate): (usize, &Candidate)| Rung {
+            tier: candidate.tier.clone(),
+            predicted_peak_bytes: candidate.estimate.device_peak_bytes,
+            admission_bytes: candidate.needed,
+            fits: candidate.admitted,
+            why: self.why(candidate, index.cmp(&chosen)),
+            estimate: candidate.estimate.clone(),
+        };
+        candidates.iter().enumerate().map(rung).collect()
+    }
+
+    /// Returns why a rung is, or is not, taken, with both numbers.
+    fn why(&self, candidate: &Candidate, place: Ordering) -> String {
+        let free = self.request.card.free;
+        let basis = match candidate.rule {
+            Rule::Presumed => "best guess".to_owned(),
+            Rule::Careful => format!("at {} risk", percent(self.request.oom_risk)),
+            Rule::Larger { .. } => {
+                format!("at {} risk", percent(self.request.oom_risk * self.book.ladder.larger_risk_share))
+            }
+        };
+        let numbers = format!("needs {} ({basis}), {free} are free", candidate.needed);
+        let emergency = candidate.tier.name == Profile::Emergency;
+        match (place, candidate.admitted, candidate.rule) {
+            (Ordering::Equal, true, _) if emergency => format!("taken, nothing better fits: {numbers}"),
+            (Ordering::Equal, true, _) => format!("taken: {numbers}"),
+            (Ordering::Equal, false, _) => format!("tried once although nothing fits: {numbers}"),
+            (Ordering::Greater, true, _) => format!("in reserve: {numbers}"),
+            (Ordering::Greater, false, _) if emergency => {
+                format!("in reserve, as the last resort: {numbers}")
+            }
+            (_, false, Rule::Larger { gain }) if gain < self.book.ladder.throughput_gain_min => format!(
+                "not worth it: only {} faster than the next smaller micro-batch; {numbers}",
+                percent(gain)
+            ),
+            (Ordering::Less, _, _) | (Ordering::Greater, false, _) => format!("refused: {numbers}"),
+        }
+    }
+
+    /// Returns what differs from the recipe or from what the job asked.
+    fn notes(&self, candidates: &[Candidate], chosen: usize) -> Vec<String> {
+        let mut notes = self.notes.clone();
+        let Some(taken) = candidates.get(chosen) else { return notes };
+        let free = self.request.card.free;
+        let first = candidates.iter().find(|candidate| candidate.rule == Rule::Presumed);
+        if let Some(first) = first.filter(|first| first.tier != taken.tier) {
+            let relation = if first.admitted { "would fit" } else { "does not fit" };
+            notes.push(format!(
+                "{} is taken instead of the class's own {}, which needs {} (best guess) and {relation} in the {free} \
+                 that are free",
+                taken.tier, first.tier, first.estimate.device_peak_bytes
+            ));
+            notes.extend(what_changes(&first.tier, &taken.tier));
+            notes.extend(self.liger_hint(&first.tier));
+        }
+        if self.request.held_by_others > Bytes::ZERO {
+            notes.push(format!("other processes hold {} on this card", self.request.held_by_others));
+        }
+        notes
+    }
+
+    /// Returns a hint when Liger's fused loss would let the class's own batch in.
+    fn liger_hint(&self, tier: &Tier) -> Option<String> {
+        if self.liger || !self.request.features.liger || self.request.pins.liger_kernel.is_some() {
+            return None;
+        }
+        let with = Tier { liger_kernel: true, ..tier.clone() };
+        let need = estimate(&self.request.model, &workload(self.request, &with)).ok()?.device_peak_bytes;
+        (need <= self.request.card.free).then(|| {
+            format!("with `allow.liger` {tier} would need {need} and fit, because Liger never holds all logits at once")
+        })
+    }
+}
+
+fn percent(share: f64) -> String {
+    let percent = 100.0 * share;
+    if (percent - percent.round()).abs() < 0.05 {
+        format!("{percent:.0} %")
+    } else {
+        format!("{percent:.1} %")
+    }
+}
+
+/// Returns what a lower rung changes about the training beside the batch.
+fn what_changes(from: &Tier, to: &Tier) -> Vec<String> {
+    let mut changes = Vec::new();
+    if to.max_length != from.max_length {
+        changes.push(format!(
+            "rows are at most {} tokens instead of {}: longer ones are left out",
+            to.max_length, from.max_length
+        ));
+    }
+    if to.packing != from.packing {
+        changes.push("rows are not packed: there are more steps, and each is less full".to_owned());
+    }
+    if to.learning_rate != from.learning_rate {
+        changes.push(format!(
+            "the learning rate is {:e} instead of {:e} (the emergency profile's)",
+            to.learning_rate, from.learning_rate
+        ));
+    }
+    changes
+}
+
+fn check_numbers(request: &Request) -> Result<(), PlanError> {
+    let pins = &request.pins;
+    let counts = [
+        ("per_device_train_batch_size", pins.micro_batch),
+        ("gradient_accumulation_steps", pins.accumulation),
+        ("max_length", pins.max_length),
+        ("length", if let Length::Tokens(tokens) = request.length { Some(tokens) } else { None }),
+    ];
+    for (what, count) in counts {
+        if count.is_some_and(|count| count == 0 || count > COUNT_MAX) {
+            let found = count.unwrap_or(0).to_string();
+            return Err(PlanError::Unusable { what, found, expected: "a whole number from 1 to 16777216" });
+        }
+    }
+    if request.min_effective_batch == 0 || request.min_effective_batch > COUNT_MAX {
+        let found = request.min_effective_batch.to_string();
+        return Err(PlanError::Unusable {
+            what: "min_effective_batch",
+            found,
+            expected: "a whole number from 1 to 16777216",
+        });
+    }
+    if !(request.oom_risk > 0.0 && request.oom_risk < 1.0) {
+        let found = request.oom_risk.to_string();
+        return Err(PlanError::Unusable { what: "oom_risk", found, expected: "above 0 and below 1" });
+    }
+    Ok(())
+}
+
+/// Largest batch or length that is planned for: beyond any trainer, and far from any overflow.
+const COUNT_MAX: u32 = 1 << 24;
+
+/// Largest micro-batch that is tried beside those of the class.
+const MICRO_BATCH_MAX: u32 = 64;
+
+/// Returns the effective batch and the micro-batches to try.
 ///
-/// `observed_need` is what the out-of-memory message says the attempt would have needed, `free_now` what the card
-/// has free for us.
-pub fn after_oom(
-    _plan: &Plan,
-    _dead_rung: usize,
-    _observed_need: Option<Bytes>,
-    _free_now: Option<Bytes>,
-) -> Option<usize> {
-    None
+/// The effective batch is the class's own; if the job asks for more, the next multiple of the class's own micro-batch,
+/// so that the presumption stays. Under it a job may go, and need not.
+fn settle_batch(
+    request: &Request,
+    class: &Class,
+    notes: &mut Vec<String>,
+) -> Result<(u64, Batches), PlanError> {
+    let min = request.min_effective_batch;
+    let wanted = if min > class.effective_batch {
+        min.next_multiple_of(class.micro_batch)
+    } else {
+        class.effective_batch
+    };
+    let fixed = |micro: u32| Batches { own: micro, micro: vec![micro], pinned: true };
+    match (request.pins.micro_batch, request.pins.accumulation) {
+        (Some(micro_batch), Some(accumulation)) => {
+            let product = u64::from(micro_batch) * u64::from(accumulation);
+            if product < u64::from(min) {
+                let min_effective_batch = min;
+                return Err(PlanError::PinnedBatchTooSmall {
+                    micro_batch,
+                    accumulation,
+                    product,
+                    min_effective_batch,
+                });
+            }
+            Ok((product, fixed(micro_batch)))
+        }
+        (Some(micro), None) => {
+            let passes = wanted.div_ceil(micro);
+            let product = u64::from(micro) * u64::from(passes);
+            notes.push(format!(
+                "micro-batch {micro} is pinned: accumulation {passes} makes an effective batch of {product}, at least \
+                 {wanted}"
+            ));
+            Ok((product, fixed(micro)))
+        }
+        (None, Some(accumulation)) => {
+            let micro = wanted.div_ceil(accumulation);
+            let product = u64::from(micro) * u64::from(accumulation);
+            notes.push(format!(
+                "accumulation {accumulation} is pinned: micro-batch {micro} makes an effective batch of {product}, at \
+                 least {wanted}"
+            ));
+            Ok((product, fixed(micro)))
+        }
+        (None, None) => {
+            let micro = if wanted == class.effective_batch {
+                class.micro_batches.clone()
+            } else {
+                notes.push(format!(
+                    "`min_effective_batch` is {min}: the effective batch is {wanted} instead of {}",
+                    class.effective_batch
+                ));
+                let largest = class.micro_batches.first().copied().unwrap_or(1).min(MICRO_BATCH_MAX);
+                (1..=largest).rev().filter(|micro| wanted.is_multiple_of(*micro)).collect()
+            };
+            Ok((u64::from(wanted), Batches { own: class.micro_batch, micro, pinned: false }))
+        }
+    }
+}
+
+fn settle_lengths(request: &Request, book: &TierBook, class: &Class) -> Result<Lengths, PlanError> {
+    let asked = match request.length {
+        Length::Tokens(tokens) => Some(tokens),
+        Length::Standard | Length::Long | Length::Short => None,
+    };
+    if let (Some(asked), Some(pinned)) = (asked, request.pins.max_length)
+        && asked != pinned
+    {
+        return Err(PlanError::Conflict(
+            format!("`length` is {asked} and `args.max_length` is {pinned}"),
+            "give one of the two".to_owned(),
+        ));
+    }
+    if let Some(pinned) = request.pins.max_length.or(asked) {
+        return Ok(Lengths { long: None, standard: Some(pinned), shorter: None, emergency: pinned });
+    }
+    let profiles = &book.profiles;
+    let standard = class.max_length.unwrap_or(profiles.standard.max_length);
+    let (long, whole) = match request.length {
+        Length::Long => (Some(profiles.long.max_length), standard),
+        Length::Short => (None, profiles.shorter.max_length.min(standard)),
+        Length::Standard | Length::Tokens(_) => (None, standard),
+    };
+    let first = long.unwrap_or(whole);
+    if !request.allow.shorter_max_length {
+        let standard = if long.is_some() { None } else { Some(whole) };
+        return Ok(Lengths { long, standard, shorter: None, emergency: first });
+    }
+    let shorter = Some(profiles.shorter.max_length).filter(|shorter| *shorter < whole);
+    Ok(Lengths { long, standard: Some(whole), shorter, emergency: profiles.emergency.max_length.min(whole) })
+}
+
+/// Returns attention and packing.
+///
+/// Packing needs a flash implementation, and flash attention needs Ampere; ms-swift refuses the first without the second.
+fn settle_attention(
+    request: &Request,
+    book: &TierBook,
+    notes: &mut Vec<String>,
+) -> Result<Attention, PlanError> {
+    let supported = &request.model.attention;
+    let obstacle = flash_obstacle(request);
+    let without_flash = || supported.iter().copied().find(|attn| !attn.is_flash()).unwrap_or(AttnImpl::Eager);
+    let pins = &request.pins;
+    let attn_impl = match pins.attn_impl {
+        Some(pinned) => {
+            warn_about_pinned_attention(request, pinned, obstacle.as_deref(), notes);
+            pinned
+        }
+        None if obstacle.is_none() => {
+            supported.iter().copied().find(|attn| attn.is_flash()).unwrap_or(AttnImpl::FlashAttn)
+        }
+        None => without_flash(),
+    };
+    let reason = match (pins.attn_impl, &obstacle) {
+        (Some(pinned), _) => format!("`attn_impl` is pinned to {pinned}"),
+        (None, Some(obstacle)) => obstacle.clone(),
+        (None, None) => String::new(),
+    };
+    let packing = match pins.packing {
+        Some(true) if !attn_impl.is_flash() => {
+            return Err(PlanError::Conflict(
+                format!("packing is pinned and needs flash attention, but {reason}"),
+                "unpin `packing` or `attn_impl`, or install flash-attn on an Ampere card".to_owned(),
+            ));
+        }
+        Some(pinned) => pinned,
+        None => book.profiles.standard.packing && attn_impl.is_flash(),
+    };
+    if book.profiles.standard.packing && !packing && pins.packing.is_none() {
+        if !request.allow.no_packing {
+            return Err(PlanError::Conflict(
+                format!("packing needs flash attention, but {reason}, and `allow.no_packing` is false"),
+                "allow it (`allow.no_packing`), or install flash-attn on an Ampere card".to_owned(),
+            ));
+        }
+        notes.push(format!("attention is {attn_impl} and rows are not packed: {reason}"));
+    }
+    let emergency = &book.profiles.emergency;
+    let may_unpack = pins.packing.is_none() && (request.allow.no_packing || !packing);
+    let emergency_packing = if may_unpack { emergency.packing && packing } else { packing };
+    let emergency_attn_impl = match pins.attn_impl {
+        Some(pinned) => pinned,
+        None if emergency_packing => attn_impl,
+        None if supported.contains(&emergency.attn_impl) => emergency.attn_impl,
+        None => without_flash(),
+    };
+    Ok(Attention { attn_impl, packing, emergency_attn_impl, emergency_packing })
+}
+
+/// Returns why flash attention cannot be used; `None` when it can.
+fn flash_obstacle(request: &Request) -> Option<String> {
+    let capability = request.card.compute_capability.unwrap_or(ComputeCapability::AMPERE);
+    if !request.model.attention.iter().any(|attn| attn.is_flash()) {
+        let name = &request.model.shape.model_type;
+        return Some(format!("transformers has no general flash attention for {name}"));
+    }
+    if capability < ComputeCapability::AMPERE {
+        return Some(format!("flash attention needs compute capability 8.0, and this card has {capability}"));
+    }
+    (!request.features.flash_attn)
+        .then(|| "flash-attn is not installed in the trainer environment".to_owned())
+}
+
+fn warn_about_pinned_attention(
+    request: &Request,
+    pinned: AttnImpl,
+    obstacle: Option<&str>,
+    notes: &mut Vec<String>,
+) {
+    if let Some(obstacle) = obstacle.filter(|_| pinned.is_flash()) {
+        notes.push(format!("`attn_impl` is pinned to {pinned}, which may fail: {obstacle}"));
+    } else if pinned == AttnImpl::Sdpa && !request.model.attention.contains(&pinned) {
+        let name = &request.model.shape.model_type;
+        notes.push(format!("`attn_impl` is pinned to {pinned}, which transformers does not have for {name}"));
+    }
+}
+
+/// Returns the type of weights and activations: bf16, or fp16 below Ampere, which has no bf16.
+fn settle_dtype(request: &Request, notes: &mut Vec<String>) -> Result<Dtype, PlanError> {
+    let capability = request.card.compute_capability.unwrap_or(ComputeCapability::AMPERE);
+    let lacks_bf16 = capability < ComputeCapability::AMPERE;
+    match request.pins.torch_dtype {
+        Some(Dtype::Bfloat16) if lacks_bf16 => {
+            notes.push(format!(
+                "`torch_dtype` is pinned to bfloat16, which a card of compute capability {capability} only imitates"
+            ));
+            Ok(Dtype::Bfloat16)
+        }
+        Some(pinned) => Ok(pinned),
+        None if !lacks_bf16 => Ok(Dtype::Bfloat16),
+        None if request.allow.lower_precision => {
+            let how = if request.train_type == TrainType::Full {
+                ", with fp32 weights under fp16 autocast"
+            } else {
+                ""
+            };
+            notes.push(format!(
+                "float16 instead of bfloat16{how}: this card has compute capability {capability}, and bf16 needs 8.0"
+            ));
+            Ok(Dtype::Float16)
+        }
+        None => Err(PlanError::Conflict(
+            format!(
+                "bfloat16 needs compute capability 8.0, this card has {capability}, and `allow.lower_precision` is false"
+            ),
+            "allow it (`allow.lower_precision`), pin `torch_dtype`, or take an Ampere card".to_owned(),
+        )),
+    }
+}
+
+fn settle_liger(request: &Request, notes: &mut Vec<String>) -> bool {
+    match (request.pins.liger_kernel, request.allow.liger, request.features.liger) {
+        (Some(pinned), _, installed) => {
+            if pinned && !installed {
+                notes.push("`use_liger_kernel` is pinned, and liger-kernel is not installed".to_owned());
+            }
+            pinned
+        }
+        (None, true, true) => {
+            notes.push(
+                "Liger's fused loss is on (`allow.liger`); its memory is not measured, so margins are wide"
+                    .to_owned(),
+            );
+            true
+        }
+        (None, true, false) => {
+            notes.push("`allow.liger` is true, but liger-kernel is not installed".to_owned());
+            false
+        }
+        (None, false, _) => false,
+    }
+}
+
+fn note_environment(request: &Request, notes: &mut Vec<String>) {
+    if request.train_type == TrainType::Qlora && !request.features.bitsandbytes {
+        notes.push("qlora needs bitsandbytes, which is not installed in the trainer environment".to_owned());
+    }
+    if request.card.compute_capability.is_none() {
+        notes
+            .push("the compute capability of the card is not known: it is taken for Ampere (8.0)".to_owned());
+    }
+    if request.model.source == ShapeSource::Name {
+        notes.push(
+            "the interval of every prediction is wide, because only the model's name is known".to_owned(),
+        );
+    }
 }
