@@ -30,7 +30,10 @@ pub const EXACT_FLAGS: [(&str, &str); 10] = [
     ("--external_plugins", "the companion beside the job's own plugins"),
     ("--resume_from_checkpoint", "from the second attempt on, where going on is sound"),
     ("--per_device_eval_batch_size", "smaller after an out-of-memory in evaluation, unless the job pins it"),
-    ("--dataloader_num_workers", "fewer after the host ran out of memory, unless the job pins it"),
+    (
+        "--dataloader_num_workers, --dataloader_persistent_workers",
+        "fewer after the host ran out of memory, unless the job pins it; without workers none persist",
+    ),
     (
         "--learning_rate, --warmup_ratio, --max_grad_norm",
         "1e-4, 0.15 and 0.5 after a divergence (recipe 5.3), unless the job pins them",
@@ -574,7 +577,7 @@ impl Command {
             }
             Adjustment::DataloaderWorkers(workers) => {
                 self.adjust_one(spec, "dataloader_num_workers", workers.to_string());
-                if workers == 0 {
+                if workers == 0 && !spec.args.contains_key("dataloader_num_workers") {
                     self.drop_worker_flags();
                 }
             }
@@ -771,3 +774,6 @@ pub fn parameter_names(argv: &[String]) -> BTreeSet<&str> {
     let flags = argv.iter().filter_map(|word| word.strip_prefix("--"));
     flags.map(|flag| flag.split_once('=').map_or(flag, |(name, _)| name)).collect()
 }
+
+#[cfg(test)]
+mod tests;

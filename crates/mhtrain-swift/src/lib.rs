@@ -5,4 +5,5 @@
 pub mod command;
 pub mod dialect;
 pub mod environment;
+pub mod import;
 pub mod parameters;
