@@ -289,7 +289,7 @@ fn settings_that_cannot_be_handed_on_are_refused() {
     assert!(matches!(error, CommandError::TrackerSetting { .. }));
     let call = user(json!({"report_to": {"wandb": {"project": "p"}}}));
     assert_eq!(call.env["WANDB_PROJECT"], "p");
-    let dashed = json!({"args": {"target_modules": ["q_proj", "--x"]}});
+    let dashed = json!({"args": {"stop_words": ["a", "--x"]}});
     assert!(matches!(user_error(dashed, "4.6.0"), CommandError::BadValue { .. }));
 }
 
