@@ -100,6 +100,7 @@ pub struct TrainerLog {
     summary: Option<Summary>,
     skipped_lines: u64,
     not_finite: u64,
+    last_finite_step: Option<u64>,
 }
 
 impl TrainerLog {
@@ -157,6 +158,11 @@ impl TrainerLog {
         self.not_finite
     }
 
+    /// Returns the last step of the last attempt whose loss and gradient were numbers.
+    pub fn last_finite_step(&self) -> Option<u64> {
+        self.last_finite_step
+    }
+
     fn push_fields(&mut self, fields: &Map<String, Value>) {
         let float = |key: &str| fields.get(key).and_then(python_json::number);
         let steps = fields.get("global_step/max_steps").and_then(Value::as_str).and_then(step_of_max);
@@ -192,6 +198,10 @@ impl TrainerLog {
             self.end = None;
             self.summary = None;
             self.not_finite = 0;
+            self.last_finite_step = None;
+        }
+        if progress.is_finite() {
+            self.last_finite_step = Some(progress.step);
         }
         self.not_finite = if progress.is_finite() { 0 } else { self.not_finite + 1 };
         self.latest = Some(progress);
