@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! ["swift", "sft"] --PATH--> script --first lines--> interpreter --read_environment.py--> TrainerEnvironment
-//!                                   or [trainer] python                      ^ cached by file times
+//!                                   or named in the query               ^ cached by file times
 //! ```
 //!
 //! torch is never imported: that takes seconds. The interpreter runs a small script that reads the metadata of what is
@@ -32,6 +32,9 @@ const OUTPUT_BYTES_MAX: u64 = 1 << 20;
 const SCRIPT_BYTES_MAX: u64 = 4096;
 
 const READER: &str = include_str!("read_environment.py");
+
+const START_WITH_PYTHON: &str = "name ms-swift's own `swift` in `[trainer] command`, or start it with its interpreter: \
+                                 [\"/path/to/python\", \"-m\", \"swift.cli.main\", \"sft\"]";
 
 /// What stands before the answer on its line.
 const ANSWER_MARK: &str = "MHTRAIND";
@@ -148,9 +151,7 @@ impl TrainerError {
                     .to_owned()
             }
             TrainerError::Unreadable { .. } => "check its rights".to_owned(),
-            TrainerError::NotPython { .. } => {
-                "name the interpreter of the environment that has ms-swift in `[trainer] python`".to_owned()
-            }
+            TrainerError::NotPython { .. } => START_WITH_PYTHON.to_owned(),
             TrainerError::NoInterpreter { .. } => {
                 "the environment was moved or removed: make it again, or name another in `[trainer] command`"
                     .to_owned()
@@ -168,9 +169,7 @@ impl TrainerError {
                 )
             }
             TrainerError::OtherSwift { .. } => {
-                "name the full path of ms-swift's own `swift` in `[trainer] command`, \
-                 or the interpreter of its environment in `[trainer] python`"
-                    .to_owned()
+                "name the full path of ms-swift's own `swift` in `[trainer] command`".to_owned()
             }
         };
         Some(text)
