@@ -1,6 +1,6 @@
 //! `mhtraind probe`: what can this machine offer to a job, right now?
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use mhtrain_probe::gpu::{ComputeMode, GpuReport, GpuState, Health, MemorySource, MigMode, NvmlState};
@@ -31,17 +31,24 @@ pub struct ProbeArgs {
 
 /// Runs the command.
 pub fn run(args: &ProbeArgs, config: &Config) -> Result<Status, Failure> {
-    let report = probe(&query(config, &args.output_dir));
     if args.json {
-        output::json(&report)?;
+        output::json(&probe(&query(config, &args.output_dir)))?;
     } else {
-        output::line(render_probe(&report))?;
+        show(config, &args.output_dir)?;
     }
     Ok(Status::Done)
 }
 
+/// Prints the report for people.
+///
+/// # Errors
+/// Standard output cannot be written.
+pub fn show(config: &Config, output_dir: &Path) -> Result<(), Failure> {
+    output::line(render_probe(&probe(&query(config, output_dir))))
+}
+
 /// Returns what is asked for with these settings.
-pub fn query(config: &Config, output_dir: &std::path::Path) -> ProbeQuery {
+pub fn query(config: &Config, output_dir: &Path) -> ProbeQuery {
     ProbeQuery {
         nvml_library: config.nvml_library(),
         trainer: TrainerQuery::from_environment(config.trainer.command.clone(), None),
@@ -82,7 +89,9 @@ fn device_lines(device: &GpuState) -> Vec<String> {
     let mut lines = vec![format!("GPU {}: {name}{capability}{modes}  {uuid}", device.index)];
     match &device.health {
         Health::Healthy => {}
-        Health::Lost => lines.push("  LOST: it has fallen off the bus or is otherwise inaccessible".to_owned()),
+        Health::Lost => {
+            lines.push("  LOST: it has fallen off the bus or is otherwise inaccessible".to_owned())
+        }
         Health::ResetRequired => lines.push("  must be reset before it can be used".to_owned()),
         Health::NoPermission => lines.push("  this user may not use it".to_owned()),
         Health::Failed { error } => lines.push(format!("  does not answer: {error}")),
@@ -128,7 +137,10 @@ fn host_line(report: &ProbeReport) -> String {
     let memory = host.memory.map_or("memory unknown".to_owned(), |memory| {
         format!("{} of {} memory available", memory.available, memory.total)
     });
-    let shared = host.shared_memory.as_ref().map_or("no /dev/shm".to_owned(), |space| format!("/dev/shm {}", space.free));
+    let shared = host
+        .shared_memory
+        .as_ref()
+        .map_or("no /dev/shm".to_owned(), |space| format!("/dev/shm {}", space.free));
     format!("{name}: {} cores, {memory}, {shared}", host.cores)
 }
 
@@ -145,7 +157,16 @@ fn trainer_lines(trainer: &TrainerReport) -> Vec<String> {
                 environment.python.display(),
                 environment.python_version
             );
-            let shown = ["ms-swift", "torch", "transformers", "peft", "flash-attn", "liger-kernel", "bitsandbytes", "deepspeed"];
+            let shown = [
+                "ms-swift",
+                "torch",
+                "transformers",
+                "peft",
+                "flash-attn",
+                "liger-kernel",
+                "bitsandbytes",
+                "deepspeed",
+            ];
             let versions = shown.map(|name| {
                 let version = environment.version(name).unwrap_or("not installed");
                 format!("  {name:<14} {version}")
@@ -184,7 +205,12 @@ mod tests {
             mig: MigMode::Disabled,
             compute_mode: Some(ComputeMode::Default),
             processes: Some(vec![
-                GpuProcess { pid: 4121, used: Some(Bytes::from_gib(6)), owner: Some("ana".into()), command: Some("python".into()) },
+                GpuProcess {
+                    pid: 4121,
+                    used: Some(Bytes::from_gib(6)),
+                    owner: Some("ana".into()),
+                    command: Some("python".into()),
+                },
                 GpuProcess { pid: 9, used: None, owner: None, command: None },
             ]),
             notes: vec!["memory of single processes: not available".to_owned()],
@@ -201,7 +227,8 @@ mod tests {
             processes: None,
             notes: Vec::new(),
         };
-        let nvml = NvmlState::Ready { driver: Some("570.86".into()), cuda: None, devices: vec![healthy, lost] };
+        let nvml =
+            NvmlState::Ready { driver: Some("570.86".into()), cuda: None, devices: vec![healthy, lost] };
         ProbeReport {
             gpus: GpuReport { library: "libnvidia-ml.so.1".to_owned(), nvml },
             host: HostReport {
@@ -212,7 +239,11 @@ mod tests {
                 shared_memory: None,
                 cgroup: None,
             },
-            disk: Some(DiskSpace { path: PathBuf::from("/data"), total: Bytes::from_gib(900), free: Bytes::from_gib(500) }),
+            disk: Some(DiskSpace {
+                path: PathBuf::from("/data"),
+                total: Bytes::from_gib(900),
+                free: Bytes::from_gib(500),
+            }),
             trainer: TrainerReport::Ready(TrainerEnvironment {
                 python: PathBuf::from("/opt/train/bin/python"),
                 python_version: "3.11.7".to_owned(),
@@ -234,7 +265,8 @@ mod tests {
     fn without_nvml_and_trainer_the_report_says_what_to_do() {
         let mut report = report();
         report.gpus.nvml = NvmlState::VersionMismatch;
-        report.trainer = TrainerReport::Missing { error: "nowhere".to_owned(), help: Some("install it".to_owned()) };
+        report.trainer =
+            TrainerReport::Missing { error: "nowhere".to_owned(), help: Some("install it".to_owned()) };
         insta::assert_snapshot!(render_probe(&report));
     }
 }
