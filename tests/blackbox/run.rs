@@ -148,7 +148,8 @@ fn nothing_is_left_running_after_ctrl_c_and_continue_goes_on() {
     host.run(&["run", "job.json", "--continue"], json!({})).expect(0);
     let receipt = host.receipt();
     assert_eq!(receipt["attempts"][0]["resume"]["kind"], "exact");
-    assert_eq!(receipt["attempts"][0]["resume"]["from_step"], 3);
+    let from = receipt["attempts"][0]["resume"]["from_step"].as_u64().unwrap();
+    assert!(from >= 3 && from.is_multiple_of(3), "saved every 3 steps, resumed from {from}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `mhtraind run`: one job, here and now, to its proven end.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use mhtrain_job::event::JobEvent;
@@ -18,6 +18,7 @@ use crate::engine::journal::Journal;
 use crate::engine::local::{self, LocalRun};
 use crate::engine::prepare::{self, Datasets};
 use crate::engine::screen::Sentences;
+use crate::engine::secrets;
 use crate::failure::{Failure, Status};
 
 /// Run one job here, in the foreground, through out-of-memory errors to the proven end
@@ -106,6 +107,8 @@ pub fn start(
             return Err(Failure::failed("no_trainer", error).help(help));
         }
     };
+    // Looked up again at each spawn; a missing one must be known before anything is started.
+    secrets::find(&spec.secrets, config)?;
     let host = prepare::probed_host(&spec, &report)?;
     let book = prepare::tier_book(config)?;
     let prepared = prepare::prepare(spec, &model, host, &book, config)?;
@@ -212,9 +215,4 @@ fn must_be_same_job(journal: &Journal, spec: &JobSpec) -> Result<(), Failure> {
         format!("the job file is not the one that was started: it differs in {}", changed.join(", ")),
     )
     .help("put it back to continue, or start again with `--fresh`".to_owned()))
-}
-
-/// Returns the receipt's path of a job, for people.
-pub fn receipt_path(output_dir: &Path) -> PathBuf {
-    output_dir.join("receipt.json")
 }
