@@ -15,15 +15,15 @@ use serde::Deserialize;
 
 /// Arguments of `cargo xtask score-memory`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(crate) struct ScoreMemoryArgs {
     /// Table of measured peaks.
-    pub csv: PathBuf,
+    csv: PathBuf,
     /// Folder with one config.json per model, named `<model>.json`.
     #[arg(long)]
-    pub configs: PathBuf,
+    configs: PathBuf,
     /// Also print the points that the estimate misses most.
     #[arg(long, default_value_t = 0)]
-    pub worst: usize,
+    worst: usize,
 }
 
 /// Cards that a verdict "fits" is asked for, in GiB.
@@ -66,7 +66,7 @@ struct Point {
 ///
 /// # Errors
 /// A table or a config that cannot be read, or a point that cannot be estimated.
-pub fn run(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &ScoreMemoryArgs) -> anyhow::Result<()> {
     let points = read(&args.csv, &args.configs)?;
     anyhow::ensure!(!points.is_empty(), "{} has no rows", args.csv.display());
     let mut out = std::io::stdout().lock();
