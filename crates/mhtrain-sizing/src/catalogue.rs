@@ -259,3 +259,68 @@ fn guessed(
         experts,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Model, ShapeSource};
+
+    #[test]
+    fn the_shipped_catalogue_is_read_and_all_its_blocks_are_known() {
+        assert!(Catalogue::builtin().entries.iter().all(|entry| entry.exact_blocks));
+    }
+
+    #[test]
+    fn names_are_found_whatever_their_suffix_case_or_place() {
+        for (name, parameters) in [
+            ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+            ("/models/qwen2.5-7b-instruct-1m/", 7_615_616_512),
+            ("~/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B/snapshots/abc123", 7_615_616_512),
+            ("~/.cache/modelscope/hub/models/Qwen/Qwen2___5-7B-Instruct", 7_615_616_512),
+            ("Qwen/Qwen2.5-Coder-7B-Instruct", 7_615_616_512),
+            ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7_615_616_512),
+            ("qwen/Qwen-1_8B-Chat", 1_836_828_672),
+            ("LLM-Research/Meta-Llama-3.1-8B-Instruct", 8_030_261_248),
+            ("AI-ModelScope/gemma-2-9b-it", 9_241_705_984),
+            ("THUDM/GLM-4-9B-0414", 9_400_279_040),
+            ("Shanghai_AI_Laboratory/internlm-chat-20b", 20_088_714_240),
+        ] {
+            let model = Model::resolve(name, None, None).unwrap();
+            assert_eq!((model.source, model.parameters()), (ShapeSource::Catalogue, parameters), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_size_in_the_name_makes_a_shape_of_that_size() {
+        for (name, billions) in [
+            ("somebody/novel-7B-chat", 7.0),
+            ("novel-0.5B", 0.5),
+            ("novel_1.8b-base", 1.8),
+            ("novel-500M", 0.5),
+            ("novel-13b", 13.0),
+            ("novel-65B", 65.0),
+            ("novel-30B-A3B", 30.0),
+            ("novel-8x7B", 46.7),
+        ] {
+            let model = Model::resolve(name, None, None).unwrap();
+            assert_eq!(model.source, ShapeSource::Name, "{name}");
+            let ratio = crate::block::float(model.parameters()) / (billions * 1e9);
+            assert!((0.9..1.15).contains(&ratio), "{name}: {ratio}");
+        }
+    }
+
+    #[test]
+    fn a_name_without_a_size_is_an_error_that_says_what_to_do() {
+        for name in ["somebody/novel", "", "/", "v2", "model-2024", "7", "b", "novel-0B", "novel-99999B"] {
+            let error = Model::resolve(name, None, None).unwrap_err();
+            assert!(error.help().unwrap().contains("config.json"), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_bad_catalogue_is_refused() {
+        assert!(Catalogue::from_toml("[[model]]\nmatch = 'a'\nsize = 3").is_err());
+        assert!(Catalogue::from_toml("[[model]]\nmatch = '('\nconfig = { hidden_size = 1 }").is_err());
+        assert!(Catalogue::from_toml("[[model]]\nmatch = 'a'\nconfig = { hidden_size = 0 }").is_err());
+    }
+}

@@ -442,10 +442,11 @@ struct Spread {
 impl Spread {
     /// Returns the spread for one way of forming batches.
     ///
-    /// Source: ratios of published peaks to this estimate, on the part that grows with the batch. Rows of one length
-    /// (packed, or the longest row of the set): 14 figures, 0.98 to 1.28 of the whole peak. Rows of unequal length on
-    /// old releases without expandable segments: 101 figures, 1.06 to 2.05. Expandable segments, which are on, end the
-    /// fragmentation that most of that came from, so unequal rows stand between the two.
+    /// Set by judgement, from ratios of published peaks to the formula on the *whole* peak. Rows of one length (packed,
+    /// or the longest row of the set): median 1.05, 10th to 90th percentile 0.98 to 1.28, 14 figures. Rows of unequal
+    /// length on old releases without expandable segments: 1.33, 1.06 to 2.05, 101 figures. Weights are certain, so the
+    /// spread is put on what grows with the batch. Expandable segments, which are on, end the fragmentation that most
+    /// of the second line came from, so unequal rows stand between the two. To be replaced by ratios of own runs.
     fn of(work: &Workload) -> Spread {
         if work.packing || !work.padded {
             Spread { low: 0.92, guess: 1.04, high: 1.35 }

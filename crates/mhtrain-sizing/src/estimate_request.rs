@@ -260,3 +260,85 @@ fn nearest_key(key: &str) -> Option<&'static str> {
     let near = KEYS.iter().map(|known| (strsim::jaro_winkler(&key, known), *known));
     near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score > 0.75).map(|(_, known)| known)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OBJECT: &str = r#""config_object": {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+        "tie_word_embeddings": true}"#;
+
+    fn with(rest: &str) -> Result<Estimate, EstimateRequestError> {
+        EstimateRequest::parse(&format!("{{{OBJECT}{rest}}}"))?.answer(None)
+    }
+
+    #[test]
+    fn every_key_of_the_interface_is_taken() {
+        let line = r#", "train_type": "lora", "lora_rank": 8, "target_modules": "q_proj,v_proj", "torch_dtype": "bfloat16",
+            "micro_batch": 4, "accumulation": 8, "max_length": 3072, "packing": false, "padded": true,
+            "attn_impl": "sdpa", "gradient_checkpointing": true, "liger_kernel": false, "logit_share": 0.5"#;
+        let estimate = with(line).unwrap();
+        assert!(
+            estimate.low_bytes <= estimate.device_peak_bytes
+                && estimate.device_peak_bytes <= estimate.high_bytes
+        );
+    }
+
+    #[test]
+    fn rows_are_padded_unless_packed() {
+        let padded = |line: &str| EstimateRequest::parse(line).unwrap().workload.padded;
+        assert!(padded(r#"{"config": "a"}"#));
+        assert!(!padded(r#"{"config": "a", "packing": true}"#));
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_the_nearest_one() {
+        let error = with(r#", "max_lenght": 2048"#).unwrap_err();
+        assert_eq!(error.to_string(), "unknown key `max_lenght`");
+        assert_eq!(error.help().unwrap(), "did you mean `max_length`?");
+    }
+
+    #[test]
+    fn values_that_cannot_be_are_errors_that_name_their_key() {
+        for (key, values) in [
+            ("micro_batch", vec!["0", "-1", "1.5", "\"4\"", "null", "99999999999", "[1]", "true"]),
+            ("accumulation", vec!["0", "-8"]),
+            ("max_length", vec!["0", "1e30", "{}"]),
+            ("lora_rank", vec!["-1", "\"8\"", "0"]),
+            ("logit_share", vec!["0", "1.1", "-0.5", "\"all\""]),
+            ("packing", vec!["1", "\"true\"", "null"]),
+            ("train_type", vec!["\"dora\"", "3"]),
+            ("torch_dtype", vec!["\"int8\""]),
+            ("attn_impl", vec!["\"flash\""]),
+            ("target_modules", vec!["\"\"", "[]", "[1]", "3", "\"no_such_proj\""]),
+        ] {
+            for value in values {
+                let error = with(&format!(r#", "{key}": {value}"#)).unwrap_err();
+                let text = error.to_string();
+                assert!(text.contains(key) || text.contains("no_such_proj"), "{key} {value}: {text}");
+                assert!(error.help().is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn garbage_is_one_error() {
+        for line in [
+            "",
+            "{",
+            "null",
+            "[]",
+            "3",
+            "\"x\"",
+            "{}",
+            "\u{0}",
+            r#"{"config": 3}"#,
+            r#"{"config_object": []}"#,
+            r#"{"config": "a", "config_object": {}}"#,
+        ] {
+            assert!(EstimateRequest::parse(line).is_err(), "{line}");
+        }
+        assert!(EstimateRequest::parse(&"[".repeat(100_000)).is_err());
+    }
+}

@@ -521,3 +521,81 @@ fn refuse_unknown(place: &str, table: &toml::Table, own: &[&str]) -> Result<(), 
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../../../config/tiers.toml");
+
+    #[test]
+    fn the_shipped_book_is_read() {
+        assert!(TierBook::from_toml(SHIPPED).is_ok(), "{:?}", TierBook::from_toml(SHIPPED));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_everywhere() {
+        for (from, to) in [
+            ("[ladder]", "[ladder]\nnovel = 1"),
+            ("[profile.standard] ", "[profile.standard]\nnovel = 1 "),
+            ("name = \"7b\"", "novel = 1\nname = \"7b\""),
+            ("[learning.fast] ", "[learning.fast]\nnovel = 1 "),
+            ("[save.long_run]", "[save.long_run]\nnovel = 1"),
+            ("[lora] ", "[novel]\n[lora] "),
+        ] {
+            let text = SHIPPED.replacen(from, to, 1);
+            assert_ne!(text, SHIPPED, "{from}");
+            let error = TierBook::from_toml(&text).unwrap_err();
+            assert!(error.to_string().contains("novel"), "{from}: {error}");
+        }
+    }
+
+    #[test]
+    fn values_that_cannot_be_are_refused() {
+        for (from, to) in [
+            ("micro_batches = [32, 16, 8, 4, 2, 1]", "micro_batches = [32, 9]"),
+            ("micro_batches = [32, 16, 8, 4, 2, 1]", "micro_batches = [4, 8]"),
+            ("micro_batches = [32, 16, 8, 4, 2, 1]", "micro_batches = [4]"),
+            ("micro_batches = [32, 16, 8, 4, 2, 1]", "micro_batches = [0, 8]"),
+            ("cores_per_worker = 2", "cores_per_worker = 0"),
+            ("max_length = 3072", "max_length = 0"),
+            ("larger_risk_share = 0.25", "larger_risk_share = 2.0"),
+            ("saturation_tokens = 256", "saturation_tokens = -1.0"),
+        ] {
+            assert!(TierBook::from_toml(&SHIPPED.replacen(from, to, 1)).is_err(), "{to}");
+        }
+    }
+
+    #[test]
+    fn classes_split_7b_from_8b_and_30b_from_70b() {
+        let book = TierBook::builtin();
+        for (name, class) in [
+            ("Qwen2.5-7B", "7b"),
+            ("Qwen-7B", "7b"),
+            ("internlm2_5-7b", "7b"),
+            ("Qwen2.5-0.5B", "7b"),
+            ("novel-7B", "7b"),
+            ("Llama-3-8B", "8b"),
+            ("novel-8B", "8b"),
+            ("Yi-9B", "8b"),
+            ("glm-4-9b", "8b"),
+            ("gemma-2-9b", "8b"),
+            ("Qwen2.5-14B", "20b"),
+            ("internlm-20b", "20b"),
+            ("Yi-34B", "20b"),
+            ("Qwen3-30B-A3B", "20b"),
+            ("gpt-oss-20b", "moe-20b"),
+            ("Qwen2.5-72B", "large"),
+            ("gpt-oss-120b", "large"),
+        ] {
+            let model = Model::resolve(name, None, None).unwrap();
+            assert_eq!(book.class_of(&model).name, class, "{name}");
+        }
+    }
+
+    #[test]
+    fn workers_are_half_the_cores_within_bounds() {
+        let book = TierBook::builtin();
+        assert_eq!([0, 1, 2, 8, 16, 128].map(|cores| book.dataloader_workers(cores)), [1, 1, 1, 4, 8, 8]);
+    }
+}

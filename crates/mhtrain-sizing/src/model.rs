@@ -271,7 +271,7 @@ pub enum ShapeError {
     #[error("config.json is not a JSON object but {found}")]
     NotAnObject {
         /// What it is.
-        found: &'static str,
+        found: String,
     },
     /// A needed key is absent.
     #[error("the key `{key}` is missing")]
@@ -387,16 +387,9 @@ impl ModelShape {
     /// # Errors
     /// A key that is missing, of the wrong type or out of bounds is an error that names it.
     pub fn from_config(config: &Value) -> Result<(ModelShape, bool), ShapeError> {
-        let outer = config.as_object().ok_or_else(|| ShapeError::NotAnObject {
-            found: match config {
-                Value::Null => "null",
-                Value::Bool(_) => "true or false",
-                Value::Number(_) => "a number",
-                Value::String(_) => "a text",
-                Value::Array(_) => "a list",
-                Value::Object(_) => "an object",
-            },
-        })?;
+        let Some(outer) = config.as_object() else {
+            return Err(ShapeError::NotAnObject { found: brief(config) });
+        };
         let nested = ["text_config", "llm_config", "language_config"]
             .iter()
             .find_map(|key| outer.get(*key).and_then(Value::as_object))
@@ -426,7 +419,7 @@ impl ModelShape {
         if parameters > PARAMETERS_MAX {
             return Err(ShapeError::TooLarge { parameters, limit: PARAMETERS_MAX });
         }
-        Ok((shape, traits.known && stated && nested.is_none_or(|_| traits.known)))
+        Ok((shape, traits.known && stated))
     }
 
     /// Returns q, the width of all query heads.
@@ -452,8 +445,7 @@ impl ModelShape {
         let linears: u128 =
             self.linears().iter().map(|linear| linear.parameters() * u128::from(linear.layers)).sum();
         let (layers, hidden) = (u128::from(self.layers), u128::from(self.hidden));
-        let norm_width = if self.block == BlockKind::Llama && self.norms_per_block == 0 { 0 } else { hidden };
-        let mut per_layer = u128::from(self.norms_per_block) * norm_width;
+        let mut per_layer = u128::from(self.norms_per_block) * hidden;
         if self.qk_norm {
             per_layer += 2 * u128::from(self.head_dim);
         }
@@ -744,7 +736,7 @@ fn read_shape(
         Some(width) => width,
         None => (hidden / heads).max(1),
     };
-    let experts = read_experts(fields, &model_type, traits, layers)?;
+    let experts = read_experts(fields, traits, layers)?;
     let intermediate = match fields.number(&["intermediate_size", "ffn_hidden_size", "n_inner"], WIDTH_MAX)? {
         // The first Qwen states both halves of its gated MLP together.
         Some(both) if model_type == "qwen" => (both / 2).max(1),
@@ -792,12 +784,7 @@ fn read_shape(
     })
 }
 
-fn read_experts(
-    fields: &Fields<'_>,
-    model_type: &str,
-    traits: &Traits,
-    layers: u64,
-) -> Result<Option<Experts>, ShapeError> {
+fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Option<Experts>, ShapeError> {
     if !traits.mixture {
         return Ok(None);
     }
@@ -814,7 +801,6 @@ fn read_experts(
     let listed = fields.object.get("mlp_only_layers").and_then(Value::as_array).map_or(0, Vec::len);
     let leading = fields.object.get("first_k_dense_replace").and_then(Value::as_u64).unwrap_or(0);
     let listed = u64::try_from(listed).unwrap_or(u64::MAX);
-    debug_assert!(!model_type.is_empty());
     Ok(Some(Experts {
         count,
         top_k: top_k.min(count),
@@ -823,4 +809,146 @@ fn read_experts(
         dense_layers: listed.saturating_add(leading).min(layers),
         biases: gpt_oss,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn shape(config: Value) -> ModelShape {
+        ModelShape::from_config(&config).unwrap().0
+    }
+
+    /// Counts of `sum(p.numel() for p in model.parameters())` on transformers 5.19, and of adapters of rank 8 on all
+    /// linears on peft 0.20.
+    #[test]
+    fn parameters_are_counted_exactly() {
+        let counts: [(&str, u64, u64); 12] = [
+            ("Qwen2.5-0.5B", 494_032_768, 4_399_104),
+            ("Qwen2.5-7B", 7_615_616_512, 20_185_088),
+            ("Qwen3-4B", 4_022_468_096, 16_515_072),
+            ("Llama-3.2-3B", 3_212_749_824, 12_156_928),
+            ("Mistral-7B-v0.3", 7_248_023_552, 20_971_520),
+            ("Qwen3-30B-A3B", 30_532_122_624, 6_684_672),
+            ("gpt-oss-20b", 20_914_757_184, 3_981_312),
+            ("gemma-2-2b", 2_614_341_888, 10_383_360),
+            ("gemma-2-9b", 9_241_705_984, 27_009_024),
+            ("gemma-2b", 2_506_172_416, 9_805_824),
+            ("gemma-3-1b", 999_885_952, 6_522_880),
+            ("Qwen1.5-MoE-A2.7B", 14_315_784_192, 3_145_728),
+        ];
+        for (name, parameters, adapters) in counts {
+            let model = Model::resolve(name, None, None).unwrap();
+            assert_eq!(model.parameters(), parameters, "{name}");
+            assert_eq!(model.shape.adapter_parameters(8, &Targets::AllLinear), adapters, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_text_part_of_a_multimodal_model_is_read() {
+        let config = json!({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560,
+            "num_hidden_layers": 34, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+            "intermediate_size": 10240, "vocab_size": 262208}, "vision_config": {"hidden_size": 1152}});
+        let (shape, known) = ModelShape::from_config(&config).unwrap();
+        assert_eq!((shape.hidden, shape.model_type.as_str(), known), (2560, "gemma3_text", true));
+    }
+
+    #[test]
+    fn chatglm_and_the_first_qwen_have_their_own_keys() {
+        let glm = shape(json!({"model_type": "chatglm", "hidden_size": 4096, "num_layers": 40,
+            "num_attention_heads": 32, "multi_query_attention": true, "multi_query_group_num": 2, "kv_channels": 128,
+            "ffn_hidden_size": 13696, "padded_vocab_size": 151_552, "add_qkv_bias": true}));
+        assert_eq!(glm.parameters(), 9_399_951_360);
+        let qwen = shape(json!({"model_type": "qwen", "hidden_size": 4096, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "intermediate_size": 22016, "vocab_size": 151_936}));
+        assert_eq!((qwen.intermediate, qwen.parameters()), (11_008, 7_721_324_544));
+    }
+
+    #[test]
+    fn an_unknown_block_kind_is_flagged() {
+        let config = json!({"model_type": "novel", "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 1000});
+        let model = Model::resolve("some/novel", Some(&config), None).unwrap();
+        assert_eq!(model.source, ShapeSource::UnknownBlock);
+        assert!(model.notes[0].contains("novel"), "{:?}", model.notes);
+    }
+
+    #[test]
+    fn unusable_keys_are_errors_that_name_them() {
+        let good = json!({"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 1000});
+        for key in
+            ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"]
+        {
+            for bad in
+                [json!(0), json!(-1), json!(1u64 << 63), json!("64"), json!(1.5), json!([64]), json!({})]
+            {
+                let mut config = good.clone();
+                config[key] = bad.clone();
+                let error = ModelShape::from_config(&config).unwrap_err();
+                assert!(error.to_string().contains(key), "{key} {bad}: {error}");
+            }
+        }
+        let error = ModelShape::from_config(&json!({"hidden_size": 64})).unwrap_err();
+        assert_eq!(error, ShapeError::Missing { key: "num_hidden_layers" });
+        for config in [json!(null), json!(3), json!("x"), json!([]), json!(true)] {
+            assert!(matches!(ModelShape::from_config(&config), Err(ShapeError::NotAnObject { .. })));
+        }
+    }
+
+    #[test]
+    fn absurd_dimensions_are_refused_together() {
+        let config = json!({"model_type": "mixtral", "hidden_size": 1 << 20, "num_hidden_layers": 4096,
+            "num_attention_heads": 16384, "intermediate_size": 1 << 24, "vocab_size": 1 << 26,
+            "num_local_experts": 65536, "num_experts_per_tok": 2, "head_dim": 1 << 20});
+        assert!(matches!(ModelShape::from_config(&config), Err(ShapeError::TooLarge { .. })));
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            (1u64..5000).prop_map(Value::from),
+            "[a-z0-9_]{0,12}".prop_map(Value::from),
+        ];
+        let keys = prop::sample::select(vec![
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+            "model_type",
+            "text_config",
+            "num_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "tie_word_embeddings",
+            "attention_bias",
+            "mlp_only_layers",
+        ]);
+        leaf.prop_recursive(2, 40, 16, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::hash_map(keys.clone(), inner, 0..15)
+                    .prop_map(|map| map.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_json_is_a_shape_or_an_error(config in any_json()) {
+            if let Ok((shape, _)) = ModelShape::from_config(&config) {
+                prop_assert!(shape.parameters() <= PARAMETERS_MAX);
+            }
+        }
+    }
 }

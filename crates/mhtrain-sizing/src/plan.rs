@@ -541,7 +541,7 @@ impl<'a> Sizing<'a> {
             (Ordering::Greater, false, _) if emergency => {
                 format!("in reserve, as the last resort: {numbers}")
             }
-            (_, false, Rule::Larger { gain }) if gain < self.book.ladder.throughput_gain_min => format!(
+            (_, false, Rule::Larger { gain }) if candidate.needed <= free => format!(
                 "not worth it: only {} faster than the next smaller micro-batch; {numbers}",
                 percent(gain)
             ),

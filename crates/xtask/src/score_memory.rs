@@ -15,15 +15,15 @@ use serde::Deserialize;
 
 /// Arguments of `cargo xtask score-memory`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(crate) struct ScoreMemoryArgs {
     /// Table of measured peaks.
-    pub csv: PathBuf,
+    csv: PathBuf,
     /// Folder with one config.json per model, named `<model>.json`.
     #[arg(long)]
-    pub configs: PathBuf,
+    configs: PathBuf,
     /// Also print the points that the estimate misses most.
     #[arg(long, default_value_t = 0)]
-    pub worst: usize,
+    worst: usize,
 }
 
 /// Cards that a verdict "fits" is asked for, in GiB.
@@ -66,7 +66,7 @@ struct Point {
 ///
 /// # Errors
 /// A table or a config that cannot be read, or a point that cannot be estimated.
-pub fn run(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &ScoreMemoryArgs) -> anyhow::Result<()> {
     let points = read(&args.csv, &args.configs)?;
     anyhow::ensure!(!points.is_empty(), "{} has no rows", args.csv.display());
     let mut out = std::io::stdout().lock();
@@ -112,7 +112,8 @@ fn print_rules(out: &mut impl Write, points: &[Point]) -> std::io::Result<()> {
     writeln!(out, "-- other rules on the same points")?;
     let names = points.first().map(|point| point.rules.len()).unwrap_or(0);
     for rule in 0..names {
-        let pairs: Vec<(f64, f64)> = points.iter().map(|point| (point.rules[rule].1, point.row.peak_bytes)).collect();
+        let pairs: Vec<(f64, f64)> =
+            points.iter().map(|point| (point.rules[rule].1, point.row.peak_bytes)).collect();
         writeln!(out, "{:<28} {}", points[0].rules[rule].0, Score::of(&pairs))?;
     }
     Ok(())
@@ -127,8 +128,21 @@ fn print_worst(out: &mut impl Write, points: &[Point], count: usize) -> std::io:
         writeln!(
             out,
             "{:+8.3} % {:<24} {:<5} r{} {} {}x{} packing {} padded {} {} gc {} kept {} accum {} {:?} {:.0}",
-            100.0 * error(point), row.model, row.method.to_string(), row.rank, row.targets, row.batch, row.length,
-            row.packing, row.padded, row.attn, row.gc, row.kept, row.grad_accum, row.dtype, row.peak_bytes
+            100.0 * error(point),
+            row.model,
+            row.method.to_string(),
+            row.rank,
+            row.targets,
+            row.batch,
+            row.length,
+            row.packing,
+            row.padded,
+            row.attn,
+            row.gc,
+            row.kept,
+            row.grad_accum,
+            row.dtype,
+            row.peak_bytes
         )?;
     }
     Ok(())
@@ -149,7 +163,8 @@ impl Score {
     /// Scores pairs of (said, measured).
     #[expect(clippy::cast_precision_loss, reason = "counts of rows")]
     fn of(pairs: &[(f64, f64)]) -> Score {
-        let mut errors: Vec<f64> = pairs.iter().map(|(said, measured)| (said / measured - 1.0).abs()).collect();
+        let mut errors: Vec<f64> =
+            pairs.iter().map(|(said, measured)| (said / measured - 1.0).abs()).collect();
         errors.sort_by(f64::total_cmp);
         let right: usize = pairs
             .iter()
@@ -268,7 +283,8 @@ fn weights_and_states(row: &Row, model: &Model) -> f64 {
 fn unsloth(row: &Row, model: &Model) -> f64 {
     let shape = &model.shape;
     let tokens = f64::from(row.batch) * f64::from(row.length);
-    let width = as_float(shape.hidden) * 6.0 + as_float(shape.q_width() + 2 * shape.k_width()) * 2.0
+    let width = as_float(shape.hidden) * 6.0
+        + as_float(shape.q_width() + 2 * shape.k_width()) * 2.0
         + as_float(shape.intermediate) * 6.0;
     let layers = as_float(shape.layers);
     let activations = if row.gc == 1 {

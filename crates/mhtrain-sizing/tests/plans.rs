@@ -1,0 +1,435 @@
+//! What the engine arrives at for the recipe's models, and the promises that hold for every request.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use mhtrain_sizing::gpu::{Card, ComputeCapability};
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
+use mhtrain_sizing::plan::{Plan, PlanError, after_oom, plan};
+use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
+use mhtrain_sizing::tier::{Profile, Steps, Tier};
+use mhtrain_sizing::units::Bytes;
+use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType};
+use proptest::prelude::*;
+
+fn request(model: &str, free: Bytes) -> Request {
+    Request {
+        model: Model::resolve(model, None, None).unwrap(),
+        card: Card {
+            name: "A100-SXM4-80GB".to_owned(),
+            index: Some(0),
+            total: Bytes::from_gib(80),
+            free,
+            compute_capability: Some(ComputeCapability::AMPERE),
+        },
+        held_by_others: Bytes::ZERO,
+        train_type: TrainType::Lora,
+        lora_rank: 8,
+        targets: Targets::AllLinear,
+        length: Length::Standard,
+        save: Save::Standard,
+        learning: Learning::Standard,
+        min_effective_batch: 32,
+        allow: Allow::default(),
+        pins: Pins::default(),
+        features: TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true },
+        oom_risk: 0.10,
+    }
+}
+
+/// An idle 80 GiB card, less what the driver keeps.
+fn idle(model: &str) -> Request {
+    request(model, Bytes::from_mib(80_600))
+}
+
+fn planned(request: &Request) -> Plan {
+    plan(request, &TierBook::builtin()).unwrap()
+}
+
+fn chosen(request: &Request) -> Tier {
+    planned(request).chosen_rung().tier.clone()
+}
+
+fn shape_of(tier: &Tier) -> (u32, u32, u32, bool, AttnImpl) {
+    (tier.micro_batch, tier.accumulation, tier.max_length, tier.packing, tier.attn_impl)
+}
+
+#[test]
+fn models_of_6_to_7b_get_8x4_packed_on_an_idle_80_gib_card() {
+    for model in [
+        "Qwen/Qwen2.5-7B-Instruct",
+        "Qwen/Qwen-7B-Chat",
+        "meta-llama/Llama-2-7b-hf",
+        "mistralai/Mistral-7B-Instruct-v0.3",
+        "01-ai/Yi-1.5-6B-Chat",
+        "internlm/internlm2_5-7b-chat",
+        "baichuan-inc/Baichuan2-7B-Chat",
+        "THUDM/chatglm3-6b",
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    ] {
+        assert_eq!(shape_of(&chosen(&idle(model))), (8, 4, 3072, true, AttnImpl::FlashAttn), "{model}");
+    }
+}
+
+#[test]
+fn models_of_8_to_9b_get_6x6_packed_on_an_idle_80_gib_card() {
+    for model in [
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "meta-llama/Llama-3.1-8B",
+        "Qwen/Qwen3-8B",
+        "01-ai/Yi-9B",
+        "ZhipuAI/glm-4-9b-chat",
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        "mistralai/Ministral-8B-Instruct-2410",
+    ] {
+        assert_eq!(shape_of(&chosen(&idle(model))), (6, 6, 3072, true, AttnImpl::FlashAttn), "{model}");
+    }
+}
+
+#[test]
+fn internlm_20b_gets_2x16_packed_on_an_idle_80_gib_card() {
+    for model in
+        ["Shanghai_AI_Laboratory/internlm-chat-20b", "internlm/internlm2-chat-20b", "internlm2_5-20b-chat"]
+    {
+        assert_eq!(shape_of(&chosen(&idle(model))), (2, 16, 3072, true, AttnImpl::FlashAttn), "{model}");
+    }
+}
+
+#[test]
+fn gpt_oss_20b_gets_recipe_8_3_with_an_effective_batch_of_32() {
+    let plan = planned(&idle("openai/gpt-oss-20b"));
+    let tier = &plan.chosen_rung().tier;
+    assert_eq!(shape_of(tier), (1, 32, 2048, false, AttnImpl::Eager));
+    assert_eq!((tier.warmup_ratio, tier.save_steps, tier.save_total_limit), (0.05, Steps::Count(50), 2));
+    assert_eq!((tier.logging_steps, tier.router_aux_loss_coef), (Steps::Count(5), Some(1e-3)));
+    assert!(plan.notes.iter().any(|note| note.contains("recipe 8.3")), "{:?}", plan.notes);
+    assert!(plan.notes.iter().any(|note| note.contains("sinks")), "{:?}", plan.notes);
+}
+
+#[test]
+fn the_standard_profile_carries_the_recipes_values() {
+    let tier = chosen(&idle("Qwen/Qwen2.5-7B-Instruct"));
+    assert_eq!((tier.learning_rate, tier.warmup_ratio, tier.num_train_epochs), (2e-4, 0.1, 1.0));
+    assert_eq!((tier.save_steps, tier.save_total_limit), (Steps::Count(200), 3));
+    assert_eq!((tier.logging_steps, tier.torch_dtype), (Steps::Count(20), Dtype::Bfloat16));
+    assert!(
+        tier.gradient_checkpointing && tier.max_grad_norm.is_none() && tier.router_aux_loss_coef.is_none()
+    );
+}
+
+#[test]
+fn the_emergency_profile_is_the_last_rung_and_carries_the_recipes_values() {
+    let plan = planned(&idle("Qwen/Qwen2.5-7B-Instruct"));
+    let tier = &plan.rungs.last().unwrap().tier;
+    assert_eq!(tier.name, Profile::Emergency);
+    assert_eq!(shape_of(tier), (1, 32, 2048, false, AttnImpl::Sdpa));
+    assert_eq!((tier.learning_rate, tier.warmup_ratio), (1e-4, 0.1));
+    assert_eq!((tier.save_steps, tier.save_total_limit), (Steps::Count(100), 2));
+    assert_eq!(tier.logging_steps, Steps::Count(50));
+}
+
+#[test]
+fn the_emergency_rung_keeps_the_effective_batch_of_the_class() {
+    let plan = planned(&idle("Qwen/Qwen3-8B"));
+    assert_eq!(plan.effective_batch, 36);
+    assert!(plan.rungs.iter().all(|rung| rung.tier.effective_batch() == 36));
+    assert_eq!(plan.rungs.last().unwrap().tier.micro_batch, 1);
+}
+
+#[test]
+fn less_memory_takes_a_smaller_micro_batch_before_shorter_rows() {
+    let tight = chosen(&request("Qwen/Qwen2.5-7B", Bytes::from_gib(40)));
+    assert_eq!((tight.name, tight.max_length, tight.micro_batch), (Profile::Standard, 3072, 2));
+    let tighter = chosen(&request("Qwen/Qwen2.5-7B", Bytes::from_mib(23_000)));
+    assert_eq!((tighter.name, tighter.max_length, tighter.micro_batch), (Profile::Shorter, 2048, 1));
+}
+
+#[test]
+fn when_nothing_fits_the_emergency_rung_is_tried_once() {
+    let plan = planned(&request("Qwen/Qwen2.5-7B", Bytes::from_gib(18)));
+    assert_eq!(plan.chosen, plan.rungs.len() - 1);
+    assert!(!plan.chosen_rung().fits);
+    assert!(plan.chosen_rung().why.contains("tried once"));
+}
+
+#[test]
+fn weights_that_do_not_fit_are_an_error_with_both_numbers_and_help() {
+    let error = plan(&request("Qwen/Qwen2.5-72B", Bytes::from_gib(24)), &TierBook::builtin()).unwrap_err();
+    insta::assert_snapshot!(format!("{error}\n{}", error.help().unwrap()), @r"
+    `Qwen/Qwen2.5-72B` does not fit on GPU 0 (A100-SXM4-80GB): what stays in memory needs 137.10 GiB, 24.00 GiB are free
+    free 113.10 GiB more on GPU 0 (A100-SXM4-80GB), pack the weights into 4 bits (`train_type` qlora), or take a smaller model
+    ");
+}
+
+#[test]
+fn both_factors_pinned_under_the_minimum_are_an_error_with_both_numbers() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.pins = Pins { micro_batch: Some(2), accumulation: Some(4), ..Pins::default() };
+    let error = plan(&request, &TierBook::builtin()).unwrap_err();
+    assert!(matches!(error, PlanError::PinnedBatchTooSmall { product: 8, min_effective_batch: 32, .. }));
+}
+
+#[test]
+fn one_pinned_factor_solves_the_other() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.pins = Pins { micro_batch: Some(5), ..Pins::default() };
+    assert_eq!((chosen(&request).micro_batch, chosen(&request).accumulation), (5, 7));
+    request.pins = Pins { accumulation: Some(8), ..Pins::default() };
+    assert_eq!((chosen(&request).micro_batch, chosen(&request).accumulation), (4, 8));
+}
+
+#[test]
+fn without_flash_attention_there_is_sdpa_and_no_packing() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.features.flash_attn = false;
+    assert_eq!(shape_of(&chosen(&request)), (8, 4, 3072, false, AttnImpl::Sdpa));
+    request.allow.no_packing = false;
+    let error = plan(&request, &TierBook::builtin()).unwrap_err();
+    assert!(error.to_string().contains("flash-attn is not installed"), "{error}");
+}
+
+#[test]
+fn below_ampere_fp16_stands_in_for_bf16_only_when_allowed() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.card.compute_capability = Some(ComputeCapability { major: 7, minor: 0 });
+    let tier = chosen(&request);
+    assert_eq!((tier.torch_dtype, tier.attn_impl, tier.packing), (Dtype::Float16, AttnImpl::Sdpa, false));
+    request.allow.lower_precision = false;
+    assert!(matches!(plan(&request, &TierBook::builtin()), Err(PlanError::Conflict(..))));
+}
+
+#[test]
+fn rows_of_4096_are_taken_only_when_asked_for() {
+    let mut request = idle("Qwen/Qwen2.5-1.5B");
+    assert_eq!(chosen(&request).max_length, 3072);
+    request.length = Length::Long;
+    assert_eq!((chosen(&request).name, chosen(&request).max_length), (Profile::Long, 4096));
+}
+
+#[test]
+fn a_pinned_length_is_kept_by_every_rung() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.length = Length::Tokens(5000);
+    assert!(planned(&request).rungs.iter().all(|rung| rung.tier.max_length == 5000));
+}
+
+#[test]
+fn pinned_packing_without_flash_is_a_conflict() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.pins = Pins { packing: Some(true), attn_impl: Some(AttnImpl::Sdpa), ..Pins::default() };
+    let error = plan(&request, &TierBook::builtin()).unwrap_err();
+    assert!(error.to_string().contains("packing is pinned"), "{error}");
+}
+
+#[test]
+fn pins_that_do_not_fit_say_what_each_costs() {
+    let mut request = request("Qwen/Qwen2.5-7B", Bytes::from_gib(30));
+    request.pins = Pins {
+        micro_batch: Some(8),
+        accumulation: Some(4),
+        max_length: Some(3072),
+        packing: Some(true),
+        attn_impl: Some(AttnImpl::FlashAttn),
+        ..Pins::default()
+    };
+    let error = plan(&request, &TierBook::builtin()).unwrap_err();
+    insta::assert_snapshot!(error);
+}
+
+#[test]
+fn learning_and_saving_are_as_asked_even_in_an_emergency() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.learning = Learning::Stable;
+    request.save = Save::LongRun;
+    for rung in planned(&request).rungs {
+        let tier = rung.tier;
+        assert_eq!((tier.learning_rate, tier.warmup_ratio, tier.max_grad_norm), (1e-4, 0.15, Some(0.5)));
+        assert_eq!((tier.save_steps, tier.save_total_limit), (Steps::Count(500), 2));
+    }
+}
+
+#[test]
+fn a_larger_effective_batch_is_a_multiple_of_the_classs_micro_batch() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.min_effective_batch = 50;
+    let plan = planned(&request);
+    assert_eq!(plan.effective_batch, 56);
+    assert!(plan.rungs.iter().all(|rung| rung.tier.effective_batch() == 56));
+    request.min_effective_batch = 4;
+    assert_eq!(planned(&request).effective_batch, 32);
+}
+
+#[test]
+fn after_an_oom_the_next_rung_needs_less() {
+    let plan = planned(&idle("Qwen/Qwen2.5-7B"));
+    let next = after_oom(&plan, plan.chosen, None, None).unwrap();
+    assert_eq!((plan.rungs[next].tier.micro_batch, plan.rungs[next].tier.max_length), (4, 3072));
+}
+
+#[test]
+fn rungs_that_the_reported_need_rules_out_are_skipped() {
+    let plan = planned(&idle("Qwen/Qwen2.5-7B"));
+    // Twice what was predicted for 8x4 would be too much for 4x8 as well.
+    let need = Bytes::from_gib(120);
+    let next = after_oom(&plan, plan.chosen, Some(need), Some(Bytes::from_gib(60))).unwrap();
+    assert_eq!(plan.rungs[next].tier.micro_batch, 2);
+}
+
+#[test]
+fn the_emergency_rung_is_the_last_answer_and_there_is_none_after_it() {
+    let plan = planned(&idle("Qwen/Qwen2.5-7B"));
+    let last = plan.rungs.len() - 1;
+    assert_eq!(
+        after_oom(&plan, plan.chosen, Some(Bytes::from_gib(700)), Some(Bytes::from_gib(18))),
+        Some(last)
+    );
+    assert_eq!(after_oom(&plan, last, None, None), None);
+    assert_eq!(after_oom(&plan, plan.chosen, None, Some(Bytes::from_gib(10))), None);
+    assert_eq!(after_oom(&plan, plan.rungs.len(), None, None), None);
+}
+
+#[test]
+fn every_why_carries_both_numbers() {
+    for rung in planned(&request("Qwen/Qwen2.5-7B", Bytes::from_gib(40))).rungs {
+        assert!(rung.why.contains(&rung.admission_bytes.to_string()), "{}", rung.why);
+        assert!(rung.why.contains("40.00 GiB are free"), "{}", rung.why);
+    }
+}
+
+#[test]
+fn the_plan_of_a_7b_on_a_24_gib_card_reads_well() {
+    let mut request = request("Qwen/Qwen2.5-7B-Instruct", Bytes::from_mib(23_900));
+    request.held_by_others = Bytes::from_mib(340);
+    let plan = planned(&request);
+    let rungs: Vec<String> = plan.rungs.iter().map(|rung| format!("{}: {}", rung.tier, rung.why)).collect();
+    insta::assert_snapshot!(format!("{}\n\n{}", rungs.join("\n"), plan.notes.join("\n")));
+}
+
+const MODELS: [&str; 8] = [
+    "Qwen/Qwen2.5-0.5B",
+    "Qwen/Qwen2.5-7B",
+    "Qwen/Qwen3-8B",
+    "internlm/internlm-20b",
+    "openai/gpt-oss-20b",
+    "Qwen/Qwen3-30B-A3B",
+    "somebody/unheard-of-13B",
+    "google/gemma-2-9b",
+];
+
+fn any_request() -> impl Strategy<Value = Request> {
+    let pins = (
+        prop::option::of(1u32..70),
+        prop::option::of(1u32..70),
+        prop::option::of(64u32..10_000),
+        prop::option::of(any::<bool>()),
+        prop::option::of(prop::sample::select(vec![AttnImpl::FlashAttn, AttnImpl::Sdpa, AttnImpl::Eager])),
+        prop::option::of(any::<bool>()),
+    );
+    let wishes = (
+        prop::sample::select(vec![TrainType::Lora, TrainType::Qlora, TrainType::Full]),
+        prop::sample::select(vec![Length::Standard, Length::Long, Length::Short, Length::Tokens(1000)]),
+        1u32..100,
+        any::<(bool, bool, bool, bool)>(),
+        any::<(bool, bool)>(),
+        prop::sample::select(vec![(7, 0), (7, 5), (8, 0), (9, 0)]),
+    );
+    (prop::sample::select(MODELS.to_vec()), 1u64..200_000, pins, wishes).prop_map(
+        |(model, free, pins, wishes)| {
+            let mut request = request(model, Bytes::from_mib(free));
+            let (micro_batch, accumulation, max_length, packing, attn_impl, gradient_checkpointing) = pins;
+            request.pins = Pins {
+                micro_batch,
+                accumulation,
+                max_length,
+                packing,
+                attn_impl,
+                gradient_checkpointing,
+                ..Pins::default()
+            };
+            let (train_type, length, min, allow, features, (major, minor)) = wishes;
+            request.train_type = train_type;
+            request.length = length;
+            request.min_effective_batch = min;
+            (
+                request.allow.shorter_max_length,
+                request.allow.no_packing,
+                request.allow.emergency,
+                request.allow.liger,
+            ) = allow;
+            (request.features.flash_attn, request.features.liger) = features;
+            request.card.compute_capability = Some(ComputeCapability { major, minor });
+            request
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn more_free_memory_never_picks_a_lower_rung(request in any_request(), more in 0u64..100_000) {
+        let mut roomier = request.clone();
+        roomier.card.free = request.card.free.saturating_add(Bytes::from_mib(more));
+        let book = TierBook::builtin();
+        if let Ok(tight) = plan(&request, &book) {
+            let roomy = plan(&roomier, &book);
+            prop_assert!(roomy.is_ok(), "{roomy:?}");
+            prop_assert!(roomy.unwrap().chosen <= tight.chosen);
+        }
+    }
+
+    #[test]
+    fn the_effective_batch_is_one_for_all_rungs_and_never_under_the_minimum(request in any_request()) {
+        if let Ok(plan) = plan(&request, &TierBook::builtin()) {
+            prop_assert!(plan.effective_batch >= u64::from(request.min_effective_batch));
+            for rung in &plan.rungs {
+                prop_assert_eq!(rung.tier.effective_batch(), plan.effective_batch);
+            }
+        }
+    }
+
+    #[test]
+    fn pins_are_never_overridden(request in any_request()) {
+        if let Ok(plan) = plan(&request, &TierBook::builtin()) {
+            let pins = &request.pins;
+            for Tier { micro_batch, accumulation, max_length, packing, attn_impl, gradient_checkpointing, .. }
+                in plan.rungs.iter().map(|rung| &rung.tier)
+            {
+                prop_assert_eq!(pins.micro_batch.unwrap_or(*micro_batch), *micro_batch);
+                prop_assert_eq!(pins.accumulation.unwrap_or(*accumulation), *accumulation);
+                prop_assert_eq!(pins.max_length.unwrap_or(*max_length), *max_length);
+                prop_assert_eq!(pins.packing.unwrap_or(*packing), *packing);
+                prop_assert_eq!(pins.attn_impl.unwrap_or(*attn_impl), *attn_impl);
+                prop_assert_eq!(pins.gradient_checkpointing.unwrap_or(*gradient_checkpointing), *gradient_checkpointing);
+                prop_assert!(!*packing || attn_impl.is_flash());
+            }
+        }
+    }
+
+    #[test]
+    fn a_forbidden_change_is_never_in_the_ladder(request in any_request()) {
+        if let Ok(plan) = plan(&request, &TierBook::builtin()) {
+            let first = &plan.rungs[0].tier;
+            for rung in &plan.rungs {
+                prop_assert!(request.allow.emergency || rung.tier.name != Profile::Emergency);
+                prop_assert!(request.allow.shorter_max_length || rung.tier.max_length >= first.max_length);
+                prop_assert!(request.allow.no_packing || rung.tier.packing == first.packing);
+                prop_assert!(request.allow.liger || !rung.tier.liger_kernel);
+            }
+            prop_assert!(plan.rungs.is_sorted_by_key(|rung| rung.tier.name));
+        }
+    }
+
+    #[test]
+    fn after_an_oom_the_answer_is_a_later_rung_that_needs_no_more(request in any_request(), need in 0u64..300_000) {
+        if let Ok(plan) = plan(&request, &TierBook::builtin()) {
+            let mut rung = plan.chosen;
+            let mut attempts = 1;
+            while let Some(next) = after_oom(&plan, rung, Some(Bytes::from_mib(need)), Some(request.card.free)) {
+                prop_assert!(next > rung);
+                prop_assert!(plan.rungs[next].predicted_peak_bytes <= plan.rungs[rung].predicted_peak_bytes);
+                rung = next;
+                attempts += 1;
+                prop_assert!(attempts <= plan.rungs.len());
+            }
+        }
+    }
+}
