@@ -142,7 +142,7 @@ pub enum InstallPhase {
     Environment,
     /// Packages are downloaded and unpacked; counted in MiB of the large ones.
     Packages,
-    /// Sources are compiled to bytecode; counted in files.
+    /// Sources are compiled to bytecode; counted in KiB of source.
     Bytecode,
 }
 
@@ -587,12 +587,9 @@ fn make_environment(
     cancel: &AtomicBool,
     report: &mut Report<'_>,
 ) -> Result<(), InstallError> {
-    let mut venv = uv_command(uv, dir, &["venv", "--allow-existing", "--no-project", "--python"]);
-    match tools::suitable_python() {
-        Some(python) => venv.arg(python),
-        None => venv.arg(tools::PYTHON_RANGE),
-    };
-    venv.arg(dir);
+    let mut venv = uv_command(uv, dir, &["venv", "--allow-existing", "--no-project"]);
+    let python = tools::suitable_python().unwrap_or_else(|| PathBuf::from(tools::PYTHON_RANGE));
+    venv.arg(dir).arg("--python").arg(python);
     child::run(venv, cancel, &mut |_| report.phase(InstallPhase::Environment))
         .map(drop)
         .map_err(|e| step_error("making the virtual environment", e))
