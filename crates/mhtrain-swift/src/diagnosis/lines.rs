@@ -69,7 +69,7 @@ pattern!(
     concat!(
         r"^\s*[-|]?\s*(?:[\w.]+ [-|] )?(?:",
         r"\[(?P<a>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?:[:|][^\]]*)?\]\s*|",
-        r"(?P<b>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?::[A-Za-z_][\w.]*:|:\s+|\s+[-|:]\s+|\s+(?:\[|\d)|\s{2,}|\s+)",
+        r"(?P<b>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?::[A-Za-z_][\w.]*:|:\s+|\s+[-|:]\s+|\s+)",
         r")"
     )
 );
