@@ -297,10 +297,9 @@ impl Diagnoser {
     /// Notes that the trainer went on: what was printed so far did not stop it.
     fn went_on(&mut self) {
         self.close_assembly();
-        if let Some(cause) = self.pending.take() {
-            if self.survived.as_ref().is_none_or(|before| before.weight < cause.weight) {
-                self.survived = Some(cause);
-            }
+        let Some(cause) = self.pending.take() else { return };
+        if self.survived.as_ref().is_none_or(|before| before.weight < cause.weight) {
+            self.survived = Some(cause);
         }
     }
 
@@ -781,10 +780,10 @@ fn by_text(read: &Diagnoser, exit: ExitFacts, failed: Option<bool>) -> Diagnosis
     // After the end of training a warning in passing is not why anything died.
     let enough = if failed.is_none() && loop_ended { weight::PRINTED } else { weight::ECHO };
     let pending = read.pending.as_ref().filter(|cause| cause.weight >= enough);
-    if let Some(line) = read.metrics.divergence() {
-        if pending.is_none_or(|cause| cause.weight <= weight::UNKNOWN_EXCEPTION) {
-            return diverged(line, pending.is_some() || failed == Some(true));
-        }
+    if let Some(line) = read.metrics.divergence()
+        && pending.is_none_or(|cause| cause.weight <= weight::UNKNOWN_EXCEPTION)
+    {
+        return diverged(line, pending.is_some() || failed == Some(true));
     }
     if let Some(cause) = pending {
         let mentioned_only =
