@@ -104,7 +104,9 @@ impl TrainerState {
     /// Returns whether the step lies in the first epoch or exactly between two.
     fn is_in_first_epoch_or_at_boundary(&self, steps_per_epoch: Option<u64>) -> bool {
         match (steps_per_epoch, self.epoch) {
-            (Some(steps), _) if steps > 0 => self.global_step <= steps || self.global_step % steps == 0,
+            (Some(steps), _) if steps > 0 => {
+                self.global_step <= steps || self.global_step.is_multiple_of(steps)
+            }
             (_, Some(epoch)) => epoch <= 1.0 || epoch.fract() == 0.0,
             (_, None) => false,
         }

@@ -73,6 +73,7 @@ pub struct Diagnoser {
     tracebacks: u64,
     data_lines_left: u32,
     assembly: Option<Assembly>,
+    oom_messages: u64,
     /// The first message that names amounts, for a cause whose own line names none.
     first_amounts: Option<OomMessage>,
     pending: Option<Cause>,
@@ -94,6 +95,7 @@ struct Trace {
 /// An out-of-memory message that may go on over the next lines.
 #[derive(Clone, Debug)]
 struct Assembly {
+    number: u64,
     rank: Option<u32>,
     text: String,
     lines_left: u8,
@@ -110,6 +112,8 @@ struct Cause {
     rank: Option<u32>,
     phase: Option<Phase>,
     amounts: Option<OomMessage>,
+    /// Which of the out-of-memory messages it is, so that the rest of a wrapped one finds it.
+    oom_number: Option<u64>,
     traceback: u64,
 }
 
@@ -157,7 +161,11 @@ pattern!(
 );
 pattern!(
     EXCEPTION,
-    r"^(?:[A-Za-z_]\w*\.)*(_?[A-Z]\w*(?:Error|Exception|Interrupt|Exit|OutOfResources|Timeout|NotFound|Died|Failure))(?::|\s*$)"
+    concat!(
+        r"^(?:(?:[A-Za-z_]\w*\.)*_?[A-Z]\w*",
+        r"(?:Error|Exception|Interrupt|Exit|OutOfResources|Timeout|NotFound|Died|Failure)(?::|\s*$)",
+        r"|(?:[a-z_]\w*\.)+[A-Z]\w*: )"
+    )
 );
 pattern!(ANY_EXCEPTION, r"^(?:[A-Za-z_][\w<>]*\.)*(_?[A-Za-z]\w*)(?:: |:$|$)");
 pattern!(
@@ -174,7 +182,7 @@ pattern!(
 );
 pattern!(
     ENCODE_RETRIED,
-    r"errors? in the template\.encode|another piece of data will be randomly selected|will retry|retrying"
+    r"errors? in the (?:template\.encode|dataset, the data will be deleted)|another piece of data will be randomly selected|will retry|retrying"
 );
 pattern!(
     LAUNCHER_ERROR,
@@ -289,10 +297,9 @@ impl Diagnoser {
     /// Notes that the trainer went on: what was printed so far did not stop it.
     fn went_on(&mut self) {
         self.close_assembly();
-        if let Some(cause) = self.pending.take() {
-            if self.survived.as_ref().is_none_or(|before| before.weight < cause.weight) {
-                self.survived = Some(cause);
-            }
+        let Some(cause) = self.pending.take() else { return };
+        if self.survived.as_ref().is_none_or(|before| before.weight < cause.weight) {
+            self.survived = Some(cause);
         }
     }
 
@@ -330,12 +337,8 @@ impl Diagnoser {
     fn close_assembly(&mut self) {
         let Some(assembly) = self.assembly.take() else { return };
         let Some(amounts) = oom_message::parse(&assembly.text) else { return };
-        if let Some(cause) = &mut self.pending {
-            let same =
-                cause.kind == Kind::DeviceOom && cause.rank == assembly.rank && cause.amounts.is_none();
-            if same && assembly.text.starts_with(cause.line.as_str()) {
-                cause.amounts = Some(amounts.clone());
-            }
+        if let Some(cause) = self.pending.as_mut().filter(|cause| cause.oom_number == Some(assembly.number)) {
+            cause.amounts = Some(amounts.clone());
         }
         self.first_amounts.get_or_insert(amounts);
     }
@@ -461,22 +464,19 @@ impl Diagnoser {
     fn propose(&mut self, mut cause: Cause, line: &Line) {
         if cause.kind == Kind::DeviceOom && cause.weight > weight::MENTIONED {
             self.close_assembly();
-            self.assembly =
-                Some(Assembly { rank: line.rank, text: line.text.clone(), lines_left: OOM_LINES });
+            self.oom_messages += 1;
+            cause.oom_number = Some(self.oom_messages);
+            self.assembly = Some(Assembly {
+                number: self.oom_messages,
+                rank: line.rank,
+                text: line.text.clone(),
+                lines_left: OOM_LINES,
+            });
             cause.phase = cause.phase.or_else(|| self.metrics.training_began().then_some(Phase::Train));
         }
         if self.pending.as_ref().is_none_or(|before| before.weight < cause.weight) {
             self.metrics.something_happened();
             self.pending = Some(cause);
-        }
-        // The amounts are read once the message is whole; what is on its first line is known now.
-        if let (Some(assembly), Some(pending)) = (&self.assembly, &mut self.pending) {
-            if pending.kind == Kind::DeviceOom
-                && pending.line == shortened(&line.shown)
-                && assembly.text == line.text
-            {
-                pending.amounts = oom_message::parse(&assembly.text);
-            }
         }
     }
 }
@@ -501,6 +501,7 @@ impl Cause {
             rank: line.rank,
             phase: phase_of(&trace.frames),
             amounts: None,
+            oom_number: None,
             traceback: trace.number,
         }
     }
@@ -535,81 +536,79 @@ fn weight_of(form: Form, place: Place) -> Option<f64> {
     }
 }
 
-/// Judges an exception whose words are unknown by where it was raised.
+/// Words of frames that say what was being done, in the order in which they are asked.
+const FRAME_WORDS: &[(Kind, &[&str])] = &[
+    (
+        Kind::BadArguments,
+        &["argparse", "hf_argparser", "training_args", "/argument", "_args.py", "arguments.py"],
+    ),
+    (Kind::Network, &["urllib3", "requests/", "httpx", "httpcore", "aiohttp", "file_download", "/hub/"]),
+    (
+        Kind::CheckpointCorrupt,
+        &[
+            "load_state_dict",
+            "_load_from_checkpoint",
+            "load_checkpoint",
+            "_load_optimizer",
+            "torch/serialization",
+            "safetensors",
+        ],
+    ),
+    (
+        Kind::BadData,
+        &[
+            "dataset",
+            "preprocess",
+            "template",
+            "collat",
+            "/data/",
+            "data_utils",
+            "tokeniz",
+            "encode",
+            "jinja",
+        ],
+    ),
+];
+
+/// Exceptions that values raise; others are bugs wherever they come from.
+const VALUE_EXCEPTIONS: &[&str] = &[
+    "ValueError",
+    "KeyError",
+    "TypeError",
+    "AssertionError",
+    "IndexError",
+    "AttributeError",
+    "JSONDecodeError",
+    "StopIteration",
+    "Exception",
+    "RuntimeError",
+    "OSError",
+    "EOFError",
+];
+
+/// Judges an exception whose words are unknown by where it was raised: the deepest frame that says something.
 fn kind_by_frames(text: &str, frames: &[String]) -> Kind {
     let class =
-        ANY_EXCEPTION.captures(text).map_or("", |found| found.get(1).map_or("", |class| class.as_str()));
-    let mut deepest = frames.iter().rev().take(6).map(|frame| frame.to_ascii_lowercase());
-    let has = |words: &[&str], frame: &str| words.iter().any(|word| frame.contains(word));
-    let about_values = matches!(
-        class,
-        "ValueError"
-            | "KeyError"
-            | "TypeError"
-            | "AssertionError"
-            | "IndexError"
-            | "AttributeError"
-            | "JSONDecodeError"
-            | "StopIteration"
-            | "Exception"
-            | "RuntimeError"
-            | "OSError"
-            | "EOFError"
-    );
+        ANY_EXCEPTION.captures(text).and_then(|found| found.get(1)).map_or("", |class| class.as_str());
     if class == "PermissionError" {
         return Kind::BadArguments;
     }
-    if !about_values {
+    if !VALUE_EXCEPTIONS.contains(&class) {
         return Kind::CodeError;
     }
-    deepest
-        .find_map(|frame| {
-            if has(
-                &["argparse", "hf_argparser", "training_args", "/argument", "_args.py", "arguments.py"],
-                &frame,
-            ) {
-                Some(Kind::BadArguments)
-            } else if has(
-                &["urllib3", "requests/", "httpx", "httpcore", "aiohttp", "file_download", "/hub/"],
-                &frame,
-            ) {
-                Some(Kind::Network)
-            } else if has(
-                &[
-                    "load_state_dict",
-                    "_load_from_checkpoint",
-                    "load_checkpoint",
-                    "_load_optimizer",
-                    "torch/serialization",
-                    "safetensors",
-                ],
-                &frame,
-            ) {
-                Some(Kind::CheckpointCorrupt)
-            } else if has(
-                &[
-                    "dataset",
-                    "preprocess",
-                    "template",
-                    "collat",
-                    "/data/",
-                    "data_utils",
-                    "tokeniz",
-                    "encode",
-                    "jinja",
-                ],
-                &frame,
-            ) && !has(&["dataloader"], &frame)
-            {
-                Some(Kind::BadData)
-            } else {
-                None
-            }
-        })
-        .unwrap_or(match class {
-            "JSONDecodeError" => Kind::BadData,
-            _ => Kind::CodeError,
-        })
+    // The moments of a checkpoint have another shape than the parameters of this model.
+    let mismatch = text.to_ascii_lowercase().contains("size mismatch");
+    let by_frame = |frame: String| {
+        if mismatch && ["adam", "/optim/", "optimizer"].iter().any(|word| frame.contains(word)) {
+            return Some(Kind::CheckpointCorrupt);
+        }
+        let said = FRAME_WORDS.iter().find(|(_, words)| words.iter().any(|word| frame.contains(word)));
+        // torch's data loader only passes on what its workers raise.
+        said.map(|(kind, _)| *kind)
+            .filter(|kind| *kind != Kind::BadData || !frame.contains("torch/utils/data"))
+    };
+    let by_frames = frames.iter().rev().take(6).map(|frame| frame.to_ascii_lowercase()).find_map(by_frame);
+    by_frames.unwrap_or(if class == "JSONDecodeError" { Kind::BadData } else { Kind::CodeError })
 }
 
 /// Returns in which part of the run a traceback lies. The trainer's loop calls eval and save, so these are asked first.
@@ -781,10 +780,10 @@ fn by_text(read: &Diagnoser, exit: ExitFacts, failed: Option<bool>) -> Diagnosis
     // After the end of training a warning in passing is not why anything died.
     let enough = if failed.is_none() && loop_ended { weight::PRINTED } else { weight::ECHO };
     let pending = read.pending.as_ref().filter(|cause| cause.weight >= enough);
-    if let Some(line) = read.metrics.divergence() {
-        if pending.is_none_or(|cause| cause.weight <= weight::UNKNOWN_EXCEPTION) {
-            return diverged(line, pending.is_some() || failed == Some(true));
-        }
+    if let Some(line) = read.metrics.divergence()
+        && pending.is_none_or(|cause| cause.weight <= weight::UNKNOWN_EXCEPTION)
+    {
+        return diverged(line, pending.is_some() || failed == Some(true));
     }
     if let Some(cause) = pending {
         let mentioned_only =

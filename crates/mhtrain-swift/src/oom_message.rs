@@ -18,6 +18,9 @@ const LARGEST_BELIEVED: f64 = (1u64 << 50) as f64;
 /// Source: 300-500 MiB on the cards of 2016-2025; used only to judge messages before torch 2.1.
 const CONTEXT: Bytes = Bytes::from_mib(400);
 
+/// A request may fail although so much more was free: the driver rounds up, and the amounts are read afterwards.
+const BOOKKEEPING: Bytes = Bytes::from_mib(512);
+
 /// Others are to blame when they hold at least this share of the card, our context already taken off.
 const NEIGHBOUR_SHARE: f64 = 0.20;
 
@@ -96,27 +99,28 @@ static PATTERNS: LazyLock<Patterns> = LazyLock::new(|| {
 /// Reads the amounts of the first out-of-memory message in `text`, which may be wrapped over lines.
 /// Returns `None` when no amount is named.
 pub fn parse(text: &str) -> Option<OomMessage> {
-    let compact = first_message(&without_blanks(text));
+    let compact = without_blanks(text);
+    let compact = first_message(&compact);
     let p = &*PATTERNS;
     let mut message = OomMessage {
-        tried: first(&p.tried, &compact),
-        total: first(&p.total, &compact),
-        free: first(&p.free, &compact),
-        allowed: first(&p.allowed, &compact),
-        this_process: first(&p.this_process, &compact),
-        allocated: first(&p.allocated, &compact),
-        reserved_total: first(&p.reserved_total, &compact),
-        reserved_unallocated: first(&p.reserved_unallocated, &compact),
-        processes: p.process.captures_iter(&compact).filter_map(|found| amount(&found)).collect(),
+        tried: first(&p.tried, compact),
+        total: first(&p.total, compact),
+        free: first(&p.free, compact),
+        allowed: first(&p.allowed, compact),
+        this_process: first(&p.this_process, compact),
+        allocated: first(&p.allocated, compact),
+        reserved_total: first(&p.reserved_total, compact),
+        reserved_unallocated: first(&p.reserved_unallocated, compact),
+        processes: p.process.captures_iter(compact).filter_map(|found| amount(&found)).collect(),
         before_start: false,
     };
-    if let Some(found) = p.vllm_start.captures(&compact) {
+    if let Some(found) = p.vllm_start.captures(compact) {
         message.free = scaled(&found[1], "gib");
         message.total = scaled(&found[2], "gib");
         message.tried = scaled(&found[3], &found[4]);
         message.before_start = true;
     }
-    if let Some(found) = p.vllm_cache.captures(&compact) {
+    if let Some(found) = p.vllm_cache.captures(compact) {
         message.tried = scaled(&found[1], &found[2]);
         message.free = scaled(&found[3], &found[4]);
     }
@@ -149,7 +153,8 @@ impl OomMessage {
             return false;
         };
         // Free memory above the request was refused for another reason: a limit, or address space.
-        let refused_despite_room = !self.before_start && self.free.is_some_and(|free| free > tried);
+        let refused_despite_room =
+            !self.before_start && self.free.is_some_and(|free| free > tried.saturating_add(BOOKKEEPING));
         if self.allowed.is_some_and(|allowed| allowed < total) || refused_despite_room || self.free.is_none()
         {
             return false;
@@ -244,24 +249,12 @@ fn without_blanks(text: &str) -> String {
 }
 
 /// Cuts what follows the first message: a second one has amounts of its own.
-fn first_message(compact: &str) -> String {
-    let Some(start) = compact.find("outofmemory").or_else(|| compact.find("toallocate")) else {
-        return compact.to_owned();
-    };
-    let mut seen_request = false;
-    let mut end = compact.len();
-    for (at, word) in compact[start..].match_indices("toallocate") {
-        let at = start + at;
-        // Only "tried to allocate" opens a message; hints speak of allocating too.
-        if compact[..at].ends_with("tried") || word.is_empty() {
-            if seen_request {
-                end = at;
-                break;
-            }
-            seen_request = true;
-        }
+fn first_message(compact: &str) -> &str {
+    // Only "tried to allocate" opens a message; hints speak of allocating too.
+    match compact.match_indices("triedtoallocate").nth(1) {
+        Some((second, _)) => &compact[..second],
+        None => compact,
     }
-    compact[..end].to_owned()
 }
 
 fn first(pattern: &Regex, compact: &str) -> Option<Bytes> {
@@ -446,6 +439,16 @@ mod tests {
                     capacity of 8.00 GiB of which 0 bytes is free.";
         let message = parse(text).unwrap();
         assert_eq!((message.tried, message.total), (mib(1024.0), None));
+    }
+
+    #[test]
+    fn a_little_more_free_than_asked_does_not_acquit_the_neighbour() {
+        let text = "Tried to allocate 20.00 MiB (GPU 0; 8.00 GiB total capacity; 2.50 GiB already allocated; 22.00 MiB \
+                    free; 3.00 GiB reserved in total by PyTorch)";
+        assert!(parse(text).unwrap().neighbour_is_to_blame());
+        let text = "Tried to allocate 20.00 MiB (GPU 0; 8.00 GiB total capacity; 8.50 MiB already allocated; 5.00 GiB \
+                    free; 4.00 MiB cached)";
+        assert!(!parse(text).unwrap().neighbour_is_to_blame());
     }
 
     #[test]

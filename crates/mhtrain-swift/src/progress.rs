@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use mhtrain_sizing::units::Bytes;
-use regex::Regex;
+use regex::{Captures, Regex};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -316,20 +316,8 @@ impl StderrWatch {
     }
 
     fn push_line(&mut self, line: &str) {
-        if let Some(found) = BAR.captures_iter(line).last() {
-            if let (Ok(step), Ok(max_steps)) = (found[1].parse(), found[2].parse()) {
-                let speed: Option<f64> = found.get(4).and_then(|speed| speed.as_str().parse().ok());
-                let per_second = found.get(5).is_some_and(|unit| unit.as_str() == "it/s");
-                self.bar = Some(Bar {
-                    step,
-                    max_steps,
-                    remaining: clock(&found[3]),
-                    seconds_per_step: match (speed, per_second) {
-                        (Some(speed), true) => (speed > 0.0).then(|| speed.recip()),
-                        (speed, _) => speed,
-                    },
-                });
-            }
+        if let Some(bar) = BAR.captures_iter(line).last().and_then(|found| bar_of(&found)) {
+            self.bar = Some(bar);
         }
         // Text of the data may be on stderr as well, but not behind the trainer's own prefix.
         let Some((_, message)) = line.split_once("[INFO:swift] ") else {
@@ -344,14 +332,28 @@ impl StderrWatch {
             if self.token_lengths.len() < 2 {
                 self.token_lengths.extend(size_of_statistics(statistics));
             }
-        } else if let Some(found) = FILTERED.captures(message) {
-            if let (Ok(origin), Ok(kept)) = (found[1].parse(), found[2].parse()) {
-                if self.filtered.len() < FILTER_LINES {
-                    self.filtered.push(Filtered { origin, kept });
-                }
-            }
+        } else if self.filtered.len() < FILTER_LINES {
+            self.filtered.extend(FILTERED.captures(message).and_then(|found| filtered_of(&found)));
         }
     }
+}
+
+fn bar_of(found: &Captures<'_>) -> Option<Bar> {
+    let speed: Option<f64> = found.get(4).and_then(|speed| speed.as_str().parse().ok());
+    let per_second = found.get(5).is_some_and(|unit| unit.as_str() == "it/s");
+    Some(Bar {
+        step: found[1].parse().ok()?,
+        max_steps: found[2].parse().ok()?,
+        remaining: clock(&found[3]),
+        seconds_per_step: match (speed, per_second) {
+            (Some(speed), true) => (speed > 0.0).then(|| speed.recip()),
+            (speed, _) => speed,
+        },
+    })
+}
+
+fn filtered_of(found: &Captures<'_>) -> Option<Filtered> {
+    Some(Filtered { origin: found[1].parse().ok()?, kept: found[2].parse().ok()? })
 }
 
 /// Bytes of a line that is not complete yet.

@@ -62,7 +62,8 @@ struct Score {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let labels = args.dir.join("labels.csv");
-    let mut reader = csv::Reader::from_path(&labels).with_context(|| format!("cannot read {}", labels.display()))?;
+    let mut reader =
+        csv::Reader::from_path(&labels).with_context(|| format!("cannot read {}", labels.display()))?;
     let only: Option<Vec<PathBuf>> = match &args.only {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -128,7 +129,8 @@ impl Score {
                 let same = same_amount(Some(wanted), read);
                 self.other_sizes_right += usize::from(same);
                 if !same {
-                    let _ = writeln!(self.misses, "  {}: {wanted} MiB read as {read:?}", label.file.display());
+                    let _ =
+                        writeln!(self.misses, "  {}: {wanted} MiB read as {read:?}", label.file.display());
                 }
             }
         }

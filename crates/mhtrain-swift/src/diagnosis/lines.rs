@@ -69,7 +69,7 @@ pattern!(
     concat!(
         r"^\s*[-|]?\s*(?:[\w.]+ [-|] )?(?:",
         r"\[(?P<a>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?:[:|][^\]]*)?\]\s*|",
-        r"(?P<b>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?::[A-Za-z_][\w.]*:|:\s+|\s+[-|:]\s+|\s+(?:\[|\d)|\s{2,}|\s+)",
+        r"(?P<b>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)(?::[A-Za-z_][\w.]*:|:\s+|\s+[-|:]\s+|\s+)",
         r")"
     )
 );
@@ -80,7 +80,7 @@ pattern!(
 pattern!(NCCL_LOG, r"^\s*\[(?P<letter>[IWE]) [^\]]*?[\w.]+\.(?:cpp|hpp|cc|cu|ts|h):\d+\]\s?");
 pattern!(
     PLACE,
-    r"^\s*(?:\[?[\w./-]+\.(?:py|cpp|cc|cu|ts|h):\d+(?::[\w<>]+)?\](?::\s?|\s?)|[\w.]+:[\w<>]+:\d+ - |\[[\w.-]*[A-Za-z][\w.-]*\]\s|[\w.]+ \| )"
+    r"^\s*(?:\[?[\w./-]+\.(?:py|cpp|cc|cu|ts|h):\d+(?::[\w<>]+)?\](?::\s?|\s?)|[\w.]+:[\w<>]+:\d+ - |\[[a-z][\w.-]*\]\s|[\w.]+ \| )"
 );
 pattern!(PYTHON_WARNING, r"^\s*(?:\S+:\d+: )?\w*Warning: |^\s*[Ww]arning\b");
 

@@ -87,7 +87,7 @@ impl Metrics {
     pub(super) fn read(&mut self, text: &str, shown: &str) -> Meaning {
         if ENDED.is_match(text) {
             self.ended = true;
-            self.note_loss(text, shown);
+            self.note_nan(text, shown);
             return Meaning::Ended;
         }
         if let Some(found) = SAVED.captures(text) {
@@ -113,10 +113,13 @@ impl Metrics {
 
     fn read_record(&mut self, text: &str, shown: &str) -> Meaning {
         let is_train_line = LOSS.is_match(text);
-        if !is_train_line && !text.contains("loss") {
+        if is_train_line {
+            self.note_loss(text, shown);
+        } else if text.contains("loss") {
+            self.note_nan(text, shown);
+        } else {
             return Meaning::Other;
         }
-        self.note_loss(text, shown);
         let step = STEP.captures(text).and_then(|found| found[1].parse().ok());
         match step {
             Some(step) => self.step_seen(Some(step)),
@@ -146,6 +149,13 @@ impl Metrics {
     /// Bars count from here when it is asked whether the run went on.
     pub(super) fn something_happened(&mut self) {
         self.bars_since = 0;
+    }
+
+    /// The mean over a run and the loss of an evaluation can confirm a divergence; they do not end one.
+    fn note_nan(&mut self, text: &str, shown: &str) {
+        if LOSS_IS_NAN.is_match(text) {
+            self.note_loss(text, shown);
+        }
     }
 
     fn note_loss(&mut self, text: &str, shown: &str) {

@@ -54,6 +54,7 @@ use Kind::{
 
 /// Every wording, look-alikes first. Patterns ignore case.
 const SIGNATURES: &[Signature] = &[
+    raised(BadArguments, r"feature requires a flash attention"),
     // Memory words that do not mean the card's memory.
     raised(
         IncompatibleEnvironment,
@@ -243,6 +244,11 @@ const SIGNATURES: &[Signature] = &[
         DeviceFault,
         r"cuda (?:unknown error|error: unknown error)|cublas_status_(?:not_initialized|execution_failed|internal_error|mapping_error)|cudnn_status_(?:not_initialized|execution_failed|internal_error|mapping_error)|cusolver_status_(?:internal_error|execution_failed)|cuda_error_(?:unknown|launch_failed|illegal_address|ecc_uncorrectable|assert|hardware)|cuda error: (?:hardware|mps|exception)|cuda exception",
     ),
+    // Limits of the code whose words would be taken for those of packages, data or arguments.
+    raised(
+        CodeError,
+        r"cuda (?:driver )?error: invalid (?:argument|configuration|value|resource handle)|invalid configuration argument|cannot launch triton kernel|maximum cuda blocksize|expected all tensors to be on the same device|mat1 and mat2|shapes? .{0,40}cannot be multiplied|does not require grad|expected to have finished reduction|expected to mark a variable ready only once|trying to backward through the graph a second time|modified by an inplace operation|expected scalar type|input type .{0,60}should be the same|size of tensor|shape .{0,40}invalid for input|dimension out of range|stack expects each tensor|cannot pin|pin_memory|cannot re-initialize cuda in forked|meta tensor|index \S+ is out of bounds",
+    ),
     // Packages, driver and card do not fit together.
     printed(
         IncompatibleEnvironment,
@@ -297,11 +303,17 @@ const SIGNATURES: &[Signature] = &[
         CheckpointCorrupt,
         r"checkpoint.{0,60}(?:world size|dp world|was saved with)|(?:world|dp).size.{0,40}checkpoint|unable to find latest file|resum(?:e|ing).{0,60}(?:failed|error|corrupt|incomplete)",
     ),
-    // A hub, a proxy.
+    // A refusal of the proxy is not one of the hub.
     raised(
         Network,
         r"proxyerror|tunnel connection failed|unable to connect to proxy|cannot connect to proxy|proxy authentication|from proxy|sslerror|ssl: |certificate[_ ]verify[_ ]failed|sslcert|\bssl\b.{0,30}(?:eof|error|handshake)|tls handshake",
     ),
+    // An answer of the hub is no fault of the network.
+    raised(
+        MissingModelOrDataset,
+        r"\b(?:401|403|404|410)\b.{0,20}(?:client error|not found|unauthorized|forbidden)|http error (?:401|403|404)|invalid (?:username or password|user token)",
+    ),
+    // The way to a hub.
     raised(
         Network,
         r"max retries exceeded|failed to establish a new connection|name resolution|name or service not known|nodename nor servname|getaddrinfo|gaierror|nameresolutionerror|could not resolve (?:host|proxy)|no address associated with hostname|network is unreachable|\[errno (?:101|110|111|113)\]|network unreachable",
@@ -330,7 +342,7 @@ const SIGNATURES: &[Signature] = &[
     form(
         Communication,
         Form::Symptom,
-        r"watchdog caught collective operation timeout|collective operations? (?:have failed or )?timed? ?out|some nccl operations have failed|watchdog (?:thread )?(?:terminated|got stuck|hang)|heartbeat monitor timed out|nccl communicator was aborted|nccl watchdog|exec_timeout|taking the entire process down|hccl.{0,80}timeout|notify.{0,20}(?:wait )?time ?out|monitoredbarrier|timed out waiting for|timeout waiting for",
+        r"watchdog caught collective operation timeout|collective operations? (?:have failed or )?timed? ?out|some nccl operations have failed|watchdog (?:thread )?(?:terminated|got stuck|hang)|heartbeat monitor timed out|nccl communicator was aborted|nccl watchdog|exec_timeout|taking the entire process down|hccl.{0,80}timeout|notify.{0,20}(?:wait )?time ?out|monitoredbarrier|timed out waiting for|timeout waiting for|due to a collective timeout",
     ),
     form(
         Communication,
@@ -339,7 +351,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     printed(
         Communication,
-        r"address already in use|eaddrinuse|errno:? 98\b|server socket has failed to listen|client socket has (?:failed|timed out)|no available network|failed to bind|port .{0,20}(?:already )?in use|disterror|dist(?:network|store)error|rendezvous\w*(?:error|exception|timeout)|rendezvous.{0,40}(?:fail|timeout|timed out|closed)|tcpstore.{0,80}(?:fail|error|timed? ?out|broken)|socket timeout|store(?:->|\.)get\(|c10d::|init_process_group.{0,60}(?:fail|time)",
+        r"address already in use|eaddrinuse|errno:? 98\b|server socket has failed to listen|client socket has (?:failed|timed out)|no available network|failed to bind|port .{0,20}(?:already )?in use|disterror|dist(?:network|store)error|rendezvous\w*(?:error|exception|timeout)|rendezvous.{0,40}(?:fail|timeout|timed out|closed)|tcpstore.{0,80}(?:fail|error|timed? ?out|broken)|socket timeout|store(?:->|\.)get\(|c10d::|init_process_group.{0,60}(?:fail|time)|initializing process group|store[ _]based[ _]barrier",
     ),
     form(
         Communication,
@@ -367,10 +379,6 @@ const SIGNATURES: &[Signature] = &[
     raised(
         MissingModelOrDataset,
         r"(?:repository|revision|entry|dataset|model|gatedrepo|remoteentry)\w*(?:notfound|gated)\w*|notexist(?:error)?\b|gatedrepoerror|gated repo|access to (?:model|dataset) .{0,80}restricted|repository not found|entry not found|revision not found|repo(?:sitory)? (?:id )?.{0,80}(?:does not exist|not found|not exist)|awaiting a review|disabledrepoerror",
-    ),
-    raised(
-        MissingModelOrDataset,
-        r"\b(?:401|403|404|410)\b.{0,20}(?:client error|not found|unauthorized|forbidden)|http error (?:401|403|404)|invalid (?:username or password|user token)",
     ),
     raised(
         MissingModelOrDataset,
@@ -413,11 +421,11 @@ const SIGNATURES: &[Signature] = &[
     ),
     raised(
         BadArguments,
-        r"remaining_argv|unrecognized arguments|some (?:specified|keys are not used|.{0,20}not used by the) ?\w*arg|are not used by the hfargumentparser|unknown (?:argument|option|flag|parameter|train_type|tuner_type|command|optimizer|scheduler|lr_scheduler|loss)|unsupported (?:argument|option|train|tuner|optimizer|scheduler)|invalid (?:argument|choice|option|value for|literal for)|is not a valid (?:\w+, please select|choice|option|value|interval|scheduler|optimizer)|no such option|missing (?:required )?argument|got multiple values for",
+        r"remaining_argv|unrecognized arguments|some (?:specified|keys are not used|.{0,20}not used by the) ?\w*arg|are not used by the hfargumentparser|unknown (?:argument|option|flag|parameter|train_type|tuner_type|command|optimizer|scheduler|lr_scheduler|loss)|unsupported (?:argument|option|train|tuner|optimizer|scheduler)|invalid (?:argument|choice|option|value for|literal for)|is not a valid (?:\w+, please select|choice|option|value|interval|scheduler|optimizer)|is not registered|no such option|missing (?:required )?argument|got multiple values for",
     ),
     raised(
         BadArguments,
-        r"feature requires a flash attention|specified `?attn_implementation|attn_impl|please (?:use one of|set|specify|pass|provide|choose|explicitly|ensure|check your|correct the)|please \w+ (?:the )?`?--?\w+|explicitly pass|--\w+ (?:requires|must|cannot|can't|should|is (?:not|required))|`?\w+`? and `?\w+`? (?:cannot|can't|can not|are mutually exclusive|should not|must not) |mutually exclusive|cannot be (?:used|set|combined|specified) (?:with|together|at the same|when|both)|at the same time|not allowed (?:with|when|now)|is incompatible with|are incompatible|not compatible with `|only (?:be )?(?:supported|used|works?|compatible) (?:when|with|for|in|if)|(?:is|are) (?:currently )?not supported(?: (?:when|with|in|for|by|yet|\.|,)|\.?$)|does(?:n't| not) support (?:the )?(?:`|--|\w+_\w+|packing|streaming|gradient|device_map|lora|qlora|full)",
+        r"specified `?attn_implementation|attn_impl|please (?:use one of|set|specify|pass|provide|choose|explicitly|ensure|check your|correct the)|please \w+ (?:the )?`?--?\w+|explicitly pass|--\w+ (?:requires|must|cannot|can't|should|is (?:not|required))|`?\w+`? and `?\w+`? (?:cannot|can't|can not|are mutually exclusive|should not|must not) |mutually exclusive|cannot be (?:used|set|combined|specified) (?:with|together|at the same|when|both)|at the same time|not allowed (?:with|when|now)|is incompatible with|are incompatible|not compatible with `|only (?:be )?(?:supported|used|works?|compatible) (?:when|with|for|in|if)|(?:is|are) (?:currently )?not supported(?: (?:when|with|in|for|by|yet|\.|,)|\.?$)|does(?:n't| not) support (?:the )?(?:`|--|\w+_\w+|packing|streaming|gradient|device_map|lora|qlora|full)",
     ),
     raised(
         BadArguments,
@@ -431,10 +439,6 @@ const SIGNATURES: &[Signature] = &[
     printed(
         CodeError,
         r"segmentation fault|signal 11 \(sigsegv\)|exitcode\s*:\s*-(?:11|4|8)\b|fatal python error: (?:segmentation|aborted|illegal)|killed by signal: (?:segmentation fault|aborted|illegal)|illegal instruction \(core|double free|corrupted (?:size|double-linked|unsorted)|stack smashing|munmap_chunk|free\(\): invalid|recursionerror",
-    ),
-    raised(
-        CodeError,
-        r"cuda (?:driver )?error: invalid (?:argument|configuration|value|resource handle)|invalid configuration argument|cannot launch triton kernel|maximum cuda blocksize|expected all tensors to be on the same device|mat1 and mat2|shapes? .{0,40}cannot be multiplied|does not require grad|expected to have finished reduction|expected to mark a variable ready only once|trying to backward through the graph a second time|modified by an inplace operation|expected scalar type|input type .{0,60}should be the same|size of tensor|shape .{0,40}invalid for input|dimension out of range|stack expects each tensor|cannot pin|pin_memory|no grad|cannot re-initialize cuda in forked|meta tensor|notimplementederror|index \S+ is out of bounds",
     ),
     // Deaths whose reason nobody prints.
     form(
