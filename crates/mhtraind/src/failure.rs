@@ -15,8 +15,6 @@ pub enum Status {
     BadInput = 2,
     /// Not permitted.
     NotPermitted = 4,
-    /// Not found.
-    NotFound = 5,
     /// A bug of ours.
     Bug = 70,
     /// Ctrl-C.

@@ -3,6 +3,8 @@
 //! This crate is where the others meet: `cli` holds what can be typed, `engine` what runs a job.
 //! Decisions are in the pure crates (`mhtrain-sizing`, `mhtrain-job`, `mhtrain-swift`).
 
+#![allow(unreachable_pub, reason = "a binary has no outside: `pub` says what other modules use")]
+
 mod cli;
 mod config;
 mod demo;

@@ -3,8 +3,6 @@
 //! A real job on a tiny model: the real trainer runs out of (simulated) memory, and the real recovery follows.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 use mhtrain_job::spec::JobSpec;
@@ -14,7 +12,7 @@ use nvml_sim::{SimDevice, SimFile};
 use super::install_trainer::install_with_bar;
 use super::{output, probe, run};
 use crate::config::{Config, data_home};
-use crate::demo::assets::{self, Capacity};
+use crate::demo::{self, CARD_BYTES, CARD_UUID};
 use crate::engine::local;
 use crate::engine::screen::Sentences;
 use crate::failure::{Failure, Status, unwritable};
@@ -33,12 +31,11 @@ pub struct DemoArgs {
     dir: Option<PathBuf>,
 }
 
-/// The simulated card: 2 GiB, on which the class's own batch is predicted to fit and twice of it is not.
-const CARD_UUID: &str = "GPU-51111111-0000-4000-8000-000000000001";
-const CARD_BYTES: u64 = 2 << 30;
-
-/// Rows of the demo's data set: ten optimizer steps of 32.
+/// Rows of the demo's data set: ten optimizer steps of 32 an epoch.
 const ROWS: u32 = 320;
+
+/// The trainer's version.
+const MS_SWIFT: &str = "4.6.0";
 
 /// Runs the command.
 pub fn run(args: &DemoArgs, config: &Config) -> Result<Status, Failure> {
@@ -46,30 +43,30 @@ pub fn run(args: &DemoArgs, config: &Config) -> Result<Status, Failure> {
     output::line(first_line(simulated_card))?;
 
     step(1, "the trainer environment")?;
-    let trainer = install_with_bar("4.6.0", None, &Arc::new(AtomicBool::new(false)))?;
+    let trainer = install_with_bar(MS_SWIFT, None)?;
+    output::line(format!("ms-swift {MS_SWIFT} in {}{}", trainer.dir.display(), if trainer.reused { " (kept from before)" } else { "" }))?;
 
     step(2, "a tiny model, its data, and a job")?;
     let dir = args.dir.clone().or_else(|| Some(data_home()?.join("demo"))).ok_or_else(|| {
         Failure::bad_input("no_home", "there is no home directory for the demo").help("name one with --dir".to_owned())
     })?;
     let place = fresh_place(&dir)?;
-    assets::make(&trainer.python, &place, ROWS)?;
-    let job = write_job(&place)?;
+    let plugin = demo::make(&trainer.python, &place, ROWS)?;
+    let job = write_job(&place, &plugin)?;
     output::line(format!("{}:\n{}", place.join("job.json").display(), job.trim_end()))?;
 
     let mut config = config.clone();
-    config.trainer.command = vec![trainer.swift.display().to_string(), "sft".to_owned()];
+    config.trainer.command = vec![trainer.dir.join("bin/swift").display().to_string(), "sft".to_owned()];
     if simulated_card {
         config.nvml.library = simulate_card(&place)?;
     }
-    let capacity = Capacity { dir: &place, device_uuid: CARD_UUID, card_bytes: CARD_BYTES };
 
     step(3, "the probe")?;
     probe::show(&config, &place)?;
 
     step(4, "mhtraind run job.json")?;
     let mut spec = JobSpec::parse(job.as_bytes()).map_err(|e| Failure::new(Status::Bug, "bug", e))?;
-    spec.env.extend(capacity.variables());
+    spec.env.extend(demo::capacity_variables());
     let started = run::start(spec, run::Earlier::SetAside, Sentences::ToStdout, &config)?;
     let verdict = local::run(started, &config)?;
 
@@ -109,7 +106,7 @@ fn fresh_place(dir: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// Writes the job that a user would write, but for the pins that a CPU needs, and returns its text.
-fn write_job(place: &Path) -> Result<String, Failure> {
+fn write_job(place: &Path, plugin: &Path) -> Result<String, Failure> {
     let job = serde_json::json!({
         "model": place.join("model"),
         "dataset": [place.join("train.jsonl")],
@@ -117,11 +114,13 @@ fn write_job(place: &Path) -> Result<String, Failure> {
         "device": 0,
         "output_dir": place.join("output"),
         "args": {
+            "model_type": "qwen2",
+            "template": "qwen2_5",
             "torch_dtype": "float32",
             "save_steps": 5,
             "logging_steps": 1,
             "num_train_epochs": 2,
-            "external_plugins": [place.join("simulated_capacity.py")],
+            "external_plugins": [plugin],
         },
     });
     let text = serde_json::to_string_pretty(&job).map_err(|e| Failure::new(Status::Bug, "bug", e))? + "\n";

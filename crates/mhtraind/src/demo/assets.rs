@@ -11,8 +11,6 @@ pub const MAKE_DEMO: Asset = Asset { name: "make_demo.py", text: include_str!("m
 /// Plugin: a device of simulated capacity. Its settings are variables, listed in the file.
 pub const SIMULATED_CAPACITY: Asset =
     Asset { name: "simulated_capacity.py", text: include_str!("simulated_capacity.py") };
-/// Plugin: writes down which rows every micro-batch holds, in the file `ORDER_LOG`.
-pub const ROW_ORDER: Asset = Asset { name: "row_order.py", text: include_str!("row_order.py") };
 
 /// A file that is part of the program.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
