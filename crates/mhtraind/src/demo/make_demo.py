@@ -114,9 +114,6 @@ def write_model(folder, special, vocabulary):
         },
     )
     write_json(folder / "generation_config.json", tokens)
-    # Several of ms-swift's model types share this architecture. It looks here, as in a directory that it exported
-    # itself, before it asks the user for --model_type.
-    write_json(folder / "args.json", {"model_type": "qwen2", "template": "qwen2_5"})
 
 
 def write_json(path, value):
