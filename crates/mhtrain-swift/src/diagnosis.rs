@@ -131,6 +131,8 @@ mod weight {
     pub(super) const UNKNOWN_EXCEPTION: f64 = 0.5;
     /// A known text in a warning or in passing.
     pub(super) const MENTIONED: f64 = 0.45;
+    /// What survivors of another death raise.
+    pub(super) const ECHO_RAISED: f64 = 0.48;
     /// What survivors of another death print.
     pub(super) const ECHO: f64 = 0.3;
 }
@@ -164,7 +166,7 @@ pattern!(
     concat!(
         r"^(?:(?:[A-Za-z_]\w*\.)*_?[A-Z]\w*",
         r"(?:Error|Exception|Interrupt|Exit|OutOfResources|Timeout|NotFound|Died|Failure)(?::|\s*$)",
-        r"|(?:[a-z_]\w*\.)+[A-Z]\w*: )"
+        r"|(?:[a-z_]\w*\.)+(?:[A-Z]\w*|\w*error): )"
     )
 );
 pattern!(ANY_EXCEPTION, r"^(?:[A-Za-z_][\w<>]*\.)*(_?[A-Za-z]\w*)(?:: |:$|$)");
@@ -525,9 +527,8 @@ fn weight_of(form: Form, place: Place) -> Option<f64> {
         (Form::Symptom, Reported) | (Form::Raised | Form::Printed, Reported | Warning) => {
             Some(weight::MENTIONED)
         }
-        (Form::Kill, Reported) | (Form::Echo, Exception | Message | Plain | Error | Warning) => {
-            Some(weight::ECHO)
-        }
+        (Form::Echo, Exception) => Some(weight::ECHO_RAISED),
+        (Form::Kill, Reported) | (Form::Echo, Message | Plain | Error | Warning) => Some(weight::ECHO),
         (Form::Raised | Form::Printed, Exception) => Some(weight::RAISED),
         (Form::Raised | Form::Printed, Message) => Some(weight::MESSAGE),
         (Form::Raised | Form::Printed, Error) | (Form::Printed, Plain) => Some(weight::PRINTED),
@@ -608,7 +609,12 @@ fn kind_by_frames(text: &str, frames: &[String]) -> Kind {
             .filter(|kind| *kind != Kind::BadData || !frame.contains("torch/utils/data"))
     };
     let by_frames = frames.iter().rev().take(6).map(|frame| frame.to_ascii_lowercase()).find_map(by_frame);
-    by_frames.unwrap_or(if class == "JSONDecodeError" { Kind::BadData } else { Kind::CodeError })
+    by_frames.unwrap_or(match class {
+        "JSONDecodeError" => Kind::BadData,
+        // Nearly every check of a setting raises this one.
+        "ValueError" => Kind::BadArguments,
+        _ => Kind::CodeError,
+    })
 }
 
 /// Returns in which part of the run a traceback lies. The trainer's loop calls eval and save, so these are asked first.
@@ -786,8 +792,9 @@ fn by_text(read: &Diagnoser, exit: ExitFacts, failed: Option<bool>) -> Diagnosis
         return diverged(line, pending.is_some() || failed == Some(true));
     }
     if let Some(cause) = pending {
-        let mentioned_only =
-            failed.is_none() && (cause.weight < weight::UNKNOWN_EXCEPTION || cause.is_caught());
+        // Without an exit code a warning in passing proves no death; broken connections mean one.
+        let in_passing = cause.weight <= weight::MENTIONED && cause.form != Some(Form::Echo);
+        let mentioned_only = failed.is_none() && (in_passing || cause.is_caught());
         if !mentioned_only {
             // Something caught may have broken what died after it.
             return by_cause(read, cause, exit, true);

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 /// Scores the diagnosis over a directory of labelled logs: `<kind>/<nn>.log` and `labels.csv`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(crate) struct ScoreDiagnosisArgs {
     /// The directory.
     dir: PathBuf,
     /// Leave the exit code out, as when only a log is at hand.
@@ -60,7 +60,7 @@ struct Score {
 }
 
 /// Runs the command.
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &ScoreDiagnosisArgs) -> anyhow::Result<()> {
     let labels = args.dir.join("labels.csv");
     let mut reader =
         csv::Reader::from_path(&labels).with_context(|| format!("cannot read {}", labels.display()))?;

@@ -118,7 +118,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     raised(
         HostOom,
-        r"\[errno 12\]|errno 12\b|os error 12\b|(?:fork|mmap|malloc|clone|spawn).{0,60}cannot allocate memory|cannot allocate memory \(12\)|^(?:\S+: )?(?:fork: )?cannot allocate memory",
+        r"\[errno 12\]|errno 12\b|os error 12\b|(?:fork|mmap|malloc|clone|spawn).{0,60}cannot allocate memory|\bcannot allocate memory\b",
     ),
     raised(
         HostOom,
@@ -155,11 +155,11 @@ const SIGNATURES: &[Signature] = &[
     printed(DeviceOom, r"^error out of memory at line \d+|error code: ?2, reason: out of memory"),
     printed(
         DeviceOom,
-        r"(?:cublas|cudnn|cusparse|cusolver|cufft|hipblas|rocblas|miopen|mublas|mudnn)\w*_(?:status_)?alloc_failed|cufft_alloc_failed|rocblas_status_memory_error|miopenstatusallocfailed",
+        r"(?:cublas|cudnn|cusparse|cusolver|cufft|hipblas|rocblas|miopen|mublas|mudnn)\w*_(?:status_)?alloc_failed|cufft_alloc_failed|status_internal_error_device_allocation_failed|rocblas_status_memory_error|miopenstatusallocfailed",
     ),
     printed(
         DeviceOom,
-        r"failed to cuda (?:calloc|malloc|host ?alloc)|cudamalloc(?:async|managed)?\b.{0,40}(?:failed|out of memory)|failed to (?:cuda)?malloc.{0,30}(?:device|gpu)|failed to allocate (?:device|gpu|cuda|hbm) memory|cumem\w+.{0,60}out of memory",
+        r"failed to cuda (?:calloc|malloc|host ?alloc)|cudamalloc(?:async|managed)?\b.{0,40}(?:failed|out of memory)|failed to (?:cuda)?malloc.{0,30}(?:device|gpu)|failed to allocate (?:device|gpu|cuda|hbm) memory|nvml_success == r internal assert failed at .{0,80}allocator|cumem\w+.{0,60}out of memory",
     ),
     printed(
         DeviceOom,
@@ -171,7 +171,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     printed(
         DeviceOom,
-        r"memory_allocation_failure|\bel0004\b|aclrtmalloc.{0,60}(?:failed|error)|rtmalloc.{0,40}failed|error code is (?:207001|507899|207018)|device memory alloc(?:ation)? fail",
+        r"memory_allocation_failure|\bel0004\b|aclrtmalloc.{0,60}(?:failed|error)|rtmalloc.{0,40}failed|error code(?: is)? ?:? ?(?:207001|207018)|device memory alloc(?:ation)? fail",
     ),
     raised(
         DeviceOom,
@@ -234,11 +234,11 @@ const SIGNATURES: &[Signature] = &[
     ),
     printed(
         DeviceFault,
-        r"memory access fault by gpu|hw exception by gpu|gpu hang|hsa_status_error|hiperror(?:illegaladdress|launchfailure)|device.lost\b|ur_result_error_device_lost|pi_error_device_not_available|ai ?core (?:exception|timeout|error)|vector core (?:exception|execution is abnormal)|ez9999|e[ez]9999: inner error|507015|507014|507053|507054|device (?:is )?(?:faulty|unhealthy)|the device (?:task )?(?:abort|is abnormal)",
+        r"memory access fault by gpu|hw exception by gpu|gpu hang|hsa_status_error|hiperror(?:illegaladdress|launchfailure)|device.lost\b|ur_result_error_device_lost|pi_error_device_not_available|ai ?core (?:exception|timeout|error)|vector core (?:exception|execution is abnormal)|ez9999|e[ez]9999: inner error|error code(?: is)?[ :=]*507\d{3}|device (?:is )?(?:faulty|unhealthy)|the device (?:task )?(?:abort|is abnormal)",
     ),
     printed(
         DeviceFault,
-        r"failed to initialize nvml|nvml(?:_| )(?:error|shared library)|nvidia-smi (?:has )?failed|no (?:cuda-capable|gpus? were|cuda gpu|gpu) (?:device is detected|found|devices? (?:is|are) (?:found|detected))|no cuda-capable device|system not yet initialized|devices? (?:is|are) busy or unavailable|os call failed or operation not supported",
+        r"failed to initialize nvml|nvml(?:_| )(?:error|shared library)|nvidia-smi (?:has )?failed|no (?:cuda-capable|gpus? were|cuda gpu|gpu) (?:device is detected|found|devices? (?:is|are) (?:found|detected))|no cuda-capable device|system not yet initialized|devices?(?:\(s\))? (?:is|are|is/are) busy or unavailable|os call failed or operation not supported",
     ),
     raised(
         DeviceFault,
@@ -272,7 +272,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     raised(
         IncompatibleEnvironment,
-        r"toggled on, but it cannot be used|does not recognize this architecture|model type `?\w*`? but|unrecognized configuration class|tokenizer class \w+ does not exist|is not currently imported|numpy\.dtype size changed|compiled using numpy|numpy is not available|untagged enum|binary incompatib|abi (?:mismatch|incompat)",
+        r"toggled on, but it cannot be used|descriptors can ?not be created|compiled with different cuda|_array_api not found|only be used on cuda devices|unable to find an engine|attempting to deserialize object on a cuda device|unknown quantization type|flashattention only support|only tensors of floating point|no kernel found to launch|failed to find c compiler|does not recognize this architecture|model type `?\w*`? but|unrecognized configuration class|tokenizer class \w+ does not exist|is not currently imported|numpy\.dtype size changed|compiled using numpy|numpy is not available|untagged enum|binary incompatib|abi (?:mismatch|incompat)",
     ),
     raised(
         IncompatibleEnvironment,
@@ -297,7 +297,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     raised(
         CheckpointCorrupt,
-        r"can't find a valid checkpoint|no valid checkpoint found|unable to load weights from (?:pytorch )?checkpoint|(?:trainer_state\.json|optimizer\.pt|scheduler\.pt|rng_state\S*\.pth|(?:zero_pp|mp)_rank_\S+|/global_step\d+|\blatest\b file).{0,80}(?:not found|no such|does not exist|missing)|(?:no such file|not found|does not exist|no file named|unable to find|can't find).{0,160}(?:checkpoint-\d+|global_step\d+|trainer_state\.json|optimizer\.pt|scheduler\.pt|unable to find latest file)",
+        r"can't find a valid checkpoint|\d+ optimizer shards|fail(?:ed|ure) to (?:resume|load)\b.{0,60}checkpoint|keyerror: '(?:loss_scaler|optimizer_state_dict|param_groups|exp_avg)'|no valid checkpoint found|unable to load weights from (?:pytorch )?checkpoint|(?:trainer_state\.json|optimizer\.pt|scheduler\.pt|rng_state\S*\.pth|(?:zero_pp|mp)_rank_\S+|/global_step\d+|\blatest\b file).{0,80}(?:not found|no such|does not exist|missing)|(?:no such file|not found|does not exist|no file named|unable to find|can't find).{0,160}(?:checkpoint-\d+|global_step\d+|trainer_state\.json|optimizer\.pt|scheduler\.pt|unable to find latest file)",
     ),
     raised(
         CheckpointCorrupt,
@@ -336,7 +336,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     raised(
         Network,
-        r"consistency check failed: file should be of size|file(?:integrity|download)error|download (?:failed|incomplete|interrupted)|failed to download|error downloading|integrity check failed|wandb\.(?:errors\.)?\w*commerror|fatal: unable to access|unable to access 'http|connection refused.*https?:|commerror|xet.{0,60}(?:failed|error)",
+        r"consistency check failed: file should be of size|file(?:integrity|download)error|download (?:failed|incomplete|interrupted)|failed to download|error downloading|integrity check failed|wandb\.(?:errors\.)?\w*commerror|fatal: unable to access|unable to access 'http|connection refused.*https?:|commerror|xet.{0,60}(?:failed|error)|reqwest|cas service error|^timeouterror: the (?:read|write|handshake)|request time(?:d )?out|http request",
     ),
     // Ranks.
     form(
@@ -367,7 +367,7 @@ const SIGNATURES: &[Signature] = &[
     form(
         Interrupted,
         Form::Symptom,
-        r"signalexception|got signal: ?(?:1|2|15)\b|died with <signals\.sig(?:term|int|hup)|received (?:1|2|15|sigterm|sighup) death signal|^(?:terminated|hangup|aborted by user|interrupted)\s*$|killed by signal: (?:terminated|interrupt|hangup)|user (?:requested|interrupt)",
+        r"signalexception|got signal: ?(?:1|2|15)\b|died with <signals\.sig(?:term|int|hup)|received (?:\d+|(?:signals\.)?sig(?:term|int|hup)) death signal|^(?:terminated|hangup|aborted by user|interrupted)\s*$|killed by signal: (?:terminated|interrupt|hangup)|user (?:requested|interrupt)",
     ),
     // torchrun ends the survivors of a failed rank so.
     form(
@@ -400,7 +400,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     raised(
         BadData,
-        r"num_samples should be a positive|num_samples=0|dataset is empty|empty dataset|no (?:valid |training )?(?:samples|examples|rows|data) (?:left|found|remain|available)|dataset (?:contains|has) no|train(?:ing)?_?(?: )?dataset (?:is|has|requires)\b.{0,30}(?:empty|none|no rows|required)|len\(dataset\)",
+        r"num_samples should be a positive|^assertionerror: messages|ensure (?:that )?(?:the|your) dataset|all arrays must be of the same length|string indices must be integers|keyerror: '(?:messages|conversations?|instruction|query|response|text|input|output|content|role|from|value|images?|labels|input_ids)'|num_samples=0|dataset is empty|empty dataset|no (?:valid |training )?(?:samples|examples|rows|data) (?:left|found|remain|available)|dataset (?:contains|has) no|train(?:ing)?_?(?: )?dataset (?:is|has|requires)\b.{0,30}(?:empty|none|no rows|required)|len\(dataset\)",
     ),
     raised(
         BadData,
@@ -421,7 +421,7 @@ const SIGNATURES: &[Signature] = &[
     ),
     raised(
         BadArguments,
-        r"remaining_argv|unrecognized arguments|some (?:specified|keys are not used|.{0,20}not used by the) ?\w*arg|are not used by the hfargumentparser|unknown (?:argument|option|flag|parameter|train_type|tuner_type|command|optimizer|scheduler|lr_scheduler|loss)|unsupported (?:argument|option|train|tuner|optimizer|scheduler)|invalid (?:argument|choice|option|value for|literal for)|is not a valid (?:\w+, please select|choice|option|value|interval|scheduler|optimizer)|is not registered|no such option|missing (?:required )?argument|got multiple values for",
+        r"remaining_argv|trainingarguments\.__init__\(\) got|(?:must|evenly) divi(?:de|sible)|but not both|you can't train a model|available choices|, supported: \[|unrecognized arguments|some (?:specified|keys are not used|.{0,20}not used by the) ?\w*arg|are not used by the hfargumentparser|unknown (?:argument|option|flag|parameter|train_type|tuner_type|command|optimizer|scheduler|lr_scheduler|loss)|unsupported (?:argument|option|train|tuner|optimizer|scheduler)|invalid (?:argument|choice|option|value for|literal for)|is not a valid (?:\w+, please select|choice|option|value|interval|scheduler|optimizer)|is not registered|no such option|missing (?:required )?argument|got multiple values for",
     ),
     raised(
         BadArguments,
