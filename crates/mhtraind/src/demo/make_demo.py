@@ -13,27 +13,43 @@ from pathlib import Path
 
 import numpy
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# How Qwen2 cuts text before BPE: transformers/models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX. transformers 5
+# uses it whatever tokenizer.json says, transformers 4 uses tokenizer.json: only with this do both give equal tokens.
+CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# ms-swift's own default for the qwen templates. It is part of every row, so the tokenizer learns it too.
+SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+CYCLES = [
+    "monday tuesday wednesday thursday friday saturday sunday".split(),
+    "january february march april may june july august september october november december".split(),
+    "spring summer autumn winter".split(),
+    "mercury venus earth mars jupiter saturn uranus neptune".split(),
+    "north east south west".split(),
+    "red orange yellow green blue indigo violet".split(),
+]
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, POSITIONS = 64, 3, 4, 2, 16, 192, 2048
 
 
 def chat_rows(count):
-    """Returns counting exercises of 6 to 60 numbers, each with its own marker `<id NNNN>`.
+    """Returns exercises in going round a cycle for 10 to 120 words, each with its own marker `<id NNNN>`.
 
     Lengths differ on purpose: what a micro-batch needs follows its longest row.
     """
     rng = numpy.random.default_rng(20)
     rows = []
     for row in range(count):
-        first, step, terms = (int(x) for x in rng.integers((0, 1, 6), (100, 10, 61)))
-        ask = f"<id {row:04d}> Count from {first} in steps of {step}, {terms} numbers."
-        say = " ".join(str(first + step * i) for i in range(terms))
+        cycle = CYCLES[int(rng.integers(len(CYCLES)))]
+        start, words = int(rng.integers(len(cycle))), int(rng.integers(10, 121))
+        ask = f"<id {row:04d}> Start with {cycle[start]} and go on for {words} words."
+        say = " ".join(cycle[(start + i) % len(cycle)] for i in range(words))
         rows.append({"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]})
     return rows
 
@@ -41,7 +57,13 @@ def chat_rows(count):
 def write_tokenizer(folder, texts):
     """Trains a byte-level BPE of at most 512 tokens. Returns the ids of the special tokens and the vocabulary's size."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CUTS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=509, initial_alphabet=alphabet, show_progress=False)
@@ -114,6 +136,9 @@ def write_model(folder, special, vocabulary):
         },
     )
     write_json(folder / "generation_config.json", tokens)
+    # Several of ms-swift's model types share this architecture. It looks here, as in a directory that it exported
+    # itself, before it asks the user for --model_type; 4.x takes a file without swift_version for one of 3.x.
+    write_json(folder / "args.json", {"swift_version": "4.6.0", "model_type": "qwen2", "template": "qwen2_5"})
 
 
 def write_json(path, value):
@@ -130,7 +155,8 @@ def main():
     folder = arguments.outdir / "model"
     folder.mkdir(parents=True, exist_ok=True)
     rows = chat_rows(arguments.rows)
-    texts = [message["content"] for row in rows for message in row["messages"]] + ["system", "user", "assistant"]
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    texts += ["system", "user", "assistant", SYSTEM]
     special, vocabulary = write_tokenizer(folder, texts)
     write_model(folder, special, vocabulary)
     with open(arguments.outdir / "train.jsonl", "w", encoding="utf-8") as file:
