@@ -119,14 +119,22 @@ impl FakeHost {
         make_trainer(&env, "4.6.0", "5.19.0");
         let device = nvml_sim::SimDevice::idle(CARD, "Simulated GPU", card, "8.0");
         nvml_sim::SimFile::new(vec![device]).write_atomically(&env.path("nvml.json")).expect("can write");
-        env.write("mhtraind.toml", format!("[trainer]\ncommand = [{:?}, \"sft\"]\n[attempt]\ngrace_s = 2\n", env.path("trainer/bin/swift")));
+        env.write(
+            "mhtraind.toml",
+            format!(
+                "[trainer]\ncommand = [{:?}, \"sft\"]\n[attempt]\ngrace_s = 2\n",
+                env.path("trainer/bin/swift")
+            ),
+        );
         // 0.5 B parameters in Qwen2's shape: real sizes, no weights.
         env.write(
             "model/config.json",
             r#"{"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
                 "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": true}"#,
         );
-        let rows: String = (0..320).map(|n| format!("{{\"messages\": [{{\"role\": \"user\", \"content\": \"<id {n:04}>\"}}]}}\n")).collect();
+        let rows: String = (0..320)
+            .map(|n| format!("{{\"messages\": [{{\"role\": \"user\", \"content\": \"<id {n:04}>\"}}]}}\n"))
+            .collect();
         env.write("train.jsonl", rows);
         FakeHost { env }
     }
@@ -170,7 +178,8 @@ impl FakeHost {
         text.lines()
             .map(|line| {
                 let line: Value = serde_json::from_str(line).expect("JSON");
-                let rows = line["rows"].as_array().expect("rows").iter().map(|row| row.as_u64().expect("a row"));
+                let rows =
+                    line["rows"].as_array().expect("rows").iter().map(|row| row.as_u64().expect("a row"));
                 (line["step"].as_u64().expect("a step"), rows.collect())
             })
             .collect()
@@ -188,17 +197,22 @@ fn make_trainer(env: &TestEnv, ms_swift: &str, transformers: &str) {
         .map(|entry| entry.path().join("site-packages"))
         .find(|path| path.is_dir())
         .expect("site-packages");
-    for (name, version) in [("ms_swift", ms_swift), ("torch", "2.15.0"), ("transformers", transformers), ("peft", "0.20.0")] {
+    for (name, version) in
+        [("ms_swift", ms_swift), ("torch", "2.15.0"), ("transformers", transformers), ("peft", "0.20.0")]
+    {
         let dir = site.join(format!("{name}-{version}.dist-info"));
         std::fs::create_dir_all(&dir).expect("dist-info");
-        let metadata = format!("Metadata-Version: 2.1\nName: {}\nVersion: {version}\n", name.replace('_', "-"));
+        let metadata =
+            format!("Metadata-Version: 2.1\nName: {}\nVersion: {version}\n", name.replace('_', "-"));
         std::fs::write(dir.join("METADATA"), metadata).expect("METADATA");
     }
     let cli = site.join("swift/cli");
     std::fs::create_dir_all(&cli).expect("swift/cli");
     std::fs::write(site.join("swift/__init__.py"), "").expect("__init__");
-    std::fs::copy(root().join("tests/fake-swift/fake_swift.py"), cli.join("sft.py")).expect("the fake trainer");
-    let script = format!("#!{}\nimport sys\nsys.exit('the wrapper is not used')\n", venv.join("bin/python").display());
+    std::fs::copy(root().join("tests/fake-swift/fake_swift.py"), cli.join("sft.py"))
+        .expect("the fake trainer");
+    let script =
+        format!("#!{}\nimport sys\nsys.exit('the wrapper is not used')\n", venv.join("bin/python").display());
     let path = venv.join("bin/swift");
     std::fs::write(&path, script).expect("bin/swift");
     std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");

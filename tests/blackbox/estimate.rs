@@ -17,7 +17,10 @@ fn good_and_bad_lines_are_answered_in_order() {
         "max_length": 2048, "packing": true, "attn_impl": "flash_attn"});
     let object = json!({"config_object": shape(), "train_type": "full", "micro_batch": 1, "max_length": 512});
     let unknown_key = json!({"config": "config.json", "micro_bach": 1, "max_length": 2048});
-    let input = format!("{good}\nnot json\n{object}\n{unknown_key}\n{}\n", json!({"config": "absent.json", "micro_batch": 1, "max_length": 8}));
+    let input = format!(
+        "{good}\nnot json\n{object}\n{unknown_key}\n{}\n",
+        json!({"config": "absent.json", "micro_batch": 1, "max_length": 8})
+    );
     let ran = env.run_with_input(&["estimate", "--json", "-"], input.as_bytes()).expect(2);
     let answers: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(answers.len(), 5);

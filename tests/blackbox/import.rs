@@ -50,7 +50,12 @@ fn secrets_are_moved_out_and_never_shown() {
     let text = "export SWANLAB_TOKEN=canary-1\nHF_TOKEN=canary-2 swift sft --model m/m --dataset d/d --report_to swanlab --swanlab_token canary-3";
     for args in [&[][..], &["--pin"][..]] {
         let ran = import(&env, text, args).expect(0);
-        assert!(!ran.stdout.contains("canary") && !ran.stderr.contains("canary"), "{}{}", ran.stdout, ran.stderr);
+        assert!(
+            !ran.stdout.contains("canary") && !ran.stderr.contains("canary"),
+            "{}{}",
+            ran.stdout,
+            ran.stderr
+        );
         let secrets = ran.json()["secrets"].to_string();
         assert!(secrets.contains("SWANLAB_API_KEY"), "{secrets}");
     }

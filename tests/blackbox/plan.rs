@@ -7,16 +7,8 @@ use serde_json::{Value, json};
 use crate::environment::{Ran, TestEnv};
 
 /// An idle 80 GiB card of the A100's kind with flash-attn, described by flags.
-const IDLE_80_GIB: [&str; 8] = [
-    "--gpu-free",
-    "80GiB",
-    "--gpu-total",
-    "80GiB",
-    "--compute-capability",
-    "8.0",
-    "--flash-attn",
-    "yes",
-];
+const IDLE_80_GIB: [&str; 8] =
+    ["--gpu-free", "80GiB", "--gpu-total", "80GiB", "--compute-capability", "8.0", "--flash-attn", "yes"];
 
 /// The recipe's `swift sft` blocks as (model, micro-batch, accumulation, max_length, packing, lr, save, limit, log, attn).
 type Row = (&'static str, u32, u32, u32, bool, &'static str, u32, u32, u32, &'static str);
@@ -29,7 +21,9 @@ const RECIPE: [Row; 5] = [
 ];
 
 /// Returns the values that a recipe row sets, by flag.
-fn values((model, micro, accumulation, length, packing, lr, save, limit, log, attn): Row) -> BTreeMap<&'static str, String> {
+fn values(
+    (model, micro, accumulation, length, packing, lr, save, limit, log, attn): Row,
+) -> BTreeMap<&'static str, String> {
     BTreeMap::from([
         ("--model", model.to_owned()),
         ("--train_type", "lora".to_owned()),
@@ -146,7 +140,8 @@ fn gpt_oss_gets_the_recipes_large_moe_values_with_e_32() {
 fn a_full_card_gets_a_lower_rung_and_every_refusal_has_both_numbers() {
     let env = TestEnv::new();
     env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());
-    let flags = ["--gpu-free", "22GiB", "--gpu-total", "24GiB", "--compute-capability", "8.6", "--flash-attn", "yes"];
+    let flags =
+        ["--gpu-free", "22GiB", "--gpu-total", "24GiB", "--compute-capability", "8.6", "--flash-attn", "yes"];
     let plan = plan(&env, "job.json", &flags).expect(0).json();
     assert!(plan["chosen"]["micro_batch"].as_u64().unwrap() < 8);
     assert!(plan["effective_batch"].as_u64().unwrap() >= 32);
@@ -167,7 +162,8 @@ fn no_flash_attention_means_sdpa_without_packing() {
     let plan_json = plan(&env, "job.json", &flags).expect(0).json();
     assert_eq!(plan_json["chosen"]["packing"], false);
     assert_eq!(plan_json["chosen"]["attn_impl"], "sdpa");
-    let job = json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data", "allow": {"no_packing": false}});
+    let job =
+        json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data", "allow": {"no_packing": false}});
     env.write("job.json", job.to_string());
     let ran = plan(&env, "job.json", &flags).expect(1);
     assert!(ran.stderr.contains("packing"), "{}", ran.stderr);
@@ -209,7 +205,10 @@ fn without_a_card_the_error_says_how_to_describe_one() {
 #[test]
 fn the_table_for_people_ends_in_a_block_that_can_be_pasted() {
     let env = TestEnv::new();
-    env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data", "device": 6}).to_string());
+    env.write(
+        "job.json",
+        json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data", "device": 6}).to_string(),
+    );
     let mut args = vec!["plan", "job.json"];
     args.extend(IDLE_80_GIB);
     let text = env.run(&args).expect(0).stdout;

@@ -49,8 +49,10 @@ fn a_run_without_trouble_is_proven_by_its_rows() {
     assert_eq!(receipt["attempts"].as_array().unwrap().len(), 1);
     let link = std::fs::read_link(host.env.path("out/final")).unwrap();
     assert_eq!(link.to_str(), Some("attempt-1/checkpoint-10"));
-    let argv: Value =
-        serde_json::from_str(&std::fs::read_to_string(host.env.path("out/attempt-1/fake-argv.json")).unwrap()).unwrap();
+    let argv: Value = serde_json::from_str(
+        &std::fs::read_to_string(host.env.path("out/attempt-1/fake-argv.json")).unwrap(),
+    )
+    .unwrap();
     assert!(argv.to_string().contains("--check_model"), "{argv}");
 }
 
@@ -106,7 +108,8 @@ fn a_neighbour_makes_it_wait_and_keeps_the_rung() {
 fn a_bare_signal_9_resumes_at_the_same_rung() {
     let host = host();
     host.job(json!({}));
-    let scenario = json!({"attempts": {"1": {"kill": {"at_step": 7, "signal": 9, "partial_checkpoint": true}}}});
+    let scenario =
+        json!({"attempts": {"1": {"kill": {"at_step": 7, "signal": 9, "partial_checkpoint": true}}}});
     host.run(&["run", "job.json"], scenario).expect(0);
     let receipt = host.receipt();
     let attempts = receipt["attempts"].as_array().unwrap();
@@ -130,14 +133,20 @@ fn nothing_is_left_running_after_ctrl_c_and_continue_goes_on() {
     let host = host();
     host.job(json!({}));
     let slow = json!({"step_seconds": 0.2, "workers": 2, "workers_ignore_sigterm": true});
-    let mut child =
-        host.command(&["run", "job.json"], &slow).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = host
+        .command(&["run", "job.json"], &slow)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     wait_until("four trained steps", || host.trained(1).len() >= 4);
     send("-INT", child.id());
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130), "{status:?} {:?}", status.signal());
-    let pids: Value =
-        serde_json::from_str(&std::fs::read_to_string(host.env.path("out/attempt-1/fake-pids.json")).unwrap()).unwrap();
+    let pids: Value = serde_json::from_str(
+        &std::fs::read_to_string(host.env.path("out/attempt-1/fake-pids.json")).unwrap(),
+    )
+    .unwrap();
     let workers = pids["workers"].as_array().unwrap();
     assert_eq!(workers.len(), 2);
     for pid in workers.iter().chain([&pids["trainer"]]) {
@@ -157,8 +166,12 @@ fn a_trainer_outlives_us_and_is_taken_over() {
     let host = host();
     host.job(json!({}));
     let slow = json!({"step_seconds": 0.3});
-    let mut child =
-        host.command(&["run", "job.json"], &slow).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = host
+        .command(&["run", "job.json"], &slow)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     wait_until("two trained steps", || host.trained(1).len() >= 2);
     send("-KILL", child.id());
     child.wait().unwrap();
@@ -172,7 +185,8 @@ fn a_trainer_outlives_us_and_is_taken_over() {
 fn a_changed_job_file_is_not_continued() {
     let host = host();
     host.job(json!({}));
-    host.run(&["run", "job.json"], json!({"fail": {"at_step": 2, "text": "zorglub", "exit_code": 1}})).expect(1);
+    host.run(&["run", "job.json"], json!({"fail": {"at_step": 2, "text": "zorglub", "exit_code": 1}}))
+        .expect(1);
     host.job(json!({"args": {"learning_rate": 3e-4}}));
     let ran = host.run(&["run", "job.json", "--continue"], json!({})).expect(2);
     assert!(ran.stderr.contains("args"), "{}", ran.stderr);

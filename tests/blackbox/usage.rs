@@ -5,8 +5,18 @@ use crate::environment::TestEnv;
 #[test]
 fn every_command_has_help_with_an_example() {
     let env = TestEnv::new();
-    let commands =
-        ["run", "plan", "estimate", "import", "diagnose", "probe", "doctor", "schema", "install-trainer", "demo"];
+    let commands = [
+        "run",
+        "plan",
+        "estimate",
+        "import",
+        "diagnose",
+        "probe",
+        "doctor",
+        "schema",
+        "install-trainer",
+        "demo",
+    ];
     for command in commands {
         let help = env.run(&[command, "--help"]).expect(0).stdout;
         assert!(help.contains("Example"), "{command}: {help}");

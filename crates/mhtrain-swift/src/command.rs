@@ -29,7 +29,10 @@ pub const EXACT_FLAGS: [(&str, &str); 11] = [
     ),
     ("--external_plugins", "the supervisor's plugins beside the job's own"),
     ("--resume_from_checkpoint", "from the second attempt on, where going on is sound"),
-    ("--resume_only_model", "true after a divergence: the optimizer's moments are spoilt, the weights are not"),
+    (
+        "--resume_only_model",
+        "true after a divergence: the optimizer's moments are spoilt, the weights are not",
+    ),
     ("--per_device_eval_batch_size", "smaller after an out-of-memory in evaluation, unless the job pins it"),
     (
         "--dataloader_num_workers, --dataloader_persistent_workers",

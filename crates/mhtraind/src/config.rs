@@ -83,7 +83,8 @@ impl Config {
     /// The file named by `explicit` or found at a standard place cannot be read, is no TOML, has an unknown key or
     /// a value outside its range.
     pub fn load(explicit: Option<&Path>) -> Result<Config, Failure> {
-        let path = explicit.map(Path::to_owned).or_else(|| standard_places().into_iter().find(|p| p.exists()));
+        let path =
+            explicit.map(Path::to_owned).or_else(|| standard_places().into_iter().find(|p| p.exists()));
         match path {
             None => Config::parse("", Path::new("built-in")),
             Some(path) => {
@@ -210,7 +211,9 @@ mod tests {
 
     #[test]
     fn a_risk_outside_its_range_is_refused() {
-        for text in ["oom_risk = 0.0", "oom_risk = 1.0", "oom_risk = -3.0", "oom_risk = nan", "oom_risk = 'x'"] {
+        for text in
+            ["oom_risk = 0.0", "oom_risk = 1.0", "oom_risk = -3.0", "oom_risk = nan", "oom_risk = 'x'"]
+        {
             assert!(parse(&format!("[sizing]\n{text}")).is_err(), "{text}");
         }
     }

@@ -46,7 +46,10 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
         let binary = target_dir(&root).join("debug/mhtraind");
         for line in LINES {
             let mut install = Command::new(&binary);
-            stage(&format!("ms-swift {line} environment"), install.args(["install-trainer", "--ms-swift", line]))?;
+            stage(
+                &format!("ms-swift {line} environment"),
+                install.args(["install-trainer", "--ms-swift", line]),
+            )?;
         }
         for line in LINES {
             let mut test = cargo();

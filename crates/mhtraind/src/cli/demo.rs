@@ -44,11 +44,16 @@ pub fn run(args: &DemoArgs, config: &Config) -> Result<Status, Failure> {
 
     step(1, "the trainer environment")?;
     let trainer = install_with_bar(MS_SWIFT, None)?;
-    output::line(format!("ms-swift {MS_SWIFT} in {}{}", trainer.dir.display(), if trainer.reused { " (kept from before)" } else { "" }))?;
+    output::line(format!(
+        "ms-swift {MS_SWIFT} in {}{}",
+        trainer.dir.display(),
+        if trainer.reused { " (kept from before)" } else { "" }
+    ))?;
 
     step(2, "a tiny model, its data, and a job")?;
     let dir = args.dir.clone().or_else(|| Some(data_home()?.join("demo"))).ok_or_else(|| {
-        Failure::bad_input("no_home", "there is no home directory for the demo").help("name one with --dir".to_owned())
+        Failure::bad_input("no_home", "there is no home directory for the demo")
+            .help("name one with --dir".to_owned())
     })?;
     let place = fresh_place(&dir)?;
     let plugin = demo::make(&trainer.python, &place, ROWS)?;
@@ -94,14 +99,18 @@ fn step(number: u32, what: &str) -> Result<(), Failure> {
 fn fresh_place(dir: &Path) -> Result<PathBuf, Failure> {
     let marker = dir.join(".mhtraind-demo");
     if dir.exists() && !marker.exists() && dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(Failure::bad_input("not_empty", format!("{} is not empty and was not made by a demo", dir.display()))
-            .help("name another directory with --dir".to_owned()));
+        return Err(Failure::bad_input(
+            "not_empty",
+            format!("{} is not empty and was not made by a demo", dir.display()),
+        )
+        .help("name another directory with --dir".to_owned()));
     }
     if marker.exists() {
         std::fs::remove_dir_all(dir).map_err(|e| unwritable(dir, &e))?;
     }
     std::fs::create_dir_all(dir).map_err(|e| unwritable(dir, &e))?;
-    std::fs::write(&marker, "made by `mhtraind demo`; the next demo replaces it\n").map_err(|e| unwritable(&marker, &e))?;
+    std::fs::write(&marker, "made by `mhtraind demo`; the next demo replaces it\n")
+        .map_err(|e| unwritable(&marker, &e))?;
     std::path::absolute(dir).map_err(|e| unwritable(dir, &e))
 }
 
@@ -114,14 +123,14 @@ fn write_job(place: &Path, plugin: &Path) -> Result<String, Failure> {
         "device": 0,
         "output_dir": place.join("output"),
         "args": {
-            "model_type": "qwen2",
-            "template": "qwen2_5",
             "torch_dtype": "float32",
             "save_steps": 5,
             "logging_steps": 1,
             "num_train_epochs": 2,
             "external_plugins": [plugin],
         },
+        // More threads make so small a model slower.
+        "env": {"OMP_NUM_THREADS": "2"},
     });
     let text = serde_json::to_string_pretty(&job).map_err(|e| Failure::new(Status::Bug, "bug", e))? + "\n";
     let path = place.join("job.json");
@@ -132,8 +141,12 @@ fn write_job(place: &Path, plugin: &Path) -> Result<String, Failure> {
 /// Writes the simulated card and returns the library that shows it.
 fn simulate_card(place: &Path) -> Result<String, Failure> {
     let library = nvml_sim::find_library().ok_or_else(|| {
-        Failure::new(Status::Failed, "no_nvml_sim", format!("{} was not found beside the program", nvml_sim::LIBRARY_FILE))
-            .help("build it: `cargo build --release --package nvml-sim`".to_owned())
+        Failure::new(
+            Status::Failed,
+            "no_nvml_sim",
+            format!("{} was not found beside the program", nvml_sim::LIBRARY_FILE),
+        )
+        .help("build it: `cargo build --release --package nvml-sim`".to_owned())
     })?;
     let file = place.join("nvml-sim.json");
     let card = SimDevice::idle(CARD_UUID, "Simulated GPU", CARD_BYTES, "8.6");

@@ -68,8 +68,7 @@ pub fn run(args: &EstimateArgs) -> Result<Status, Failure> {
 
 fn answer(line: &[u8], configs: &mut Configs) -> Result<Estimate, Failure> {
     let line = std::str::from_utf8(line).map_err(|e| Failure::bad_input("not_utf8", e))?;
-    let failure =
-        |error: EstimateRequestError| Failure::bad_input(error.code(), &error).help(error.help());
+    let failure = |error: EstimateRequestError| Failure::bad_input(error.code(), &error).help(error.help());
     let request = EstimateRequest::parse(line).map_err(failure)?;
     let loaded = match &request.config {
         ConfigRef::Path(path) => Some(configs.load(path)?),

@@ -34,8 +34,8 @@ pub fn run(args: &ImportArgs) -> Result<Status, Failure> {
     for warning in &imported.warnings {
         output::note(format!("note: {warning}"));
     }
-    let job = serde_json::to_string_pretty(&imported.job)
-        .map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
+    let job =
+        serde_json::to_string_pretty(&imported.job).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
     output::line(job)?;
     Ok(Status::Done)
 }

@@ -90,7 +90,9 @@ fn install_here(
 ) -> Result<InstalledTrainer, InstallError> {
     let mut request = match (&dir, data_dir()) {
         // A named place needs no home, but for the private uv.
-        (Some(dir), None) => InstallRequest { release, dir: dir.clone(), tools_dir: dir.join(".tools"), cancel },
+        (Some(dir), None) => {
+            InstallRequest { release, dir: dir.clone(), tools_dir: dir.join(".tools"), cancel }
+        }
         _ => InstallRequest::in_default_place(release, cancel)?,
     };
     if let Some(dir) = dir {
@@ -112,9 +114,11 @@ struct Teller {
 impl Teller {
     fn new(version: &'static str) -> Teller {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{prefix} [{bar:28}] {percent:>3} %  {msg}  ({elapsed_precise})")
-                .expect("the template is valid: drawn by every interactive install")
-                .progress_chars("=> ");
+            let style = ProgressStyle::with_template(
+                "{prefix} [{bar:28}] {percent:>3} %  {msg}  ({elapsed_precise})",
+            )
+            .expect("the template is valid: drawn by every interactive install")
+            .progress_chars("=> ");
             let bar = ProgressBar::new(1000).with_style(style).with_prefix(format!("ms-swift {version}"));
             bar.enable_steady_tick(Duration::from_millis(250));
             bar
@@ -133,7 +137,10 @@ impl Teller {
         let due = self.said.is_none_or(|(at, phase)| phase != label || at.elapsed() >= LINE_EVERY);
         if due {
             let percent = progress.fraction() * 100.0;
-            output::note(format!("ms-swift {}: {percent:>3.0} %  {label} {}", self.version, progress.detail).trim_end());
+            output::note(
+                format!("ms-swift {}: {percent:>3.0} %  {label} {}", self.version, progress.detail)
+                    .trim_end(),
+            );
             self.said = Some((Instant::now(), label));
         }
     }

@@ -78,7 +78,8 @@ pub fn run(args: &PlanArgs, config: &Config) -> Result<Status, Failure> {
     let spec = prepare::read_job(&args.job)?;
     let working_dir = prepare::working_dir()?;
     let model = prepare::find_files(&spec, Datasets::NotNeeded, &working_dir)?;
-    let host = if args.describes_a_card() { args.described_host(&spec)? } else { args.probed_host(&spec, config)? };
+    let host =
+        if args.describes_a_card() { args.described_host(&spec)? } else { args.probed_host(&spec, config)? };
     let book = prepare::tier_book(config)?;
     let prepared = prepare::prepare(spec, &model, host, &book, config)?;
     let invocation = if args.exact { exact(&prepared, config)? } else { typed(&prepared)? };
@@ -121,7 +122,10 @@ impl PlanArgs {
         });
         let flash_attn = self.flash_attn.map_or_else(
             || {
-                notes.push("whether flash-attn is installed was not given: yes is assumed (--flash-attn no)".to_owned());
+                notes.push(
+                    "whether flash-attn is installed was not given: yes is assumed (--flash-attn no)"
+                        .to_owned(),
+                );
                 true
             },
             |answer| answer == YesNo::Yes,

@@ -159,15 +159,17 @@ fn take_up(
     }
     must_be_same_job(&journal, spec)?;
     match state {
-        JobState::Succeeded { .. } => {
-            Err(Failure::bad_input("done", format!("the job in {root} has succeeded: there is nothing to continue"))
-                .help("`--fresh` sets it aside and starts again".to_owned()))
-        }
+        JobState::Succeeded { .. } => Err(Failure::bad_input(
+            "done",
+            format!("the job in {root} has succeeded: there is nothing to continue"),
+        )
+        .help("`--fresh` sets it aside and starts again".to_owned())),
         JobState::Failed { .. } | JobState::Cancelled { .. } => {
             let tiers = attempts_of(&journal);
             drop(journal);
             let aside = directory.set_earlier_job_aside()?;
-            let from = tiers.into_iter().map(|(n, tier)| (aside.join(format!("attempt-{n}")), tier)).collect();
+            let from =
+                tiers.into_iter().map(|(n, tier)| (aside.join(format!("attempt-{n}")), tier)).collect();
             Ok((None, from))
         }
         JobState::Queued { .. }
@@ -191,12 +193,22 @@ fn attempts_of(journal: &Journal) -> Vec<(u32, Tier)> {
 
 /// Keys of a job that change nothing about the rows that are trained.
 const KEYS_THAT_MAY_CHANGE: [&str; 10] = [
-    "name", "device", "output_dir", "report_to", "allow", "secrets", "time_limit", "env", "priority", "labels",
+    "name",
+    "device",
+    "output_dir",
+    "report_to",
+    "allow",
+    "secrets",
+    "time_limit",
+    "env",
+    "priority",
+    "labels",
 ];
 
 /// A job is only continued as what it was: other data or another learning rate would make one model of two runs.
 fn must_be_same_job(journal: &Journal, spec: &JobSpec) -> Result<(), Failure> {
-    let Some(JobEvent::Submitted { spec: before }) = journal.records().first().map(|record| &record.event) else {
+    let Some(JobEvent::Submitted { spec: before }) = journal.records().first().map(|record| &record.event)
+    else {
         return Ok(());
     };
     let now = spec.to_json();
@@ -204,7 +216,9 @@ fn must_be_same_job(journal: &Journal, spec: &JobSpec) -> Result<(), Failure> {
         .as_object()
         .into_iter()
         .flatten()
-        .filter(|(key, value)| !KEYS_THAT_MAY_CHANGE.contains(&key.as_str()) && before.get(key.as_str()) != Some(value))
+        .filter(|(key, value)| {
+            !KEYS_THAT_MAY_CHANGE.contains(&key.as_str()) && before.get(key.as_str()) != Some(value)
+        })
         .map(|(key, _)| key.as_str())
         .collect();
     if changed.is_empty() {

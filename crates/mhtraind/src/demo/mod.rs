@@ -12,7 +12,8 @@ use crate::failure::{Failure, unwritable};
 /// # Errors
 /// The interpreter cannot be started or fails, or `dir` cannot be written.
 pub fn make(python: &Path, dir: &Path, rows: u32) -> Result<PathBuf, Failure> {
-    let write = |asset: assets::Asset| asset.write_into(dir).map_err(|e| unwritable(&dir.join(asset.name), &e));
+    let write =
+        |asset: assets::Asset| asset.write_into(dir).map_err(|e| unwritable(&dir.join(asset.name), &e));
     let maker = write(assets::MAKE_DEMO)?;
     let plugin = write(assets::SIMULATED_CAPACITY)?;
     let made = Command::new(python)
@@ -34,15 +35,15 @@ pub const CARD_UUID: &str = "GPU-51111111-0000-4000-8000-000000000001";
 /// Memory of the simulated card: the class's own batch of 8 x 4 is predicted to fit, 32 x 1 is not.
 pub const CARD_BYTES: u64 = 2 << 30;
 
-/// Bytes that a token of a pass takes on the simulated card. A row of the data has 35 to 131 tokens, so a pass of eight
-/// takes at most 1.3 GiB and one of four 0.65 GiB.
-const TOKEN_BYTES: u64 = 1280 << 10;
+/// Bytes that a token of a pass takes on the simulated card. The longest row of the data has 176 tokens (with the chat
+/// template's own), so a pass of eight takes at most 1.4 GiB and one of four 0.7 GiB.
+const TOKEN_BYTES: u64 = 1 << 20;
 
-/// Bytes that are held whatever the batch is: eight rows fit beside them.
+/// Bytes that are held whatever the batch is: any eight rows fit beside them.
 const RESIDENT_BYTES: u64 = 512 << 20;
 
-/// Bytes that join them late. Then 0.75 GiB are left: enough for any four rows, too little for most eight.
-const GROWTH_BYTES: u64 = 768 << 20;
+/// Bytes that join them late. Then 0.8 GiB are left: enough for any four rows, too little for most eight.
+const GROWTH_BYTES: u64 = 736 << 20;
 
 /// The optimizer step at which they join: in the second of two epochs of ten steps, three after a checkpoint.
 const GROWTH_STEP: u64 = 13;

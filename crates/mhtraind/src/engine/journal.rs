@@ -86,8 +86,7 @@ impl Journal {
 
     fn append(&mut self, event: JobEvent) -> Result<(), Failure> {
         let record = Record::new(now(), event);
-        let written =
-            self.file.write_all(record.to_line().as_bytes()).and_then(|()| self.file.sync_data());
+        let written = self.file.write_all(record.to_line().as_bytes()).and_then(|()| self.file.sync_data());
         written.map_err(|e| unwritable(&self.path, &e))?;
         self.records.push(record);
         Ok(())

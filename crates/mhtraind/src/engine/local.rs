@@ -23,6 +23,7 @@ use mhtrain_job::rerun::{
 use mhtrain_job::state::JobState;
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::tier::Tier;
+use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
 use mhtrain_supervisor::record::Ended as TrainerEnd;
@@ -153,9 +154,7 @@ impl<'a> Job<'a> {
         let job = spec.to_json();
         let journal = match journal {
             Some(journal) => journal,
-            None => {
-                Journal::begin(&directory.journal(), JobEvent::Submitted { spec: job.clone() })?
-            }
+            None => Journal::begin(&directory.journal(), JobEvent::Submitted { spec: job.clone() })?,
         };
         let submitted_at = journal.records().first().map_or_else(now, |record| record.at.clone());
         let mut receipt = Receipt::new(job.clone(), submitted_at);
@@ -165,11 +164,16 @@ impl<'a> Job<'a> {
         receipt.notes.splice(0..0, prepared.notes.iter().cloned());
         let pretty = serde_json::to_vec_pretty(&job).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
         directory.write(".mhtraind/job.json", &pretty)?;
-        let mut policy =
-            Policy::for_job(spec, expandable_segments(&prepared), EVAL_BATCH, dataloader_workers(prepared.cores))
-                .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
+        let mut policy = Policy::for_job(
+            spec,
+            expandable_segments(&prepared),
+            EVAL_BATCH,
+            dataloader_workers(prepared.cores),
+        )
+        .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
-        let card = WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
+        let card =
+            WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
         Ok(Job {
             config,
             environment,
@@ -208,7 +212,8 @@ impl<'a> Job<'a> {
         match self.journal.state().clone() {
             JobState::Starting { attempt, .. } | JobState::Running { attempt, .. } => {
                 let start = self.last_start().filter(|start| start.attempt == attempt.number);
-                let start = start.ok_or_else(|| Failure::new(Status::Bug, "bug", "an attempt without its start"))?;
+                let start =
+                    start.ok_or_else(|| Failure::new(Status::Bug, "bug", "an attempt without its start"))?;
                 match Attempt::open(&self.directory.record(attempt.number)) {
                     Ok(live) => {
                         self.screen.say(format!("attempt {} is taken over", attempt.number));
@@ -311,7 +316,8 @@ impl<'a> Job<'a> {
     async fn wait(&mut self, next: &Next) -> Result<Option<Step>, Failure> {
         let ours = Duration::from_secs(u64::from(self.config.attempt.memory_return_s));
         if !next.after.is_empty()
-            && let Waited::Stopped(cause) = self.card.wait_for_return(&next.after, ours, &mut self.signals).await
+            && let Waited::Stopped(cause) =
+                self.card.wait_for_return(&next.after, ours, &mut self.signals).await
         {
             return self.cancelled(cause).map(Some);
         }
@@ -334,7 +340,8 @@ impl<'a> Job<'a> {
             Waited::TimeUp(free) => {
                 let free = free.map_or("an unknown amount".to_owned(), |free| free.to_string());
                 let reason = format!("the memory did not become free in time: {free} free at the end");
-                self.failed(reason, Some("start it again when the card is free: it goes on".to_owned())).map(Some)
+                self.failed(reason, Some("start it again when the card is free: it goes on".to_owned()))
+                    .map(Some)
             }
         }
     }
@@ -412,7 +419,9 @@ impl<'a> Job<'a> {
                     0 => String::new(),
                     n => format!("; {n} unsaved steps are trained again"),
                 };
-                format!(", resumed at step {from_step}: the next row is the one that would have followed{again}")
+                format!(
+                    ", resumed at step {from_step}: the next row is the one that would have followed{again}"
+                )
             }
             Some(Resume { kind: ResumeKind::WeightsOnly, from_step, .. }) => {
                 format!(", with the weights of step {from_step}")
@@ -472,7 +481,10 @@ impl<'a> Job<'a> {
                 let shown = match repair {
                     None => checkpoint.clone(),
                     Some(state) => {
-                        let parent = self.directory.private().join(format!("resume-{}", self.receipt.attempts.len() + 1));
+                        let parent = self
+                            .directory
+                            .private()
+                            .join(format!("resume-{}", self.receipt.attempts.len() + 1));
                         repaired_view(&checkpoint, &state, &parent).map_err(|e| unwritable(&parent, &e))?
                     }
                 };
@@ -534,7 +546,10 @@ impl<'a> Job<'a> {
     fn saved(&self, tier: &Tier) -> Result<(Vec<CheckpointFacts>, Tier), Failure> {
         let mut sources = self.earlier.clone();
         sources.extend(
-            self.receipt.attempts.iter().map(|note| (self.directory.attempt(note.attempt), note.tier.clone())),
+            self.receipt
+                .attempts
+                .iter()
+                .map(|note| (self.directory.attempt(note.attempt), note.tier.clone())),
         );
         let (mut same, mut other, mut other_tier) = (Vec::new(), Vec::new(), None);
         for (path, old) in sources {
@@ -654,7 +669,8 @@ impl<'a> Job<'a> {
                 self.stop_attempt(cause, attempt)?;
             }
             follower.look().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
-            let state = attempt.state().map_err(|e| Failure::failed("no_record", chain(&e)).help(e.help()))?;
+            let state =
+                attempt.state().map_err(|e| Failure::failed("no_record", chain(&e)).help(e.help()))?;
             self.note_started(&start, &state)?;
             match state {
                 AttemptState::Starting => {}
@@ -710,7 +726,8 @@ impl<'a> Job<'a> {
     }
 
     fn note_started(&mut self, start: &AttemptStart, state: &AttemptState) -> Result<(), Failure> {
-        if let (JobState::Starting { .. }, AttemptState::Running { trainer }) = (self.journal.state(), state) {
+        if let (JobState::Starting { .. }, AttemptState::Running { trainer }) = (self.journal.state(), state)
+        {
             let identity = &trainer.identity;
             self.journal.record(JobEvent::Started {
                 attempt: start.attempt,
@@ -744,7 +761,8 @@ impl<'a> Job<'a> {
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
         let Gone { start, exit, facts, mut follower, pids } = gone;
         let expandable = facts.expandable_segments;
-        let diagnosis = std::mem::take(&mut follower.diagnoser).finish(ExitFacts { expandable_segments: expandable, ..facts });
+        let diagnosis = std::mem::take(&mut follower.diagnoser)
+            .finish(ExitFacts { expandable_segments: expandable, ..facts });
         let last_step = last_step(&follower);
         if let Some(good) = follower.log.last_finite_step() {
             self.last_good_step = self.last_good_step.max(Some(good));
@@ -776,7 +794,12 @@ impl<'a> Job<'a> {
         self.answer(&diagnosis, proven.err(), pids)
     }
 
-    fn answer(&mut self, diagnosis: &Diagnosis, unproven: Option<Unproven>, after: Vec<u32>) -> Result<Step, Failure> {
+    fn answer(
+        &mut self,
+        diagnosis: &Diagnosis,
+        unproven: Option<Unproven>,
+        after: Vec<u32>,
+    ) -> Result<Step, Failure> {
         let history = self.history();
         match decide(&history, diagnosis, &self.prepared.plan, &self.policy) {
             Decision::Rerun(rerun) => {
@@ -791,14 +814,20 @@ impl<'a> Job<'a> {
                     let help = unproven.help().map_or(String::new(), |help| format!(" ({help})"));
                     format!("{unproven}{help}")
                 });
-                let help = "the trainer did not fail, but did not do what was planned; its log is in .mhtraind/";
+                let help =
+                    "the trainer did not fail, but did not do what was planned; its log is in .mhtraind/";
                 self.failed(format!("success cannot be proven: {why}"), Some(help.to_owned()))
             }
             Decision::GiveUp { reason, help } => self.failed(reason, help),
         }
     }
 
-    fn prove(&self, start: &AttemptStart, exit: &Exit, follower: &Follower) -> Result<proof::Proof, Unproven> {
+    fn prove(
+        &self,
+        start: &AttemptStart,
+        exit: &Exit,
+        follower: &Follower,
+    ) -> Result<proof::Proof, Unproven> {
         let exit = match exit {
             Exit::Code { code } => ExitStatus::Code(*code),
             Exit::Signal { signal } => ExitStatus::Signal(*signal),
@@ -824,12 +853,19 @@ impl<'a> Job<'a> {
         })
     }
 
-    fn succeeded(&mut self, start: &AttemptStart, proof: &proof::Proof, follower: &Follower) -> Result<Step, Failure> {
+    fn succeeded(
+        &mut self,
+        start: &AttemptStart,
+        proof: &proof::Proof,
+        follower: &Follower,
+    ) -> Result<Step, Failure> {
         let value = serde_json::to_value(proof).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
         let best = follower.log.summary().and_then(|summary| summary.best_model_checkpoint.clone());
-        let wants_best = self.prepared.spec.args.get("load_best_model_at_end") == Some(&serde_json::json!(true));
+        let wants_best =
+            self.prepared.spec.args.get("load_best_model_at_end") == Some(&serde_json::json!(true));
         let last = proof.checkpoint.clone();
-        let chosen = best.filter(|_| wants_best).map(PathBuf::from).filter(|path| path.is_dir()).unwrap_or(last);
+        let chosen =
+            best.filter(|_| wants_best).map(PathBuf::from).filter(|path| path.is_dir()).unwrap_or(last);
         self.directory.link_final(&chosen)?;
         self.receipt.proof = Some(match proof.proof {
             proof::ProofKind::Rows => ProofKind::Rows,
@@ -892,7 +928,7 @@ impl<'a> Job<'a> {
             let glance = follower.glance(None);
             note.last_step = Some(glance.step).filter(|step| *step > 0);
             note.max_steps = glance.max_steps;
-            note.peak_bytes = follower.peak;
+            note.peak_bytes = follower.peak.filter(|peak| *peak > Bytes::ZERO);
         }
     }
 
@@ -939,7 +975,8 @@ impl<'a> Job<'a> {
     }
 
     fn save_receipt(&self) -> Result<(), Failure> {
-        let text = serde_json::to_vec_pretty(&self.receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
+        let text =
+            serde_json::to_vec_pretty(&self.receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
         self.directory.write("receipt.json", &text)
     }
 }
@@ -993,8 +1030,13 @@ fn interrupted() -> Diagnosis {
 /// Returns whether the allocator's expandable segments are on: they are, unless the user set the allocator.
 fn expandable_segments(prepared: &Prepared) -> ExpandableSegments {
     let names = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"];
-    let set = names
-        .iter()
-        .any(|name| prepared.spec.env.get(*name).or(prepared.inherited.get(*name)).is_some_and(|v| v.contains("expandable_segments")));
+    let set = names.iter().any(|name| {
+        prepared
+            .spec
+            .env
+            .get(*name)
+            .or(prepared.inherited.get(*name))
+            .is_some_and(|v| v.contains("expandable_segments"))
+    });
     if set { ExpandableSegments::Fixed } else { ExpandableSegments::On }
 }

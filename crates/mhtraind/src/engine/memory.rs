@@ -76,7 +76,12 @@ impl WatchedCard {
     }
 
     /// Waits until none of `pids` is listed and the free memory has come to rest, at most `limit`.
-    pub async fn wait_for_return(&mut self, pids: &[u32], limit: Duration, signals: &mut StopSignals) -> Waited {
+    pub async fn wait_for_return(
+        &mut self,
+        pids: &[u32],
+        limit: Duration,
+        signals: &mut StopSignals,
+    ) -> Waited {
         let until = Instant::now() + limit;
         let mut before = None;
         loop {

@@ -135,9 +135,8 @@ pub enum Datasets {
 /// # Errors
 /// A local path is not there or holds no model; a hub id that no source knows the size of.
 pub fn find_files(spec: &JobSpec, datasets: Datasets, working_dir: &Path) -> Result<Model, Failure> {
-    let variable = |name: &str| {
-        spec.env.get(name).map(std::ffi::OsString::from).or_else(|| std::env::var_os(name))
-    };
+    let variable =
+        |name: &str| spec.env.get(name).map(std::ffi::OsString::from).or_else(|| std::env::var_os(name));
     let places = Places::from_variables(working_dir, variable);
     let found = find_model(&spec.model, &places)
         .map_err(|e| Failure::bad_input("missing_model", chain(&e)).help(e.help()))?;
@@ -220,8 +219,9 @@ pub fn tier_book(config: &Config) -> Result<TierBook, Failure> {
     }
     let path = PathBuf::from(&config.sizing.tiers);
     let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, &e))?;
-    TierBook::from_toml(&text)
-        .map_err(|e| Failure::bad_input("bad_tiers", format!("{}: {}", path.display(), chain(&e))).help(e.help()))
+    TierBook::from_toml(&text).map_err(|e| {
+        Failure::bad_input("bad_tiers", format!("{}: {}", path.display(), chain(&e))).help(e.help())
+    })
 }
 
 /// Sizes a job on every card that it could take, and takes the best: the most faithful profile, then the largest
@@ -275,8 +275,10 @@ pub fn prepare(
             inherited: inherited(),
         }),
         (None, Some((candidate, error))) => {
-            let place = candidate.card.index.map_or(candidate.card.name.clone(), |index| format!("GPU {index}"));
-            Err(Failure::failed("no_plan", format!("no plan on {place}: {}", chain(&error))).help(error.help()))
+            let place =
+                candidate.card.index.map_or(candidate.card.name.clone(), |index| format!("GPU {index}"));
+            Err(Failure::failed("no_plan", format!("no plan on {place}: {}", chain(&error)))
+                .help(error.help()))
         }
         (None, None) => Err(Failure::new(Status::Bug, "bug", "a job without any card to size it for")),
     }

@@ -84,8 +84,12 @@ pub fn repaired_view(checkpoint: &Path, state: &str, parent: &Path) -> std::io::
     let view = parent.join(name);
     fs::create_dir_all(&view)?;
     link_tree(checkpoint, &view, Some("trainer_state.json"))?;
-    let mut file =
-        fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(view.join("trainer_state.json"))?;
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(view.join("trainer_state.json"))?;
     std::io::Write::write_all(&mut file, state.as_bytes())?;
     file.sync_all()?;
     Ok(view)
