@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every test there is, in stages, each with its seconds.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -26,36 +26,26 @@ pub(crate) struct TestArgs {
 pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let root = root()?;
     let mut stages: Vec<(String, f64)> = Vec::new();
-    let mut stage = |name: &str, command: &mut Command| -> anyhow::Result<()> {
-        println!("==> {name}");
-        let start = Instant::now();
-        let status = command.current_dir(&root).status().with_context(|| format!("cannot start {name}"))?;
-        stages.push((name.to_owned(), start.elapsed().as_secs_f64()));
-        if !status.success() {
-            bail!("{name} failed ({status})");
-        }
-        Ok(())
-    };
 
     // The binary and the simulated NVML library first: black-box tests start both.
-    stage("build", cargo().args(["build", "--workspace", "--all-targets"]))?;
-    stage("unit and black-box tests", cargo().args(["test", "--workspace", "--quiet"]))?;
+    let mut build = cargo();
+    build.args(["build", "--workspace", "--all-targets"]).current_dir(&root);
+    stage(&mut stages, "build", &mut build)?;
+    let mut test = cargo();
+    test.args(["test", "--workspace"]).current_dir(&root);
+    stage(&mut stages, "unit and black-box tests", &mut test)?;
     if args.no_trainer {
         println!("the tests on real ms-swift are left out, as asked");
     } else {
         let binary = target_dir(&root).join("debug/mhtraind");
         for line in LINES {
-            let mut install = Command::new(&binary);
-            stage(
-                &format!("ms-swift {line} environment"),
-                install.args(["install-trainer", "--ms-swift", line]),
-            )?;
-        }
-        for line in LINES {
+            let start = Instant::now();
+            let trainer = install_trainer(&binary, line)?;
+            stages.push((format!("ms-swift {line} environment"), start.elapsed().as_secs_f64()));
             let mut test = cargo();
             test.args(["test", "--package", "mhtraind", "--test", "trainer", "--", "--test-threads", "1"]);
-            test.env("MHTRAIND_TEST_MS_SWIFT", line);
-            stage(&format!("tests on real ms-swift {line}"), &mut test)?;
+            test.env("MHTRAIND_TEST_MS_SWIFT", line).env("MHTRAIND_TEST_TRAINER", trainer);
+            stage(&mut stages, &format!("tests on real ms-swift {line}"), test.current_dir(&root))?;
         }
     }
     let total: f64 = stages.iter().map(|(_, seconds)| seconds).sum();
@@ -65,6 +55,30 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     }
     println!("{:<40} {total:>8.1}", "all");
     Ok(())
+}
+
+/// Runs one stage and notes its seconds.
+#[expect(clippy::print_stdout, reason = "a command for developers reports on standard output")]
+fn stage(stages: &mut Vec<(String, f64)>, name: &str, command: &mut Command) -> anyhow::Result<()> {
+    println!("==> {name}");
+    let start = Instant::now();
+    let status = command.status().with_context(|| format!("cannot start {name}"))?;
+    stages.push((name.to_owned(), start.elapsed().as_secs_f64()));
+    if !status.success() {
+        bail!("{name} failed ({status})");
+    }
+    Ok(())
+}
+
+/// Installs a line of ms-swift, or finds it installed, and returns its directory: the command's only output.
+fn install_trainer(binary: &Path, line: &str) -> anyhow::Result<String> {
+    let mut command = Command::new(binary);
+    command.args(["install-trainer", "--ms-swift", line]).stdin(Stdio::null()).stderr(Stdio::inherit());
+    let output = command.output().with_context(|| format!("cannot start {}", binary.display()))?;
+    if !output.status.success() {
+        bail!("ms-swift {line} cannot be installed ({})", output.status);
+    }
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 fn cargo() -> Command {
