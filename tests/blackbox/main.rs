@@ -2,6 +2,8 @@
 //!
 //! Needs no GPU and no ms-swift: the cards are nvml-sim's, the trainer is `tests/fake-swift`.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and says when it is skipped")]
+
 mod architecture;
 mod diagnose;
 mod environment;

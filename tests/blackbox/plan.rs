@@ -213,7 +213,7 @@ fn the_table_for_people_ends_in_a_block_that_can_be_pasted() {
     args.extend(IDLE_80_GIB);
     let text = env.run(&args).expect(0).stdout;
     assert!(text.contains("CUDA_VISIBLE_DEVICES=6"), "{text}");
-    env.write("pasted.sh", text[text.find("CUDA_VISIBLE_DEVICES").unwrap()..].as_bytes());
+    env.write("pasted.sh", &text.as_bytes()[text.find("CUDA_VISIBLE_DEVICES").unwrap()..]);
     let again = env.run(&["import", "pasted.sh", "--pin"]).expect(0).json();
     assert_eq!(again["device"], 6);
     assert_eq!(again["args"]["per_device_train_batch_size"], 8);

@@ -4,6 +4,8 @@
 //! each test then says that it is skipped. The GPU is nvml-sim's; the out-of-memory error is raised by the demo's
 //! plugin at a simulated capacity. Everything else is the real thing.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and says when it is skipped")]
+
 #[path = "../blackbox/environment.rs"]
 #[allow(dead_code, reason = "shared with the black-box tests, which use all of it")]
 mod environment;
@@ -104,7 +106,7 @@ fn a_kill_inside_the_second_epoch_repeats_and_loses_no_row() {
     let receipt = lab.receipt();
     let attempts = attempts(&receipt);
     assert_eq!(attempts.len(), 2);
-    assert_eq!(attempts[0]["diagnosis"]["certain"], false, "signal 9 proves nothing");
+    assert_ne!(attempts[0]["diagnosis"]["kind"], "device_oom", "signal 9 proves no lack of device memory");
     assert_eq!(attempts[0]["tier"], attempts[1]["tier"], "and lowers nothing");
     let expected = if lab.is_3x() { 10 } else { 15 };
     assert_eq!(attempts[1]["resume"]["from_step"], expected);

@@ -116,7 +116,7 @@ impl Gpus {
     ///
     /// As [`Gpus::memory`].
     pub fn processes(&mut self, uuid: &str) -> Result<BTreeMap<u32, Option<Bytes>>, GpuError> {
-        self.ask(uuid, |device| read_processes(device))
+        self.ask(uuid, read_processes)
     }
 
     /// Returns what these processes together hold on that card. `None`: the driver names one of them but not how much.

@@ -2,7 +2,7 @@
 //!
 //! The peak is the largest of a few stages of a step: the loss, the backward pass of the last block (all checkpoints
 //! alive), that of the first block (all gradients alive), and the optimizer's step. Each is a sum of what is resident
-//! and of what the blocks keep ([`crate::block`]). What torch allocates is then turned into what NVML shows.
+//! and of what the blocks keep (`block.rs`). What torch allocates is then turned into what NVML shows.
 
 use serde::Serialize;
 

@@ -168,7 +168,7 @@ impl PlanArgs {
             trainer: TrainerQuery::from_environment(config.trainer.command.clone(), None),
             output_dir: prepare::working_dir()?,
         });
-        let mut host = prepare::probed_host(spec, &report)?;
+        let mut host = prepare::probed_host(spec, &report, &[])?;
         if let Some(version) = &self.ms_swift {
             let (dialect, warnings) = Dialect::for_versions(Some(version), None);
             host.dialect = dialect;
@@ -197,7 +197,7 @@ pub fn typed(prepared: &Prepared) -> Result<Invocation, Failure> {
 /// Returns the command of a first attempt at the chosen rung.
 fn exact(prepared: &Prepared, config: &Config) -> Result<Invocation, Failure> {
     let flags = AttemptFlags {
-        output_dir: prepared.output_dir(&prepare::working_dir()?).join("attempt-1"),
+        output_dir: prepare::output_dir(&prepared.spec, &prepare::working_dir()?).join("attempt-1"),
         expandable_segments: true,
         ..AttemptFlags::default()
     };

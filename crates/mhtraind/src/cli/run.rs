@@ -1,6 +1,6 @@
 //! `mhtraind run`: one job, here and now, to its proven end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use mhtrain_job::event::JobEvent;
@@ -9,6 +9,7 @@ use mhtrain_job::state::JobState;
 use mhtrain_probe::probe::{ProbeQuery, ProbeReport, TrainerReport, probe};
 use mhtrain_probe::trainer_environment::TrainerQuery;
 use mhtrain_sizing::tier::Tier;
+use mhtrain_supervisor::attempt::Attempt;
 use serde_json::Value;
 
 use super::{output, plan};
@@ -109,11 +110,16 @@ pub fn start(
     };
     // Looked up again at each spawn; a missing one must be known before anything is started.
     secrets::find(&spec.secrets, config)?;
-    let host = prepare::probed_host(&spec, &report)?;
+    let ours = if earlier == Earlier::Continue {
+        live_trainer(&prepare::output_dir(&spec, &working_dir))
+    } else {
+        Vec::new()
+    };
+    let host = prepare::probed_host(&spec, &report, &ours)?;
     let book = prepare::tier_book(config)?;
     let prepared = prepare::prepare(spec, &model, host, &book, config)?;
     let command = plan::typed(&prepared)?;
-    let directory = JobDirectory::open(&prepared.output_dir(&working_dir))?;
+    let directory = JobDirectory::open(&prepare::output_dir(&prepared.spec, &working_dir))?;
     let (journal, from) = take_up(&directory, &prepared.spec, earlier)?;
     let text = plan::plan_text(&prepared, &command);
     match sentences {
@@ -129,6 +135,17 @@ pub fn start(
         earlier: from,
         sentences,
     })
+}
+
+/// Returns the processes of a trainer that an earlier process of ours left behind in `output_dir`.
+fn live_trainer(output_dir: &Path) -> Vec<u32> {
+    let records = std::fs::read_dir(output_dir.join(".mhtraind")).into_iter().flatten().flatten();
+    let attempts = records.filter_map(|entry| Attempt::open(&entry.path()).ok());
+    attempts
+        .filter_map(|attempt| attempt.record().trainer().ok().flatten())
+        .filter(|trainer| trainer.identity.is_alive())
+        .flat_map(|trainer| local::family(trainer.identity.pid))
+        .collect()
 }
 
 fn probe_json(report: &ProbeReport) -> Result<Value, Failure> {

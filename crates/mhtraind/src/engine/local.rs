@@ -110,6 +110,9 @@ struct Next {
     after: Vec<u32>,
 }
 
+/// From where an attempt goes on, and the checkpoint that its trainer is shown.
+type Beginning = (Option<Resume>, Option<PathBuf>);
+
 /// What the loop does next.
 #[derive(Debug)]
 enum Step {
@@ -431,11 +434,7 @@ impl<'a> Job<'a> {
     }
 
     /// Decides from where an attempt goes on. Returns the checkpoint to show to the trainer, repaired where it must be.
-    fn choose_resume(
-        &mut self,
-        next: &Next,
-        tier: &Tier,
-    ) -> Result<Result<(Option<Resume>, Option<PathBuf>), Step>, Failure> {
+    fn choose_resume(&mut self, next: &Next, tier: &Tier) -> Result<Result<Beginning, Step>, Failure> {
         let steps_done = self.history().steps_done;
         let restart = |lost: u64| {
             (steps_done > 0 || lost > 0).then_some(Resume {
@@ -511,11 +510,7 @@ impl<'a> Job<'a> {
     }
 
     /// Returns the newest checkpoint from before the loss went bad, for its weights alone.
-    fn last_good_weights(
-        &self,
-        mut checkpoints: Vec<CheckpointFacts>,
-        steps_done: u64,
-    ) -> (Option<Resume>, Option<PathBuf>) {
+    fn last_good_weights(&self, mut checkpoints: Vec<CheckpointFacts>, steps_done: u64) -> Beginning {
         let good_until = self.last_good_step.unwrap_or(0);
         checkpoints.retain(|checkpoint| checkpoint.is_complete() && checkpoint.step <= good_until);
         checkpoints.sort_by_key(|checkpoint| checkpoint.step);
@@ -1000,7 +995,7 @@ fn rows(follower: &Follower) -> Option<u64> {
 }
 
 /// Returns a process and everything that came from it.
-fn family(pid: u32) -> Vec<u32> {
+pub fn family(pid: u32) -> Vec<u32> {
     let mut pids = vec![pid];
     pids.extend(descendants(pid).unwrap_or_default().iter().map(|process| process.pid));
     pids

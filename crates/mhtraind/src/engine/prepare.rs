@@ -84,11 +84,11 @@ impl Prepared {
             inherited: &self.inherited,
         }
     }
+}
 
-    /// Returns where everything of the job goes, absolute.
-    pub fn output_dir(&self, working_dir: &Path) -> PathBuf {
-        absolute(working_dir, &self.spec.output_dir)
-    }
+/// Returns where everything of a job goes, absolute.
+pub fn output_dir(spec: &JobSpec, working_dir: &Path) -> PathBuf {
+    absolute(working_dir, &spec.output_dir)
 }
 
 /// Returns `path` relative to `working_dir`, with a leading `~` for the home directory.
@@ -169,21 +169,23 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Returns the host as it was probed, for the card that the job wishes.
+/// Returns the host as it was probed, for the card that the job wishes. What the processes `ours` hold there counts as
+/// free: they are the job's own.
 ///
 /// # Errors
 /// No card can take the job.
-pub fn probed_host(spec: &JobSpec, report: &ProbeReport) -> Result<Host, Failure> {
+pub fn probed_host(spec: &JobSpec, report: &ProbeReport, ours: &[u32]) -> Result<Host, Failure> {
     let cards = report
         .gpus
         .resolve(&spec.device)
         .map_err(|e| Failure::failed("no_device", &e).help(device_help(e.help())))?;
     let candidates = cards
         .into_iter()
-        .map(|(state, card)| Candidate {
-            card,
-            uuid: state.uuid.clone(),
-            held_by_others: state.held_by_others(&[]),
+        .map(|(state, mut card)| {
+            let held_by_others = state.held_by_others(ours);
+            let held_by_us = state.held_by_others(&[]).saturating_sub(held_by_others);
+            card.free = card.free.saturating_add(held_by_us);
+            Candidate { card, uuid: state.uuid.clone(), held_by_others }
         })
         .collect();
     let (dialect, mut notes) = match report.trainer.environment() {
