@@ -1,5 +1,7 @@
 //! The probe against the simulated NVML, in every way that a driver can disappoint.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

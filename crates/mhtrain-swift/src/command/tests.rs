@@ -238,6 +238,7 @@ fn an_attempt_adds_the_closed_list_and_nothing_else() {
     let flags = AttemptFlags {
         output_dir: "/out/attempt-2".into(),
         resume_from: Some("/out/attempt-1/checkpoint-6".into()),
+        resume_only_model: false,
         plugins: vec!["/run/companion.py".into()],
         expandable_segments: true,
         master_port: Some(29_600),

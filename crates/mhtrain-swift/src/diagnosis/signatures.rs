@@ -7,7 +7,7 @@
 use std::sync::LazyLock;
 
 use mhtrain_job::diagnosis::Kind;
-use regex::{RegexSet, RegexSetBuilder};
+use regex::bytes::{RegexSet, RegexSetBuilder};
 
 /// Where a signature may stand to mean what it says.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -456,14 +456,16 @@ const SIGNATURES: &[Signature] = &[
 static SET: LazyLock<RegexSet> = LazyLock::new(|| {
     RegexSetBuilder::new(SIGNATURES.iter().map(|signature| signature.pattern))
         .case_insensitive(true)
+        .unicode(false)
         .size_limit(64 << 20)
+        .dfa_size_limit(64 << 20)
         .build()
         .expect("the signatures are well-formed")
 });
 
 /// Returns the signatures that match a line, in the order of their precedence.
 pub(super) fn matches(text: &str) -> impl Iterator<Item = &'static Signature> {
-    SET.matches(text).into_iter().map(|index| &SIGNATURES[index])
+    SET.matches(text.as_bytes()).into_iter().map(|index| &SIGNATURES[index])
 }
 
 #[cfg(test)]
