@@ -205,21 +205,22 @@ fn open_log(path: &Path) -> Result<File, RecorderError> {
 fn spawn_gate(record: &RecordDir, stdout: File, stderr: File) -> io::Result<(u32, PipeWriter)> {
     let (word, gate) = io::pipe()?;
     // Our own executable, even if another version was put at its path since.
-    let child = Command::new("/proc/self/exe")
-        .args([OsStr::new(GATE_VERB), record.path().as_os_str()])
-        .env(ATTEMPT_VARIABLE, record.path())
-        .stdin(word)
-        .stdout(stdout)
-        .stderr(stderr)
-        .spawn()?;
-    Ok((child.id(), gate))
+    let mut command = Command::new("/proc/self/exe");
+    command.args([OsStr::new(GATE_VERB), record.path().as_os_str()]).env(ATTEMPT_VARIABLE, record.path());
+    command.stdin(word).stdout(stdout).stderr(stderr);
+    // SAFETY: the closure runs between fork and exec, where only async-signal-safe calls are sound. setsid(2) is one,
+    // and rustix calls it without taking a lock or memory.
+    unsafe {
+        // A session of its own: a trainer that signals its whole group must not reach its recorder. Before the exec, so
+        // that whoever reads trainer.json finds it in that session already.
+        command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
+    }
+    Ok((command.spawn()?.id(), gate))
 }
 
 fn pass_gate(record_dir: &Path) -> Result<(), RecorderError> {
     signals::stop_ignoring();
     signals::unblock_all().map_err(RecorderError::system("let signals through"))?;
-    // A session of its own: a trainer that signals its whole group must not reach its recorder.
-    rustix::process::setsid().map_err(RecorderError::system("start a session"))?;
     let mut word = [0];
     if io::stdin().lock().read(&mut word).map_err(RecorderError::system("wait for the recorder"))? == 0 {
         // The recorder died before it could write down who we are. Nobody would ever find the trainer.
