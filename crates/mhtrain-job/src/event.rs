@@ -31,6 +31,9 @@ pub enum JobEvent {
         rungs: usize,
         /// The chosen rung.
         tier: Tier,
+        /// Everything that was sized (card, ladder, trainer), for a process that takes the job over; opaque here.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sized: Option<Value>,
     },
     /// The job cannot start now.
     Waiting {

@@ -10,6 +10,7 @@
 
 pub mod diagnosis;
 pub mod event;
+pub mod queue;
 pub mod receipt;
 pub mod rerun;
 pub mod schema;

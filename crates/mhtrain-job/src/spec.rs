@@ -125,13 +125,22 @@ impl JobSpec {
                 instead: "set `devices` to 1 or leave it out",
             });
         }
-        if !self.after.is_empty() {
-            return Err(SpecError::NotSupported {
-                what: "waiting for other jobs (`after`), which needs the daemon,",
-                instead: "leave `after` out and start the job when the others are done",
-            });
-        }
         Ok(())
+    }
+
+    /// Returns an error if the job wants what a run in the foreground cannot do.
+    ///
+    /// # Errors
+    /// As [`JobSpec::check_supported`], and for jobs that wait for others: a queue knows those.
+    pub fn check_foreground(&self) -> Result<(), SpecError> {
+        self.check_supported()?;
+        if self.after.is_empty() {
+            return Ok(());
+        }
+        Err(SpecError::NotSupported {
+            what: "waiting for other jobs (`after`), which needs the daemon,",
+            instead: "submit it with `mhtraind submit`, or leave `after` out and start it when the others are done",
+        })
     }
 
     /// Returns the job as complete JSON: every key, defaults filled in. Reading it again gives the same job.

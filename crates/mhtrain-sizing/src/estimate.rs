@@ -4,7 +4,7 @@
 //! alive), that of the first block (all gradients alive), and the optimizer's step. Each is a sum of what is resident
 //! and of what the blocks keep (`block.rs`). What torch allocates is then turned into what NVML shows.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::block::{Adapted, BlockCosts, block_costs, float};
 use crate::model::{Model, ModelShape, ShapeSource};
@@ -49,7 +49,7 @@ impl EstimateError {
 }
 
 /// A predicted peak. Field names are those of the JSON interface of `mhtraind estimate`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// What torch's allocator holds at its peak.
     pub allocated_peak_bytes: Bytes,
@@ -90,7 +90,7 @@ impl Estimate {
 }
 
 /// Parts of the device peak.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Terms {
     /// Base weights.
     pub weights: Bytes,

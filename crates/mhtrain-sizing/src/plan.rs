@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use crate::correct::after_oom;
 use crate::estimate::{Estimate, EstimateError, estimate};
@@ -15,7 +15,7 @@ use crate::units::Bytes;
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
 
 /// One rung of the ladder with the engine's verdict.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rung {
     /// The rung.
     pub tier: Tier,
@@ -32,7 +32,7 @@ pub struct Rung {
 }
 
 /// A sized job: every rung in order, and the one to start at.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Index into `rungs` of the first attempt.
     pub chosen: usize,

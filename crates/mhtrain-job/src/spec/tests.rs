@@ -198,9 +198,10 @@ fn devices_are_named_by_index_uuid_or_auto() {
 fn what_this_version_does_not_do_is_read_and_then_refused_by_name() {
     let two = good(json!({"devices": 2})).check_supported().unwrap_err();
     assert!(two.to_string().contains("more than one device") && two.help().is_some());
-    let after = good(json!({"after": [3]})).check_supported().unwrap_err();
+    let after = good(json!({"after": [3]})).check_foreground().unwrap_err();
     assert!(after.to_string().contains("daemon"));
-    assert_eq!(good(json!({})).check_supported(), Ok(()));
+    assert_eq!(good(json!({})).check_foreground(), Ok(()));
+    assert_eq!(good(json!({"after": [3]})).check_supported(), Ok(()));
 }
 
 #[test]

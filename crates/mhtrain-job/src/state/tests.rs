@@ -13,7 +13,7 @@ fn submitted() -> JobEvent {
 }
 
 fn planned() -> JobEvent {
-    JobEvent::Planned { chosen: 1, rungs: 6, tier: tier(Profile::Standard, 8, 4) }
+    JobEvent::Planned { chosen: 1, rungs: 6, tier: tier(Profile::Standard, 8, 4), sized: None }
 }
 
 fn waiting() -> JobEvent {

@@ -360,6 +360,7 @@ impl<'a> Job<'a> {
             chosen: plan.chosen,
             rungs: plan.rungs.len(),
             tier: plan.chosen_rung().tier.clone(),
+            sized: None,
         };
         self.journal.record(event)
     }

@@ -113,7 +113,7 @@ pub fn working_dir() -> Result<PathBuf, Failure> {
 /// It cannot be read, is no job, or asks for what this version does not do.
 pub fn read_job(path: &Path) -> Result<JobSpec, Failure> {
     let spec = JobSpec::parse(&output::read_input(path)?).map_err(|e| spec_failure(path, &e))?;
-    spec.check_supported().map_err(|e| spec_failure(path, &e))?;
+    spec.check_foreground().map_err(|e| spec_failure(path, &e))?;
     Ok(spec)
 }
 

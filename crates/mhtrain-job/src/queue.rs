@@ -1,0 +1,385 @@
+//! Which jobs start now, on which device, and why do the others wait?
+//!
+//! One queue for each device, in order of priority and then of submission. A job that names a device stands in that
+//! device's queue. A job that takes any stands in the queue of the device where it would get the best rung. The first
+//! in a queue is never overtaken on its device: else small jobs would keep a large one waiting for ever.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
+use mhtrain_sizing::tier::Profile;
+use mhtrain_sizing::units::Bytes;
+
+/// A job that is not started yet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QueuedJob {
+    /// Its id: a smaller one was submitted earlier.
+    pub id: u64,
+    /// Higher goes first.
+    pub priority: i32,
+    /// Jobs that must have succeeded before.
+    pub after: Vec<Dependency>,
+    /// What each device that it may take offers.
+    pub offers: Vec<Offer>,
+}
+
+/// A job that another one waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dependency {
+    /// Its id.
+    pub id: u64,
+    /// Where it stands.
+    pub state: DependencyState,
+}
+
+/// Where a job stands that another one waits for.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum DependencyState {
+    /// It succeeded.
+    Succeeded,
+    /// It is not over.
+    Pending,
+    /// It failed, was cancelled or is not known: it will never have succeeded.
+    Never,
+}
+
+/// What one device offers a job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Offer {
+    /// UUID of the device.
+    pub device: String,
+    /// The device for people: `GPU 6`.
+    pub name: String,
+    /// How the job fits there.
+    pub fit: Fit,
+}
+
+/// How a job fits on a device.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Fit {
+    /// It can start now.
+    Now(Rank),
+    /// It fits when others give memory back.
+    Later {
+        /// What it would get on the idle device.
+        rank: Rank,
+        /// What it needs at least.
+        need: Bytes,
+        /// What is free.
+        free: Bytes,
+        /// Who holds the rest, for people; empty where nobody is known.
+        holders: String,
+    },
+    /// It does not fit on the idle device either.
+    Never {
+        /// Why, with the numbers.
+        why: String,
+        /// What the user can do.
+        help: Option<String>,
+    },
+    /// The device cannot be used at the moment.
+    Unusable {
+        /// Why.
+        why: String,
+    },
+}
+
+/// How good a place is. A greater one is better.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    /// What would be trained.
+    profile: Reverse<Profile>,
+    /// How fast.
+    micro_batch: u32,
+    /// Ties go to the device with the most free memory.
+    free: Bytes,
+}
+
+impl Rank {
+    /// Returns the rank of a rung on a device with so much free memory.
+    pub fn new(profile: Profile, micro_batch: u32, free: Bytes) -> Rank {
+        Rank { profile: Reverse(profile), micro_batch, free }
+    }
+}
+
+/// What becomes of a queued job now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It starts on this device.
+    Start {
+        /// UUID of the device.
+        device: String,
+    },
+    /// It waits.
+    Wait {
+        /// For what, with the numbers.
+        reason: String,
+    },
+    /// It can never start.
+    Fail {
+        /// Why, with the numbers.
+        reason: String,
+        /// What the user can do.
+        help: Option<String>,
+    },
+}
+
+/// Returns what becomes of every queued job, best placed first.
+///
+/// `leased` are the devices that a job of ours has, by UUID with that job's id. `drained`: nothing may start.
+pub fn decide(queue: &[QueuedJob], leased: &BTreeMap<String, u64>, drained: bool) -> Vec<(u64, Verdict)> {
+    let mut order: Vec<&QueuedJob> = queue.iter().collect();
+    order.sort_by_key(|job| (Reverse(job.priority), job.id));
+    let mut devices = Devices { taken: leased.clone(), first_in_line: BTreeMap::new() };
+    order.into_iter().map(|job| (job.id, verdict(job, &mut devices, drained))).collect()
+}
+
+/// Devices while a queue is looked through.
+struct Devices {
+    /// Who has a device.
+    taken: BTreeMap<String, u64>,
+    /// Who is first in line for a device, and so is not overtaken there.
+    first_in_line: BTreeMap<String, u64>,
+}
+
+fn verdict(job: &QueuedJob, devices: &mut Devices, drained: bool) -> Verdict {
+    if let Some(lost) = job.after.iter().find(|other| other.state == DependencyState::Never) {
+        return Verdict::Fail {
+            reason: format!("job {}, which must succeed before it, did not", lost.id),
+            help: Some(format!("see `mhtraind explain {}`, then submit this job again", lost.id)),
+        };
+    }
+    if let Some(failed) = never_fits(job) {
+        return failed;
+    }
+    let pending: BTreeSet<u64> = job
+        .after
+        .iter()
+        .filter(|other| other.state == DependencyState::Pending)
+        .map(|other| other.id)
+        .collect();
+    if !pending.is_empty() {
+        return Verdict::Wait { reason: format!("waits for job {} to succeed", join(pending.iter())) };
+    }
+    if drained {
+        return Verdict::Wait {
+            reason: "the daemon is drained: nothing starts until `mhtraind undrain`".to_owned(),
+        };
+    }
+    let free = |offer: &&Offer| {
+        !devices.taken.contains_key(&offer.device) && !devices.first_in_line.contains_key(&offer.device)
+    };
+    let now = job.offers.iter().filter(free).filter_map(|offer| match &offer.fit {
+        Fit::Now(rank) => Some((*rank, offer)),
+        Fit::Later { .. } | Fit::Never { .. } | Fit::Unusable { .. } => None,
+    });
+    if let Some((_, offer)) = now.max_by_key(|(rank, _)| *rank) {
+        devices.taken.insert(offer.device.clone(), job.id);
+        return Verdict::Start { device: offer.device.clone() };
+    }
+    let reason = why_not(job, devices);
+    let line = job.offers.iter().filter_map(|offer| match &offer.fit {
+        Fit::Now(rank) | Fit::Later { rank, .. } => Some((*rank, &offer.device)),
+        Fit::Never { .. } | Fit::Unusable { .. } => None,
+    });
+    if let Some((_, device)) = line.max_by_key(|(rank, _)| *rank) {
+        devices.first_in_line.entry(device.clone()).or_insert(job.id);
+    }
+    Verdict::Wait { reason }
+}
+
+/// Returns the failure of a job that fits on none of its devices, however idle they are.
+fn never_fits(job: &QueuedJob) -> Option<Verdict> {
+    let never = job.offers.iter().filter_map(|offer| match &offer.fit {
+        Fit::Never { why, help } => Some((offer, why, help)),
+        Fit::Now(_) | Fit::Later { .. } | Fit::Unusable { .. } => None,
+    });
+    let never: Vec<_> = never.collect();
+    if never.len() < job.offers.len() {
+        return None;
+    }
+    let (offer, why, help) = never.first()?;
+    Some(Verdict::Fail {
+        reason: format!("it can never fit on {}: {why}", offer.name),
+        help: (*help).clone(),
+    })
+}
+
+/// Returns why a job does not start, device for device.
+fn why_not(job: &QueuedJob, devices: &Devices) -> String {
+    if job.offers.is_empty() {
+        return "no GPU can be used now".to_owned();
+    }
+    let reasons = job.offers.iter().map(|offer| {
+        let name = &offer.name;
+        if let Some(other) = devices.taken.get(&offer.device) {
+            return format!("{name} runs job {other}");
+        }
+        match &offer.fit {
+            Fit::Unusable { why } => why.clone(),
+            Fit::Never { why, .. } => format!("{name} is too small: {why}"),
+            Fit::Now(_) => match devices.first_in_line.get(&offer.device) {
+                Some(other) => format!("job {other} is first in line for {name}"),
+                None => format!("{name} is not free"),
+            },
+            Fit::Later { need, free, holders, .. } => {
+                let holders = if holders.is_empty() { String::new() } else { format!(", held by {holders}") };
+                format!("needs {need} on one GPU; {name} has {free} free{holders}")
+            }
+        }
+    });
+    join(reasons)
+}
+
+fn join(items: impl Iterator<Item = impl ToString>) -> String {
+    items.map(|item| item.to_string()).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rank(micro_batch: u32, free: u64) -> Rank {
+        Rank::new(Profile::Standard, micro_batch, Bytes::from_gib(free))
+    }
+
+    fn now(device: &str, micro_batch: u32, free: u64) -> Offer {
+        Offer {
+            device: device.to_owned(),
+            name: format!("GPU {device}"),
+            fit: Fit::Now(rank(micro_batch, free)),
+        }
+    }
+
+    fn later(device: &str) -> Offer {
+        let fit = Fit::Later {
+            rank: rank(8, 80),
+            need: Bytes::from_gib(62),
+            free: Bytes::from_gib(40),
+            holders: "pid 4121 of alice".to_owned(),
+        };
+        Offer { device: device.to_owned(), name: format!("GPU {device}"), fit }
+    }
+
+    fn job(id: u64, offers: Vec<Offer>) -> QueuedJob {
+        QueuedJob { id, priority: 0, after: Vec::new(), offers }
+    }
+
+    fn started(verdicts: &[(u64, Verdict)]) -> Vec<(u64, String)> {
+        let start = |(id, verdict): &(u64, Verdict)| match verdict {
+            Verdict::Start { device } => Some((*id, device.clone())),
+            Verdict::Wait { .. } | Verdict::Fail { .. } => None,
+        };
+        verdicts.iter().filter_map(start).collect()
+    }
+
+    fn reason(verdicts: &[(u64, Verdict)], wanted: u64) -> String {
+        let (_, verdict) = verdicts.iter().find(|(id, _)| *id == wanted).unwrap();
+        match verdict {
+            Verdict::Wait { reason } | Verdict::Fail { reason, .. } => reason.clone(),
+            Verdict::Start { device } => panic!("job {wanted} starts on {device}"),
+        }
+    }
+
+    #[test]
+    fn one_job_a_device_in_order_of_priority_and_submission() {
+        let mut urgent = job(9, vec![now("0", 8, 80)]);
+        urgent.priority = 1;
+        let queue = [job(3, vec![now("0", 8, 80)]), urgent, job(2, vec![now("0", 8, 80)])];
+        let verdicts = decide(&queue, &BTreeMap::new(), false);
+        assert_eq!(started(&verdicts), [(9, "0".to_owned())]);
+        assert_eq!(reason(&verdicts, 2), "GPU 0 runs job 9");
+        let leased = BTreeMap::from([("0".to_owned(), 1)]);
+        assert_eq!(started(&decide(&queue, &leased, false)), []);
+    }
+
+    #[test]
+    fn auto_takes_the_best_rung_then_the_most_free() {
+        let offers = vec![now("0", 4, 80), now("1", 8, 30), now("2", 8, 60)];
+        assert_eq!(
+            started(&decide(&[job(1, offers.clone())], &BTreeMap::new(), false)),
+            [(1, "2".to_owned())]
+        );
+        let queue = [job(1, offers.clone()), job(2, offers.clone()), job(3, offers)];
+        let places: Vec<_> = started(&decide(&queue, &BTreeMap::new(), false));
+        assert_eq!(places, [(1, "2".to_owned()), (2, "1".to_owned()), (3, "0".to_owned())]);
+    }
+
+    #[test]
+    fn who_waits_for_memory_is_told_the_numbers_and_is_not_overtaken_there() {
+        let queue = [job(1, vec![later("0")]), job(2, vec![now("0", 8, 40)]), job(3, vec![now("1", 8, 40)])];
+        let verdicts = decide(&queue, &BTreeMap::new(), false);
+        assert_eq!(started(&verdicts), [(3, "1".to_owned())]);
+        let told = reason(&verdicts, 1);
+        assert_eq!(told, "needs 62.00 GiB on one GPU; GPU 0 has 40.00 GiB free, held by pid 4121 of alice");
+        assert_eq!(reason(&verdicts, 2), "job 1 is first in line for GPU 0");
+    }
+
+    #[test]
+    fn what_never_fits_fails_at_once_even_when_drained_or_all_is_leased() {
+        let fit = Fit::Never { why: "needs 90 GiB, the card has 80".to_owned(), help: None };
+        let never = Offer { device: "0".to_owned(), name: "GPU 0".to_owned(), fit };
+        let leased = BTreeMap::from([("0".to_owned(), 7)]);
+        let verdicts = decide(&[job(1, vec![never.clone()]), job(2, vec![never, later("1")])], &leased, true);
+        assert!(matches!(verdicts[0].1, Verdict::Fail { .. }));
+        assert!(matches!(verdicts[1].1, Verdict::Wait { .. }));
+    }
+
+    #[test]
+    fn dependencies_wait_and_a_lost_one_fails_the_job() {
+        let after = |state| {
+            let mut job = job(2, vec![now("0", 8, 80)]);
+            job.after = vec![Dependency { id: 1, state }];
+            decide(&[job], &BTreeMap::new(), false)
+        };
+        assert_eq!(reason(&after(DependencyState::Pending), 2), "waits for job 1 to succeed");
+        assert!(matches!(after(DependencyState::Never)[0].1, Verdict::Fail { .. }));
+        assert_eq!(started(&after(DependencyState::Succeeded)).len(), 1);
+    }
+
+    #[test]
+    fn a_drained_daemon_starts_nothing() {
+        assert_eq!(started(&decide(&[job(1, vec![now("0", 8, 80)])], &BTreeMap::new(), true)), []);
+    }
+
+    mod laws {
+        use super::*;
+        use proptest::prelude::*;
+
+        fn offers() -> impl Strategy<Value = Vec<Offer>> {
+            let offer = (0..4u8, 0..3u8, 1..9u32, 1..90u64).prop_map(|(device, kind, batch, free)| {
+                let device = device.to_string();
+                match kind {
+                    0 => now(&device, batch, free),
+                    1 => later(&device),
+                    _ => Offer {
+                        name: format!("GPU {device}"),
+                        device,
+                        fit: Fit::Never { why: "too large".to_owned(), help: None },
+                    },
+                }
+            });
+            proptest::collection::vec(offer, 0..4)
+        }
+
+        proptest! {
+            #[test]
+            fn no_device_is_given_twice_and_none_that_is_leased(
+                all in proptest::collection::vec((offers(), -1..2i32), 0..8),
+                lease in proptest::option::of(0..4u8),
+            ) {
+                let queue: Vec<_> = (1..).zip(all).map(|(id, (offers, priority))| QueuedJob {
+                    priority, ..job(id, offers)
+                }).collect();
+                let leased: BTreeMap<_, _> = lease.map(|device| (device.to_string(), 99)).into_iter().collect();
+                let verdicts = decide(&queue, &leased, false);
+                prop_assert_eq!(verdicts.len(), queue.len());
+                let mut given = BTreeSet::new();
+                for (_, device) in started(&verdicts) {
+                    prop_assert!(!leased.contains_key(&device));
+                    prop_assert!(given.insert(device));
+                }
+            }
+        }
+    }
+}
