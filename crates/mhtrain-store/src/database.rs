@@ -1,0 +1,171 @@
+//! How is the database opened, and when is a write certain?
+//!
+//! Write-ahead log with `synchronous=FULL`: a commit returns after the fsync of the log. Opening after a crash
+//! reads the log again; a transaction is in it as a whole or not at all. Everything SQLite says comes out of here
+//! as a [`StoreError`] that says what it means.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+
+use crate::directory::StateDirectory;
+use crate::error::StoreError;
+
+/// The schema, one file per version; the database's `user_version` says how many of them it has had.
+const SCHEMA: [&str; 1] = [include_str!("../schema/0001_jobs.sql")];
+
+/// The version of the schema that this program writes.
+pub(crate) const SCHEMA_VERSION: usize = SCHEMA.len();
+
+/// How long a write waits for another program, such as the `sqlite3` shell.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Statements that are kept compiled: more than this crate has.
+const STATEMENTS_KEPT: usize = 64;
+
+/// What a committed transaction survives.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Durability {
+    /// A power cut.
+    PowerCut,
+    /// The end of this process, but a power cut only once a later transaction does.
+    ProcessEnd,
+}
+
+/// The open database.
+#[derive(Debug)]
+pub(crate) struct Database {
+    // Closed before the lock is given back, because fields are dropped in this order.
+    connection: Connection,
+    directory: StateDirectory,
+    path: PathBuf,
+}
+
+impl Database {
+    /// Opens the database in `directory`, or makes it.
+    pub(crate) fn open(mut directory: StateDirectory) -> Result<Database, StoreError> {
+        let path = directory.database();
+        // Not SQLITE_OPEN_CREATE: the file is there, with its mode.
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX
+            | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+        let mut connection = Connection::open_with_flags(&path, flags)
+            .map_err(|error| StoreError::from(error).explain(&path, None))?;
+        prepare(&mut connection, &path).map_err(|error| error.explain(&path, system_errno(&connection)))?;
+        directory.hold_database()?;
+        Ok(Database { connection, directory, path })
+    }
+
+    /// Returns what `work` reads.
+    pub(crate) fn read<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        work(&self.connection).map_err(|error| self.explain(error))
+    }
+
+    /// Does `work` in one transaction. `Ok` means that it is committed, to the files that are at their paths.
+    ///
+    /// After an error it is rolled back, or the files are gone. Only an error of the very fsync leaves open whether
+    /// it is on disk.
+    pub(crate) fn write<T>(
+        &mut self,
+        durability: Durability,
+        work: impl FnOnce(&Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.directory.check_in_place()?;
+        let done =
+            transaction(&mut self.connection, durability, work).map_err(|error| self.explain(error))?;
+        // Again, because it is the commit that must have gone to the right files.
+        self.directory.check_in_place()?;
+        Ok(done)
+    }
+
+    /// Returns the error of a database that contradicts itself.
+    pub(crate) fn damaged(&self, detail: String) -> StoreError {
+        StoreError::Damaged { path: self.path.clone(), detail }
+    }
+
+    fn explain(&self, error: StoreError) -> StoreError {
+        error.explain(&self.path, system_errno(&self.connection))
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        // Closing copies the log into the database and removes it *by its path*. With other files at the paths, that
+        // log would belong to somebody else's database.
+        if self.directory.check_in_place().is_err() {
+            let _ = self.connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+        }
+    }
+}
+
+fn prepare(connection: &mut Connection, path: &std::path::Path) -> Result<(), StoreError> {
+    connection.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    let found: i64 = connection.query_row("PRAGMA user_version", (), |row| row.get(0))?;
+    let version = usize::try_from(found).unwrap_or(usize::MAX);
+    if version > SCHEMA_VERSION {
+        let found = u32::try_from(found).unwrap_or(u32::MAX);
+        return Err(StoreError::TooNew { path: path.to_owned(), found });
+    }
+    if version == 0 && has_tables(connection)? {
+        return Err(StoreError::NotAStore { path: path.to_owned() });
+    }
+    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", (), |row| row.get(0))?;
+    if mode != "wal" {
+        let detail = format!("SQLite keeps it in journal mode {mode}, not wal");
+        return Err(StoreError::Damaged { path: path.to_owned(), detail });
+    }
+    for (missing, sql) in SCHEMA.iter().enumerate().skip(version) {
+        transaction(connection, Durability::PowerCut, |connection| {
+            connection.execute_batch(sql)?;
+            Ok(connection.pragma_update(None, "user_version", missing + 1)?)
+        })?;
+    }
+    Ok(())
+}
+
+fn has_tables(connection: &Connection) -> Result<bool, StoreError> {
+    Ok(connection.query_row("SELECT EXISTS (SELECT 1 FROM sqlite_schema)", (), |row| row.get(0))?)
+}
+
+fn transaction<T>(
+    connection: &mut Connection,
+    durability: Durability,
+    work: impl FnOnce(&Connection) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    // A rollback can fail as well, on the same broken disk. What it left open must not swallow this transaction.
+    if !connection.is_autocommit() {
+        connection.execute_batch("ROLLBACK")?;
+    }
+    // Said each time, so that no transaction depends on what the one before wanted.
+    connection.execute_batch(match durability {
+        Durability::PowerCut => "PRAGMA synchronous = FULL",
+        Durability::ProcessEnd => "PRAGMA synchronous = NORMAL",
+    })?;
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let done = work(&transaction)?;
+    transaction.commit()?;
+    Ok(done)
+}
+
+/// Returns the number of the operating system's error behind SQLite's last one; `None` when there is none.
+fn system_errno(connection: &Connection) -> Option<i32> {
+    // SAFETY: `handle` is that of an open connection, because `connection` is borrowed, and this thread has it alone,
+    // because `Connection` is not `Sync`. The function only reads a field of it.
+    let errno = unsafe { rusqlite::ffi::sqlite3_system_errno(connection.handle()) };
+    (errno != 0).then_some(errno)
+}
+
+#[cfg(test)]
+impl Database {
+    /// Returns the connection, for tests that look behind the store.
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+}
