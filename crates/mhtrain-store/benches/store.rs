@@ -53,9 +53,9 @@ fn id_of(written: Written) -> JobId {
     }
 }
 
-fn bare_fsync(c: &mut Criterion, dir: &Path) {
+fn bare_fsync(c: &mut Criterion, jobs: usize, dir: &Path) {
     let mut file = File::create(dir.join("bare")).unwrap();
-    c.bench_function("write 8 KiB and fsync, nothing else", |bencher| {
+    c.bench_function(&format!("8 KiB and a bare fsync, beside {jobs}"), |bencher| {
         bencher.iter(|| {
             file.write_all(&[7; 8192]).unwrap();
             file.sync_all().unwrap();
@@ -65,7 +65,7 @@ fn bare_fsync(c: &mut Criterion, dir: &Path) {
 
 fn with_finished(c: &mut Criterion, jobs: usize) {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    bare_fsync(c, dir.path());
+    bare_fsync(c, jobs, dir.path());
     let state = dir.path().join("state");
     let mut store = Store::open(&state).unwrap();
     let finished = add_finished(&mut store, jobs);
