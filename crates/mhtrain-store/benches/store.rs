@@ -53,19 +53,19 @@ fn id_of(written: Written) -> JobId {
     }
 }
 
-fn bare_fsync(c: &mut Criterion, dir: &Path) {
+fn bare_fsync(c: &mut Criterion, jobs: usize, dir: &Path) {
     let mut file = File::create(dir.join("bare")).unwrap();
-    c.bench_function("write 8 KiB and fdatasync, nothing else", |bencher| {
+    c.bench_function(&format!("8 KiB and a bare fsync, beside {jobs}"), |bencher| {
         bencher.iter(|| {
             file.write_all(&[7; 8192]).unwrap();
-            file.sync_data().unwrap();
+            file.sync_all().unwrap();
         });
     });
 }
 
 fn with_finished(c: &mut Criterion, jobs: usize) {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    bare_fsync(c, dir.path());
+    bare_fsync(c, jobs, dir.path());
     let state = dir.path().join("state");
     let mut store = Store::open(&state).unwrap();
     let finished = add_finished(&mut store, jobs);
@@ -100,10 +100,21 @@ fn with_finished(c: &mut Criterion, jobs: usize) {
     });
 }
 
+/// Opening folds what is not over: a queue far longer than any that we know.
+fn with_queued(c: &mut Criterion, jobs: usize) {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let new = new_job();
+    Store::open(dir.path()).unwrap().write_all(&vec![Write::Submit(&new); jobs]).unwrap();
+    c.bench_function(&format!("open with {jobs} queued"), |bencher| {
+        bencher.iter_batched(|| (), |()| Store::open(dir.path()).unwrap(), BatchSize::PerIteration);
+    });
+}
+
 fn all(c: &mut Criterion) {
     for jobs in [10, 10_000] {
         with_finished(c, jobs);
     }
+    with_queued(c, 10_000);
 }
 
 criterion_group! {

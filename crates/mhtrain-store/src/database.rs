@@ -4,7 +4,7 @@
 //! reads the log again; a transaction is in it as a whole or not at all. Everything SQLite says comes out of here
 //! as a [`StoreError`] that says what it means.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
@@ -47,13 +47,17 @@ impl Database {
     /// Opens the database in `directory`, or makes it.
     pub(crate) fn open(mut directory: StateDirectory) -> Result<Database, StoreError> {
         let path = directory.database();
+        // Closing removes the log, so one that is left tells of a crash.
+        let crashed = directory.has_log();
         // Not SQLITE_OPEN_CREATE: the file is there, with its mode.
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_NO_MUTEX
             | OpenFlags::SQLITE_OPEN_NOFOLLOW;
         let mut connection = Connection::open_with_flags(&path, flags)
             .map_err(|error| StoreError::from(error).explain(&path, None))?;
-        prepare(&mut connection, &path).map_err(|error| error.explain(&path, system_errno(&connection)))?;
+        prepare(&mut connection, &path)
+            .and_then(|()| if crashed { check_listing(&connection, &path) } else { Ok(()) })
+            .map_err(|error| error.explain(&path, system_errno(&connection)))?;
         directory.hold_database()?;
         Ok(Database { connection, directory, path })
     }
@@ -103,7 +107,7 @@ impl Drop for Database {
     }
 }
 
-fn prepare(connection: &mut Connection, path: &std::path::Path) -> Result<(), StoreError> {
+fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     connection.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
     connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.pragma_update(None, "foreign_keys", true)?;
@@ -128,6 +132,19 @@ fn prepare(connection: &mut Connection, path: &std::path::Path) -> Result<(), St
         })?;
     }
     Ok(())
+}
+
+/// Looks at the table that listings read, and at its indexes; for use after a crash.
+///
+/// Not at all of the database: with 10,000 finished jobs of 11 events (50 MB) `quick_check` takes 30 ms, but 430 to
+/// 580 ms when the file is not in the page cache, and after a power cut it is not. This takes 2 ms, or 21 ms then.
+/// The events of jobs that are not over are read and folded when the store is opened, all others when asked for.
+fn check_listing(connection: &Connection, path: &Path) -> Result<(), StoreError> {
+    let detail: String = connection.query_row("PRAGMA quick_check (jobs)", (), |row| row.get(0))?;
+    if detail == "ok" {
+        return Ok(());
+    }
+    Err(StoreError::Damaged { path: path.to_owned(), detail })
 }
 
 fn has_tables(connection: &Connection) -> Result<bool, StoreError> {

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use crate::error::StoreError;
 
 /// Name of the database in the state directory.
-pub const DATABASE: &str = "mhtraind.db";
+pub(crate) const DATABASE: &str = "mhtraind.db";
 const WAL: &str = "mhtraind.db-wal";
 const SHM: &str = "mhtraind.db-shm";
 const LOCK: &str = "lock";
@@ -61,6 +61,11 @@ impl StateDirectory {
     /// Returns the path of the database.
     pub(crate) fn database(&self) -> PathBuf {
         self.path.join(DATABASE)
+    }
+
+    /// Returns whether something is in the log of the database.
+    pub(crate) fn has_log(&self) -> bool {
+        fs::symlink_metadata(self.path.join(WAL)).is_ok_and(|log| log.len() > 0)
     }
 
     /// Notes which files SQLite has opened, and makes their names durable. To be called once they all exist.

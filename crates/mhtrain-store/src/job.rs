@@ -218,6 +218,41 @@ pub(crate) fn unfinished_rows(connection: &Connection) -> Result<Vec<JobRow>, St
     rows.map(|row| row?.read()).collect()
 }
 
+/// The events of a job that is not over, and the name of the state that is noted beside them.
+pub(crate) struct History {
+    pub(crate) id: JobId,
+    pub(crate) noted: String,
+    journal: String,
+}
+
+impl History {
+    /// Returns the events.
+    pub(crate) fn events(&self) -> Result<Vec<Record>, StoreError> {
+        read_journal(&self.journal).map_err(|source| StoreError::Events { id: self.id, source })
+    }
+}
+
+/// Returns the histories of all jobs that are not over, by id. One query: opening waits for it.
+pub(crate) fn unfinished_histories(connection: &Connection) -> Result<Vec<History>, StoreError> {
+    let mut statement = connection.prepare_cached(
+        "SELECT j.id, j.state, e.record FROM jobs j JOIN events e ON e.job_id = j.id \
+         WHERE j.is_final = 0 ORDER BY j.id, e.number",
+    )?;
+    let mut rows = statement.query(())?;
+    let mut histories: Vec<History> = Vec::new();
+    while let Some(row) = rows.next()? {
+        let id = row.get(0)?;
+        if histories.last().is_none_or(|last| last.id != id) {
+            histories.push(History { id, noted: row.get(1)?, journal: String::new() });
+        }
+        if let Some(last) = histories.last_mut() {
+            last.journal.push_str(row.get_ref(2)?.as_str().map_err(rusqlite::Error::from)?);
+            last.journal.push('\n');
+        }
+    }
+    Ok(histories)
+}
+
 /// Returns the context of a job that exists, as text.
 pub(crate) fn context(connection: &Connection, id: JobId) -> Result<String, StoreError> {
     let mut statement = connection.prepare_cached("SELECT context FROM contexts WHERE job_id = ?1")?;

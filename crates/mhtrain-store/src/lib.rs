@@ -27,7 +27,6 @@ mod store;
 #[cfg(test)]
 mod testing;
 
-pub use directory::DATABASE;
 pub use error::StoreError;
 pub use job::{Filter, Job, JobId, JobRow, NewJob, Order, Owner, UnfinishedJob};
 pub use series::{SAMPLES_KEPT, Sample, SampleOf};

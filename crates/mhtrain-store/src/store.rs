@@ -30,6 +30,14 @@ struct Fold {
     events: i64,
 }
 
+impl Fold {
+    fn of(id: JobId, events: &[Record]) -> Result<Fold, StoreError> {
+        let state = JobState::fold(events.iter().map(|record| &record.event))
+            .map_err(|source| StoreError::Illegal { id, source })?;
+        Ok(Fold { state, events: i64::try_from(events.len()).unwrap_or(i64::MAX) })
+    }
+}
+
 /// One of several things that are written together.
 #[derive(Copy, Clone, Debug)]
 pub enum Write<'a> {
@@ -68,15 +76,15 @@ impl Store {
     pub fn open(path: &Path) -> Result<Store, StoreError> {
         let database = Database::open(StateDirectory::open(path)?)?;
         let mut store = Store { database, known: HashMap::new() };
-        for row in store.database.read(job::unfinished_rows)? {
-            let fold = store.database.read(|connection| fold(connection, row.id))?;
+        for history in store.database.read(job::unfinished_histories)? {
+            let fold = Fold::of(history.id, &history.events()?)?;
             // The summary is written together with the event. If they differ, something else wrote.
-            if fold.state.name() != row.state {
-                let detail =
-                    format!("job {} is noted as {}, its events say {}", row.id, row.state, fold.state.name());
+            if fold.state.name() != history.noted {
+                let (id, noted) = (history.id, history.noted);
+                let detail = format!("job {id} is noted as {noted}, its events say {}", fold.state.name());
                 return Err(store.database.damaged(detail));
             }
-            store.known.insert(row.id, fold);
+            store.known.insert(history.id, fold);
         }
         Ok(store)
     }
@@ -215,7 +223,8 @@ impl Store {
             .collect()
     }
 
-    /// Removes a job that is over, with its events and samples. Its number is not used again.
+    /// Removes a job that is over, with its events and samples. Its number is not used again; its key can be.
+    /// The file does not shrink, but its room is used again.
     ///
     /// # Errors
     /// [`StoreError::NotFinal`], [`StoreError::NoSuchJob`], and what keeps the store from writing.
@@ -414,15 +423,13 @@ fn insert_event(connection: &Connection, id: JobId, number: i64, record: &Record
     Ok(())
 }
 
-/// Folds the events of a job.
+/// Reads the events of a job and folds them.
 fn fold(connection: &Connection, id: JobId) -> Result<Fold, StoreError> {
     let events = job::events(connection, id)?;
     if events.is_empty() {
         return Err(StoreError::NoSuchJob { id });
     }
-    let state = JobState::fold(events.iter().map(|record| &record.event))
-        .map_err(|source| StoreError::Illegal { id, source })?;
-    Ok(Fold { state, events: i64::try_from(events.len()).unwrap_or(i64::MAX) })
+    Fold::of(id, &events)
 }
 
 fn by_key(connection: &Connection, uid: u32, key: &str) -> Result<Option<(JobId, String)>, StoreError> {

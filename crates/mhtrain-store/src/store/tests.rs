@@ -39,7 +39,7 @@ fn states(records: &[Record]) -> JobState {
 
 /// Opens the files of a store without the store.
 fn raw(dir: &TempDir) -> Connection {
-    Connection::open(dir.path().join(crate::DATABASE)).unwrap()
+    Connection::open(dir.path().join(crate::directory::DATABASE)).unwrap()
 }
 
 #[test]
@@ -346,7 +346,7 @@ fn what_is_not_a_store_is_refused_by_name() {
     assert!(matches!(Store::open(foreign.path()), Err(StoreError::NotAStore { .. })));
 
     let text = tempfile::tempdir().unwrap();
-    fs::write(text.path().join(crate::DATABASE), "dear diary ".repeat(1000)).unwrap();
+    fs::write(text.path().join(crate::directory::DATABASE), "dear diary ".repeat(1000)).unwrap();
     let error = Store::open(text.path()).unwrap_err();
     assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
     assert!(error.help().is_some());
@@ -360,7 +360,7 @@ fn damage_is_an_error_wherever_it_is() {
         live(&mut store, 5);
     }
     drop(store);
-    let path = dir.path().join(crate::DATABASE);
+    let path = dir.path().join(crate::directory::DATABASE);
     let whole = fs::read(&path).unwrap();
     let mut refused = 0;
     for page in 0..whole.len() / 4096 {
@@ -378,6 +378,30 @@ fn damage_is_an_error_wherever_it_is() {
         }
     }
     assert!(refused > 3, "{refused}");
+}
+
+#[test]
+fn after_a_crash_the_listing_is_checked() {
+    let (dir, mut store) = store();
+    live(&mut store, 11);
+    let index = "SELECT rootpage FROM sqlite_schema WHERE name = 'jobs_by_owner'";
+    let page: usize = store.database.connection().query_row(index, (), |row| row.get(0)).unwrap();
+    drop(store);
+    let path = dir.path().join(crate::directory::DATABASE);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[(page - 1) * 4096..][..4096].fill(0xa5);
+    fs::write(&path, &bytes).unwrap();
+    drop(open(&dir));
+    // A log that holds no whole transaction: it changes nothing, and it was not removed by closing.
+    fs::write(dir.path().join("mhtraind.db-wal"), "x").unwrap();
+    let error = Store::open(dir.path()).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
+}
+
+#[test]
+fn a_store_can_be_given_to_its_thread() {
+    fn is_send<T: Send>(_: &T) {}
+    is_send(&store().1);
 }
 
 #[test]
