@@ -16,6 +16,18 @@ fn every_command_has_help_with_an_example() {
         "schema",
         "install-trainer",
         "demo",
+        "serve",
+        "submit",
+        "status",
+        "follow",
+        "log",
+        "wait",
+        "cancel",
+        "retry",
+        "explain",
+        "drain",
+        "undrain",
+        "rm",
     ];
     for command in commands {
         let help = env.run(&[command, "--help"]).expect(0).stdout;
@@ -33,19 +45,6 @@ fn bad_usage_ends_with_2() {
     env.run(&["plam", "job.json"]).expect(2);
     env.run(&["plan"]).expect(2);
     env.run(&["plan", "job.json", "--gpu-fre", "1GiB"]).expect(2);
-}
-
-#[test]
-fn commands_of_the_daemon_are_refused_by_name() {
-    let env = TestEnv::new();
-    for command in ["serve", "submit", "status", "follow", "log", "wait", "cancel", "retry", "explain"] {
-        let ran = env.run(&[command, "7", "--json"]).expect(2);
-        let error: serde_json::Value = serde_json::from_str(&ran.stderr).unwrap();
-        assert_eq!(error["error"]["code"], "not_supported");
-        assert!(error["error"]["message"].as_str().unwrap().contains(&format!("`{command}`")));
-        let ran = env.run(&[command]).expect(2);
-        assert!(ran.stderr.starts_with("error: ") && ran.stderr.contains("help:  "), "{}", ran.stderr);
-    }
 }
 
 #[test]

@@ -26,6 +26,8 @@ pub struct Config {
     pub attempt: Attempt,
     /// Where secrets come from.
     pub secrets: Secrets,
+    /// The daemon.
+    pub daemon: Daemon,
 }
 
 /// `[nvml]`
@@ -42,6 +44,18 @@ pub struct Nvml {
 pub struct Trainer {
     /// The command that people type.
     pub command: Vec<String>,
+    /// Variables of a submitter that the trainer gets; `NAME_*` stands for every name that begins so.
+    pub pass_env: Vec<String>,
+}
+
+impl Trainer {
+    /// Returns whether a submitter's variable goes to the trainer.
+    pub fn passes(&self, name: &str) -> bool {
+        self.pass_env.iter().any(|pattern| match pattern.strip_suffix('*') {
+            Some(beginning) => name.starts_with(beginning),
+            None => name == pattern,
+        })
+    }
 }
 
 /// `[sizing]`
@@ -74,6 +88,16 @@ pub struct Attempt {
 pub struct Secrets {
     /// File with the values; empty: the user's default.
     pub env_file: String,
+}
+
+/// `[daemon]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Daemon {
+    /// Socket; empty: the user's default.
+    pub socket: String,
+    /// State directory; empty: the user's default.
+    pub state_dir: String,
 }
 
 impl Config {
@@ -113,6 +137,32 @@ impl Config {
             return Err(bad("trainer.command is empty".to_owned()));
         }
         Ok(config)
+    }
+
+    /// Returns the daemon's socket.
+    pub fn socket(&self) -> PathBuf {
+        if !self.daemon.socket.is_empty() {
+            return PathBuf::from(&self.daemon.socket);
+        }
+        if rustix::process::geteuid().is_root() {
+            return PathBuf::from("/run/mhtraind/mhtraind.sock");
+        }
+        match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute()) {
+            Some(runtime) => runtime.join("mhtraind/mhtraind.sock"),
+            None => self.state_dir().join("mhtraind.sock"),
+        }
+    }
+
+    /// Returns the daemon's state directory.
+    pub fn state_dir(&self) -> PathBuf {
+        if !self.daemon.state_dir.is_empty() {
+            return PathBuf::from(&self.daemon.state_dir);
+        }
+        let system = PathBuf::from("/var/lib/mhtraind");
+        if rustix::process::geteuid().is_root() {
+            return system;
+        }
+        xdg("XDG_STATE_HOME", ".local/state").unwrap_or(system)
     }
 
     /// Returns the NVML library to open; `None` means the driver's own.

@@ -13,10 +13,16 @@ pub enum Status {
     Failed = 1,
     /// Bad usage or a bad input file; nothing was started.
     BadInput = 2,
+    /// No daemon can be reached.
+    NoDaemon = 3,
     /// Not permitted.
     NotPermitted = 4,
+    /// There is no such job.
+    NotFound = 5,
     /// A bug of ours.
     Bug = 70,
+    /// `wait --timeout` ran out.
+    WaitRanOut = 75,
     /// Ctrl-C.
     Interrupted = 130,
     /// SIGTERM.
@@ -62,6 +68,22 @@ impl Failure {
     /// Returns the failure as the JSON interface shows it.
     pub fn to_json(&self) -> serde_json::Value {
         json!({"error": {"code": self.code, "message": self.message, "help": self.help}})
+    }
+
+    /// Returns the failure that an answer of the daemon holds.
+    pub fn from_json(value: &serde_json::Value) -> Option<Failure> {
+        let error = value.get("error")?;
+        let text = |key: &str| error.get(key).and_then(serde_json::Value::as_str).map(str::to_owned);
+        let status = match error.get("exit_code").and_then(serde_json::Value::as_u64) {
+            Some(2) => Status::BadInput,
+            Some(4) => Status::NotPermitted,
+            Some(5) => Status::NotFound,
+            Some(70) => Status::Bug,
+            _ => Status::Failed,
+        };
+        // Codes are few and live as long as the process, which ends with this failure.
+        let code = Box::leak(text("code")?.into_boxed_str());
+        Some(Failure { status, code, message: text("message")?, help: text("help") })
     }
 
     /// Returns the failure as people see it: `error: …` and, where there is something to do, `help: …`.

@@ -5,8 +5,10 @@
 
 #![allow(unreachable_pub, reason = "a binary has no outside: `pub` says what other modules use")]
 
+mod api;
 mod cli;
 mod config;
+mod daemon;
 mod demo;
 mod engine;
 mod failure;

@@ -3,18 +3,26 @@
 //! The clap definition is here, one module a command beside it. A command returns a [`Failure`] or the status it
 //! ends with; only `main` exits.
 
+pub mod cancel;
 pub mod demo;
 pub mod diagnose;
 pub mod doctor;
+pub mod drain;
 pub mod estimate;
+pub mod explain;
+pub mod follow;
 pub mod import;
 pub mod install_trainer;
-pub mod not_yet;
+pub mod log;
 pub mod output;
 pub mod plan;
 pub mod probe;
 pub mod run;
 pub mod schema;
+pub mod serve;
+pub mod status;
+pub mod submit;
+pub mod wait;
 
 use std::path::PathBuf;
 
@@ -51,6 +59,12 @@ pub struct Global {
     /// NVML library to open [default: the driver's libnvidia-ml.so.1]
     #[arg(long, global = true, value_name = "PATH", env = "MHTRAIND_NVML_LIBRARY", hide_env_values = true)]
     pub nvml_library: Option<PathBuf>,
+    /// Socket of the daemon [default: $XDG_RUNTIME_DIR/mhtraind/mhtraind.sock; root: /run/mhtraind/mhtraind.sock]
+    #[arg(long, global = true, value_name = "PATH", env = "MHTRAIND_SOCKET", hide_env_values = true)]
+    pub socket: Option<PathBuf>,
+    /// State directory of the daemon [default: ~/.local/state/mhtraind; root: /var/lib/mhtraind]
+    #[arg(long, global = true, value_name = "DIR", env = "MHTRAIND_STATE_DIR", hide_env_values = true)]
+    pub state_dir: Option<PathBuf>,
 }
 
 impl Global {
@@ -59,6 +73,12 @@ impl Global {
         let mut config = Config::load(self.config.as_deref())?;
         if let Some(library) = &self.nvml_library {
             config.nvml.library = library.to_string_lossy().into_owned();
+        }
+        if let Some(socket) = &self.socket {
+            config.daemon.socket = socket.to_string_lossy().into_owned();
+        }
+        if let Some(state_dir) = &self.state_dir {
+            config.daemon.state_dir = state_dir.to_string_lossy().into_owned();
         }
         Ok(config)
     }
@@ -86,8 +106,35 @@ pub enum Command {
     InstallTrainer(install_trainer::InstallTrainerArgs),
     /// See it work on this machine: a real job through a real out-of-memory error, without a GPU
     Demo(demo::DemoArgs),
-    #[command(flatten)]
-    NotYet(not_yet::NotYet),
+    /// Run the daemon: it queues jobs, starts them when their memory is free, and follows them to the end
+    Serve(serve::ServeArgs),
+    /// Hand a job to the daemon; prints its id
+    Submit(submit::SubmitArgs),
+    /// Show jobs, and why those that do not run wait
+    Status(status::StatusArgs),
+    /// Watch a job until it is over; Ctrl-C leaves it running
+    Follow(follow::FollowArgs),
+    /// Print what the trainer of a job wrote
+    Log(log::LogArgs),
+    /// Wait until a job is over; exit code 0 only when it succeeded
+    Wait(wait::WaitArgs),
+    /// Stop jobs
+    #[command(after_help = "Examples:\n  mhtraind cancel 7\n  mhtraind cancel 7 8 9")]
+    Cancel(cancel::JobsArgs),
+    /// Hand failed or cancelled jobs in again, from their last checkpoint; prints the new ids
+    #[command(after_help = "Example:\n  mhtraind retry 7")]
+    Retry(cancel::JobsArgs),
+    /// Show what was chosen for a job, why, and what was retried
+    Explain(explain::ExplainArgs),
+    /// Start no new jobs; running ones go on
+    #[command(after_help = "Example:\n  mhtraind drain        # before an upgrade of the driver")]
+    Drain(drain::DrainArgs),
+    /// Start jobs again
+    #[command(after_help = "Example:\n  mhtraind undrain")]
+    Undrain(drain::DrainArgs),
+    /// Forget jobs that are over; their output directories stay
+    #[command(name = "rm", after_help = "Example:\n  mhtraind rm 7 8")]
+    Remove(cancel::JobsArgs),
 }
 
 /// Runs a parsed command line.
@@ -103,7 +150,18 @@ pub fn dispatch(cli: &Cli) -> Result<Status, Failure> {
         Command::Schema(args) => schema::run(args),
         Command::InstallTrainer(args) => install_trainer::run(args),
         Command::Demo(args) => demo::run(args, &cli.global.load_config()?),
-        Command::NotYet(command) => Err(command.refuse()),
+        Command::Serve(args) => serve::run(args, cli.global.load_config()?),
+        Command::Submit(args) => submit::run(args, &cli.global.load_config()?),
+        Command::Status(args) => status::run(args, &cli.global.load_config()?),
+        Command::Follow(args) => follow::run(args, &cli.global.load_config()?),
+        Command::Log(args) => log::run(args, &cli.global.load_config()?),
+        Command::Wait(args) => wait::run(args, &cli.global.load_config()?),
+        Command::Cancel(args) => cancel::cancel(args, &cli.global.load_config()?),
+        Command::Retry(args) => cancel::retry(args, &cli.global.load_config()?),
+        Command::Explain(args) => explain::run(args, &cli.global.load_config()?),
+        Command::Drain(args) => drain::drain(args, &cli.global.load_config()?),
+        Command::Undrain(args) => drain::undrain(args, &cli.global.load_config()?),
+        Command::Remove(args) => cancel::remove(args, &cli.global.load_config()?),
     }
 }
 
@@ -116,7 +174,18 @@ pub fn wants_json(cli: &Cli) -> bool {
         Command::Diagnose(args) => args.json,
         Command::Probe(args) => args.json,
         Command::Doctor(args) => args.json,
-        Command::NotYet(command) => command.wants_json(),
-        Command::Import(_) | Command::Schema(_) | Command::InstallTrainer(_) | Command::Demo(_) => false,
+        Command::Submit(args) => args.json,
+        Command::Status(args) => args.json,
+        Command::Follow(args) => args.json,
+        Command::Wait(args) => args.json,
+        Command::Cancel(args) | Command::Retry(args) | Command::Remove(args) => args.json,
+        Command::Explain(args) => args.json,
+        Command::Drain(args) | Command::Undrain(args) => args.json,
+        Command::Serve(_)
+        | Command::Log(_)
+        | Command::Import(_)
+        | Command::Schema(_)
+        | Command::InstallTrainer(_)
+        | Command::Demo(_) => false,
     }
 }

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::output;
 use crate::config::Config;
+use crate::engine::origin::Origin;
 use crate::engine::prepare::{self, Candidate, Datasets, Host, Prepared};
 use crate::failure::{Failure, Status};
 
@@ -76,12 +77,12 @@ enum YesNo {
 /// Runs the command.
 pub fn run(args: &PlanArgs, config: &Config) -> Result<Status, Failure> {
     let spec = prepare::read_job(&args.job)?;
-    let working_dir = prepare::working_dir()?;
-    let model = prepare::find_files(&spec, Datasets::NotNeeded, &working_dir)?;
+    let origin = Origin::of_this_process(config)?;
+    let model = prepare::find_files(&spec, Datasets::NotNeeded, &origin)?;
     let host =
         if args.describes_a_card() { args.described_host(&spec)? } else { args.probed_host(&spec, config)? };
     let book = prepare::tier_book(config)?;
-    let prepared = prepare::prepare(spec, &model, host, &book, config)?;
+    let prepared = prepare::prepare(spec, &model, host, &book, &origin, config)?;
     let invocation = if args.exact { exact(&prepared, config)? } else { typed(&prepared)? };
     if args.json {
         output::json(&plan_json(&prepared, &invocation))?;

@@ -7,7 +7,6 @@ use mhtrain_job::event::JobEvent;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
 use mhtrain_probe::probe::{ProbeQuery, ProbeReport, TrainerReport, probe};
-use mhtrain_probe::trainer_environment::TrainerQuery;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_supervisor::attempt::Attempt;
 use serde_json::Value;
@@ -17,8 +16,9 @@ use crate::config::Config;
 use crate::engine::directory::JobDirectory;
 use crate::engine::journal::Journal;
 use crate::engine::local::{self, LocalRun};
+use crate::engine::origin::Origin;
 use crate::engine::prepare::{self, Datasets};
-use crate::engine::screen::Sentences;
+use crate::engine::screen::{Screen, Sentences};
 use crate::engine::secrets;
 use crate::failure::{Failure, Status};
 
@@ -93,12 +93,13 @@ pub fn start(
     sentences: Sentences,
     config: &Config,
 ) -> Result<LocalRun, Failure> {
-    let working_dir = prepare::working_dir()?;
-    let model = prepare::find_files(&spec, Datasets::MustExist, &working_dir)?;
+    let origin = Origin::of_this_process(config)?;
+    let output_dir = prepare::output_dir(&spec, &origin.cwd);
+    let model = prepare::find_files(&spec, Datasets::MustExist, &origin)?;
     let report = probe(&ProbeQuery {
         nvml_library: config.nvml_library(),
-        trainer: TrainerQuery::from_environment(config.trainer.command.clone(), None),
-        output_dir: working_dir.join(&spec.output_dir),
+        trainer: origin.trainer_query(config),
+        output_dir: output_dir.clone(),
     });
     let environment = match &report.trainer {
         TrainerReport::Ready(environment) => environment.clone(),
@@ -109,17 +110,13 @@ pub fn start(
         }
     };
     // Looked up again at each spawn; a missing one must be known before anything is started.
-    secrets::find(&spec.secrets, config)?;
-    let ours = if earlier == Earlier::Continue {
-        live_trainer(&prepare::output_dir(&spec, &working_dir))
-    } else {
-        Vec::new()
-    };
+    secrets::find(&spec.secrets, &origin.secrets)?;
+    let ours = if earlier == Earlier::Continue { live_trainer(&output_dir) } else { Vec::new() };
     let host = prepare::probed_host(&spec, &report, &ours)?;
     let book = prepare::tier_book(config)?;
-    let prepared = prepare::prepare(spec, &model, host, &book, config)?;
+    let prepared = prepare::prepare(spec, &model, host, &book, &origin, config)?;
     let command = plan::typed(&prepared)?;
-    let directory = JobDirectory::open(&prepare::output_dir(&prepared.spec, &working_dir))?;
+    let directory = JobDirectory::open(&output_dir)?;
     let (journal, from) = take_up(&directory, &prepared.spec, earlier)?;
     let text = plan::plan_text(&prepared, &command);
     match sentences {
@@ -131,9 +128,11 @@ pub fn start(
         prepared,
         environment,
         directory,
+        id: None,
         journal,
         earlier: from,
-        sentences,
+        origin,
+        screen: Screen::new(sentences),
     })
 }
 

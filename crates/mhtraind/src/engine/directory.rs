@@ -24,6 +24,8 @@ use crate::failure::{Failure, Status, unwritable};
 #[derive(Debug)]
 pub struct JobDirectory {
     root: PathBuf,
+    /// Where our own files go.
+    private: PathBuf,
     /// Held until the process ends; the kernel gives it back whatever happens to us.
     _lock: fs::File,
 }
@@ -34,6 +36,15 @@ impl JobDirectory {
     /// # Errors
     /// It cannot be made, or another process runs a job in it.
     pub fn open(root: &Path) -> Result<JobDirectory, Failure> {
+        JobDirectory::open_beside(root, root.join(".mhtraind"))
+    }
+
+    /// Like [`JobDirectory::open`], with our own files in `own`, which must be there. The lock stays in the job's
+    /// directory: it keeps whoever else runs a job there away.
+    ///
+    /// # Errors
+    /// As [`JobDirectory::open`].
+    pub fn open_beside(root: &Path, own: PathBuf) -> Result<JobDirectory, Failure> {
         let private = root.join(".mhtraind");
         fs::create_dir_all(root).map_err(|e| unwritable(root, &e))?;
         if !private.is_dir() {
@@ -59,7 +70,7 @@ impl JobDirectory {
                 unwritable(&path, &e.into())
             }
         })?;
-        Ok(JobDirectory { root: root.to_owned(), _lock: lock })
+        Ok(JobDirectory { root: root.to_owned(), private: own, _lock: lock })
     }
 
     /// Returns the job's output directory.
@@ -79,12 +90,25 @@ impl JobDirectory {
 
     /// Returns the directory of our own files.
     pub fn private(&self) -> PathBuf {
-        self.root.join(".mhtraind")
+        self.private.clone()
+    }
+
+    /// Returns whether a job was run here before.
+    pub fn holds_a_job(&self) -> bool {
+        self.root.join("receipt.json").exists()
+            || self.root.join("attempt-1").exists()
+            || self.root.join(".mhtraind/journal.jsonl").exists()
     }
 
     /// Returns the journal's path.
     pub fn journal(&self) -> PathBuf {
         self.private().join("journal.jsonl")
+    }
+
+    /// Returns the place where the last earlier job was moved to; `None` where there was none.
+    pub fn newest_aside(&self) -> Option<PathBuf> {
+        let places = (1u32..).map(|n| self.root.join(format!("previous-{n}")));
+        places.take_while(|path| path.is_dir()).last()
     }
 
     /// Moves what an earlier job left here out of the way, into `previous-N` beside it; nothing is deleted.
@@ -110,7 +134,8 @@ impl JobDirectory {
         }
         let kept = aside.join(".mhtraind");
         fs::create_dir(&kept).map_err(|e| unwritable(&kept, &e))?;
-        let own = fs::read_dir(self.private()).map_err(|e| unwritable(&self.private(), &e))?;
+        let own = self.root.join(".mhtraind");
+        let own = fs::read_dir(&own).map_err(|e| unwritable(&own, &e))?;
         for entry in own.flatten().filter(|entry| entry.file_name() != "lock") {
             fs::rename(entry.path(), kept.join(entry.file_name())).map_err(|e| unwritable(&kept, &e))?;
         }
@@ -130,12 +155,23 @@ impl JobDirectory {
         fs::rename(&temporary, &link).map_err(|e| unwritable(&link, &e))
     }
 
-    /// Writes a file below the root: whole or not at all, readable by its owner alone.
+    /// Writes receipt.json: whole or not at all, readable by its owner alone.
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn write(&self, relative: &str, bytes: &[u8]) -> Result<(), Failure> {
-        let path = self.root.join(relative);
+    pub fn write_receipt(&self, bytes: &[u8]) -> Result<(), Failure> {
+        for path in [self.root.join("receipt.json"), self.private.join("receipt.json")] {
+            write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the job as it was understood, in the same way.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write_job(&self, bytes: &[u8]) -> Result<(), Failure> {
+        let path = self.private.join("job.json");
         write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))
     }
 }

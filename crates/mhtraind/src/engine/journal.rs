@@ -12,11 +12,33 @@ use mhtrain_job::state::JobState;
 
 use crate::failure::{Failure, Status, unreadable, unwritable};
 
+/// Where events are kept: a file for a job in the foreground, the store for one of the daemon.
+pub trait EventSink: std::fmt::Debug + Send {
+    /// Keeps a record. When this returns it is on disk.
+    ///
+    /// # Errors
+    /// It cannot be kept.
+    fn append(&mut self, record: &Record) -> Result<(), Failure>;
+}
+
+/// A file with a record a line.
+#[derive(Debug)]
+struct JournalFile {
+    path: PathBuf,
+    file: fs::File,
+}
+
+impl EventSink for JournalFile {
+    fn append(&mut self, record: &Record) -> Result<(), Failure> {
+        let written = self.file.write_all(record.to_line().as_bytes()).and_then(|()| self.file.sync_data());
+        written.map_err(|e| unwritable(&self.path, &e))
+    }
+}
+
 /// The events of one job, on disk and in memory, with the state that they fold to.
 #[derive(Debug)]
 pub struct Journal {
-    path: PathBuf,
-    file: fs::File,
+    sink: Box<dyn EventSink>,
     records: Vec<Record>,
     state: JobState,
 }
@@ -34,7 +56,8 @@ impl Journal {
             .mode(0o600)
             .open(path)
             .map_err(|e| unwritable(path, &e))?;
-        let mut journal = Journal { path: path.to_owned(), file, records: Vec::new(), state };
+        let sink = Box::new(JournalFile { path: path.to_owned(), file });
+        let mut journal = Journal { sink, records: Vec::new(), state };
         journal.append(first)?;
         if let Some(parent) = path.parent() {
             fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(|e| unwritable(parent, &e))?;
@@ -71,7 +94,16 @@ impl Journal {
             JobState::fold(records.iter().map(|record| &record.event)).map_err(|e| damaged(e.to_string()))?;
         let file = fs::OpenOptions::new().append(true).open(path).map_err(|e| unwritable(path, &e))?;
         file.set_len(whole as u64).map_err(|e| unwritable(path, &e))?;
-        Ok(Some(Journal { path: path.to_owned(), file, records, state }))
+        Ok(Some(Journal { sink: Box::new(JournalFile { path: path.to_owned(), file }), records, state }))
+    }
+
+    /// Returns the journal of a job whose events are kept elsewhere: `records` so far, further ones go into `sink`.
+    ///
+    /// # Errors
+    /// The records contradict each other.
+    pub fn go_on(records: Vec<Record>, sink: Box<dyn EventSink>) -> Result<Journal, Failure> {
+        let state = JobState::fold(records.iter().map(|record| &record.event)).map_err(bug)?;
+        Ok(Journal { sink, records, state })
     }
 
     /// Records that `event` happened, or is about to be made to happen. When this returns it is on disk.
@@ -79,15 +111,16 @@ impl Journal {
     /// # Errors
     /// The state does not allow the event (a bug), or it cannot be written.
     pub fn record(&mut self, event: JobEvent) -> Result<(), Failure> {
-        self.state = self.state.next(&event).map_err(bug)?;
-        tracing::info!(event = event.name(), state = self.state.name(), "job event");
-        self.append(event)
+        let state = self.state.next(&event).map_err(bug)?;
+        tracing::debug!(event = event.name(), state = state.name(), "job event");
+        self.append(event)?;
+        self.state = state;
+        Ok(())
     }
 
     fn append(&mut self, event: JobEvent) -> Result<(), Failure> {
         let record = Record::new(now(), event);
-        let written = self.file.write_all(record.to_line().as_bytes()).and_then(|()| self.file.sync_data());
-        written.map_err(|e| unwritable(&self.path, &e))?;
+        self.sink.append(&record)?;
         self.records.push(record);
         Ok(())
     }

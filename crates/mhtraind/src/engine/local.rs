@@ -37,12 +37,13 @@ use super::directory::JobDirectory;
 use super::follow::Follower;
 use super::journal::{Journal, now};
 use super::memory::{Waited, WatchedCard, pause};
+use super::origin::Origin;
 use super::prepare::{Prepared, chain};
 use super::resume::{checkpoints_in, facts, repaired_view};
-use super::screen::{Screen, Sentences};
+use super::screen::Screen;
 use super::signals::{StopCause, StopSignals};
 use crate::cli::{diagnose, output};
-use crate::config::{Config, cache_home};
+use crate::config::Config;
 use crate::engine::secrets;
 use crate::failure::{Failure, Status, unreadable, unwritable};
 
@@ -66,12 +67,16 @@ pub struct LocalRun {
     pub probe: serde_json::Value,
     /// Where it runs, locked.
     pub directory: JobDirectory,
+    /// Id of the job; `None` in the foreground.
+    pub id: Option<u64>,
     /// An earlier process's journal of this very job that is to be continued.
     pub journal: Option<Journal>,
     /// Attempts of a job that ended earlier, whose checkpoints may be resumed, with the rung of each.
     pub earlier: Vec<(PathBuf, Tier)>,
-    /// Where sentences go.
-    pub sentences: Sentences,
+    /// Whose environment and directory the trainer gets.
+    pub origin: Origin,
+    /// Who is told.
+    pub screen: Screen,
 }
 
 /// What came of a job.
@@ -83,17 +88,29 @@ pub struct Verdict {
     pub receipt: Receipt,
 }
 
-/// Runs a job to its end.
+/// Runs a job to its end, or to the signal that stops this process.
 ///
 /// # Errors
 /// Something outside of the job went wrong: the journal cannot be written, a recorder cannot be started.
 pub fn run(run: LocalRun, config: &Config) -> Result<Verdict, Failure> {
+    run_until(run, config, StopSignals::listen)
+}
+
+/// Like [`run`], stopped by whoever `stop` listens to.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_until(
+    run: LocalRun,
+    config: &Config,
+    stop: impl FnOnce() -> Result<StopSignals, Failure>,
+) -> Result<Verdict, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| Failure::new(Status::Bug, "no_runtime", e))?;
     runtime.block_on(async {
-        let mut job = Job::new(run, config)?;
+        let mut job = Job::new(run, config, stop()?)?;
         let first = job.first_step()?;
         job.drive(first).await
     })
@@ -140,6 +157,7 @@ struct Job<'a> {
     receipt: Receipt,
     card: WatchedCard,
     policy: Policy,
+    origin: Origin,
     screen: Screen,
     signals: StopSignals,
     stop: Option<StopCause>,
@@ -151,8 +169,8 @@ struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn new(run: LocalRun, config: &'a Config) -> Result<Job<'a>, Failure> {
-        let LocalRun { prepared, environment, probe, directory, journal, earlier, sentences } = run;
+    fn new(run: LocalRun, config: &'a Config, signals: StopSignals) -> Result<Job<'a>, Failure> {
+        let LocalRun { prepared, environment, probe, directory, id, journal, earlier, origin, screen } = run;
         let spec = &prepared.spec;
         let job = spec.to_json();
         let journal = match journal {
@@ -161,12 +179,13 @@ impl<'a> Job<'a> {
         };
         let submitted_at = journal.records().first().map_or_else(now, |record| record.at.clone());
         let mut receipt = Receipt::new(job.clone(), submitted_at);
+        receipt.id = id;
         receipt.probe = probe;
         receipt.versions = environment.packages.clone();
         receipt.record_plan(&prepared.plan);
         receipt.notes.splice(0..0, prepared.notes.iter().cloned());
         let pretty = serde_json::to_vec_pretty(&job).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
-        directory.write(".mhtraind/job.json", &pretty)?;
+        directory.write_job(&pretty)?;
         let mut policy = Policy::for_job(
             spec,
             expandable_segments(&prepared),
@@ -177,6 +196,8 @@ impl<'a> Job<'a> {
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
         let card =
             WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
+        // Somebody asked for the end while nobody was there to bring it about.
+        let stop = journal.state().stop().is_some().then_some(StopCause::Cancel);
         Ok(Job {
             config,
             environment,
@@ -185,9 +206,10 @@ impl<'a> Job<'a> {
             receipt,
             card,
             policy,
-            screen: Screen::new(sentences),
-            signals: StopSignals::listen()?,
-            stop: None,
+            origin,
+            screen,
+            signals,
+            stop,
             deadline: None,
             earlier,
             corrupt_steps: BTreeSet::new(),
@@ -212,6 +234,11 @@ impl<'a> Job<'a> {
             }));
         }
         self.rebuild_notes();
+        if let Some(cause) = self.stop
+            && !self.journal.state().has_live_attempt()
+        {
+            return self.cancelled(cause);
+        }
         match self.journal.state().clone() {
             JobState::Starting { attempt, .. } | JobState::Running { attempt, .. } => {
                 let start = self.last_start().filter(|start| start.attempt == attempt.number);
@@ -220,20 +247,32 @@ impl<'a> Job<'a> {
                 match Attempt::open(&self.directory.record(attempt.number)) {
                     Ok(live) => {
                         self.screen.say(format!("attempt {} is taken over", attempt.number));
+                        if self.stop.is_some() {
+                            let grace = Duration::from_secs(u64::from(self.config.attempt.grace_s));
+                            // Without a recorder there is nobody to ask: following sees that and kills what is left.
+                            let _nobody_to_ask = live.request_stop(grace);
+                        }
                         Ok(Step::Adopt(start, live))
                     }
                     // The intention was recorded and nothing else: no recorder ever was.
                     Err(_) => self.never_started(&start),
                 }
             }
-            JobState::Recovering { .. } | JobState::Queued { .. } | JobState::Waiting { .. } => {
+            JobState::Recovering { rerun: None, .. } => self.judge_again(),
+            JobState::Recovering { rerun: Some(_), .. }
+            | JobState::Queued { .. }
+            | JobState::Waiting { .. } => {
                 let history = self.history();
                 let rung = self.rung_on_this_ladder(history.rung)?;
+                let decided = self.journal.records().iter().rev().find_map(|record| match &record.event {
+                    JobEvent::RerunDecided(rerun) => Some(rerun.clone()),
+                    _ => None,
+                });
                 Ok(Step::Start(Next {
                     rung: if self.last_start().is_some() { rung } else { chosen },
                     adjustments: history.adjustments,
-                    wish: ResumeWish::Latest,
-                    wait: Wait::None,
+                    wish: decided.as_ref().map_or(ResumeWish::Latest, |rerun| rerun.resume),
+                    wait: decided.map_or(Wait::None, |rerun| rerun.wait),
                     after: Vec::new(),
                 }))
             }
@@ -241,6 +280,23 @@ impl<'a> Job<'a> {
                 Err(Failure::new(Status::Bug, "bug", "a job that is over cannot be continued"))
             }
         }
+    }
+
+    /// Judges an attempt that ended when nobody was left to decide what follows: its files tell the same as then.
+    fn judge_again(&mut self) -> Result<Step, Failure> {
+        let ended = self.journal.records().iter().rev().find_map(|record| match &record.event {
+            JobEvent::AttemptEnded { exit, diagnosis, .. } => {
+                Some((exit.clone(), diagnosis.as_ref().clone()))
+            }
+            _ => None,
+        });
+        let (Some((exit, diagnosis)), Some(start)) = (ended, self.last_start()) else {
+            return Err(Failure::new(Status::Bug, "bug", "an end without an attempt"));
+        };
+        let output_dir = self.directory.attempt(start.attempt);
+        let mut follower = Follower::new(&self.output_of(start.attempt), &output_dir);
+        follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
+        self.conclude(&start, &exit, &diagnosis, &follower, Vec::new())
     }
 
     fn never_started(&mut self, start: &AttemptStart) -> Result<Step, Failure> {
@@ -398,7 +454,10 @@ impl<'a> Job<'a> {
             then: None,
         });
         match self.spawn(&start, checkpoint) {
-            Ok(attempt) => Ok(Ok((start, attempt))),
+            Ok(attempt) => {
+                self.save_receipt()?;
+                Ok(Ok((start, attempt)))
+            }
             Err(failure) => {
                 let exit = Exit::SpawnFailed { error: failure.message.clone() };
                 let diagnosis = Diagnosis { kind: Kind::Unknown, certain: true, ..interrupted() };
@@ -610,11 +669,11 @@ impl<'a> Job<'a> {
         let output = self.output_of(start.attempt);
         let spec = LaunchSpec {
             argv: invocation.argv,
-            cwd: super::prepare::working_dir()?,
+            cwd: self.origin.cwd.clone(),
             stdout: output.clone(),
             stderr: output,
             grace: Duration::from_secs(u64::from(self.config.attempt.grace_s)),
-            umask: None,
+            umask: self.origin.umask,
             log_cap_bytes: Some(u64::from(self.config.attempt.log_cap_mib) << 20),
         };
         let exe = std::env::current_exe().map_err(|e| Failure::new(Status::Bug, "no_exe", e))?;
@@ -627,18 +686,18 @@ impl<'a> Job<'a> {
         &self,
         set: &BTreeMap<String, String>,
     ) -> Result<BTreeMap<OsString, OsString>, Failure> {
-        let mut env: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
+        let mut env = self.origin.env.clone();
         // Without bytecode an import of torch costs three times as much, at every attempt.
         env.remove(&OsString::from("PYTHONDONTWRITEBYTECODE"));
         if !self.environment.bytecode
-            && let Some(cache) = cache_home()
+            && let Some(cache) = &self.origin.cache
         {
             env.entry("PYTHONPYCACHEPREFIX".into()).or_insert_with(|| cache.join("pycache").into());
         }
         // Output and errors share a file: unbuffered, their lines come in the order in which they were written.
         env.insert("PYTHONUNBUFFERED".into(), "1".into());
         env.extend(set.iter().map(|(name, value)| (name.into(), value.into())));
-        let secrets = secrets::find(&self.prepared.spec.secrets, self.config)?;
+        let secrets = secrets::find(&self.prepared.spec.secrets, &self.origin.secrets)?;
         env.extend(secrets.iter().map(|(name, value)| (name.into(), value.to_owned())));
         Ok(env)
     }
@@ -652,9 +711,11 @@ impl<'a> Job<'a> {
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         if self.deadline.is_none() {
-            self.deadline = self.prepared.spec.time_limit.map(|limit| Instant::now() + limit);
+            let used = self.time_used();
+            let left = self.prepared.spec.time_limit.map(|limit| limit.saturating_sub(used));
+            self.deadline = left.map(|left| Instant::now() + left);
         }
-        self.screen.start_bar(&format!("attempt {}", start.attempt));
+        self.screen.start_bar(start.attempt);
         loop {
             let asked = tokio::select! {
                 cause = self.signals.next() => Some(cause),
@@ -737,6 +798,17 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
+    /// Returns the time since the job's first attempt was started, by the clock on the wall: a process before us may
+    /// have started it.
+    fn time_used(&self) -> Duration {
+        let first =
+            self.journal.records().iter().find(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
+        let began = first.and_then(|record| record.at.parse::<jiff::Timestamp>().ok());
+        began
+            .and_then(|began| Duration::try_from(jiff::Timestamp::now().duration_since(began)).ok())
+            .unwrap_or_default()
+    }
+
     /// Asks an attempt to end: politely the first time, at once the second time.
     fn stop_attempt(&mut self, cause: StopCause, attempt: &Attempt) -> Result<(), Failure> {
         let again = self.stop.is_some();
@@ -760,9 +832,6 @@ impl<'a> Job<'a> {
         let diagnosis = std::mem::take(&mut follower.diagnoser)
             .finish(ExitFacts { expandable_segments: expandable, ..facts });
         let last_step = last_step(&follower);
-        if let Some(good) = follower.log.last_finite_step() {
-            self.last_good_step = self.last_good_step.max(Some(good));
-        }
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {
             attempt: start.attempt,
@@ -770,10 +839,25 @@ impl<'a> Job<'a> {
             diagnosis: Box::new(diagnosis.clone()),
             last_step,
         })?;
-        let proven = self.prove(&start, &exit, &follower);
+        self.conclude(&start, &exit, &diagnosis, &follower, pids)
+    }
+
+    /// Decides what follows on an end that is recorded.
+    fn conclude(
+        &mut self,
+        start: &AttemptStart,
+        exit: &Exit,
+        diagnosis: &Diagnosis,
+        follower: &Follower,
+        pids: Vec<u32>,
+    ) -> Result<Step, Failure> {
+        if let Some(good) = follower.log.last_finite_step() {
+            self.last_good_step = self.last_good_step.max(Some(good));
+        }
+        let proven = self.prove(start, exit, follower);
         if diagnosis.kind != Kind::Diverged {
             if let Ok(proof) = proven {
-                return self.succeeded(&start, &proof, &follower);
+                return self.succeeded(start, &proof, follower);
             }
             if let Some(cause) = self.stop {
                 return self.cancelled(cause);
@@ -782,12 +866,12 @@ impl<'a> Job<'a> {
             return self.cancelled(cause);
         }
         self.save_receipt()?;
-        if let Exit::SpawnFailed { error } = &exit {
+        if let Exit::SpawnFailed { error } = exit {
             let reason = format!("the trainer could not be started: {error}");
             return self.failed(reason, Some("`mhtraind doctor` checks the trainer".to_owned()));
         }
-        self.screen.say(format!("attempt {} ended: {}", start.attempt, diagnose::for_people(&diagnosis)));
-        self.answer(&diagnosis, proven.err(), pids)
+        self.screen.say(format!("attempt {} ended: {}", start.attempt, diagnose::for_people(diagnosis)));
+        self.answer(diagnosis, proven.err(), pids)
     }
 
     fn answer(
@@ -970,10 +1054,15 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn save_receipt(&self) -> Result<(), Failure> {
+    fn save_receipt(&mut self) -> Result<(), Failure> {
+        let state = self.journal.state();
+        if !state.is_final() {
+            self.receipt.state = state.name().to_owned();
+            self.receipt.reason = state.reason();
+        }
         let text =
             serde_json::to_vec_pretty(&self.receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
-        self.directory.write("receipt.json", &text)
+        self.directory.write_receipt(&text)
     }
 }
 

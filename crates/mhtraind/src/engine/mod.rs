@@ -3,10 +3,12 @@
 //! `local` runs one job on this host, in the foreground; a queue and other places come around it later.
 
 pub mod directory;
+pub mod examine;
 pub mod follow;
 pub mod journal;
 pub mod local;
 pub mod memory;
+pub mod origin;
 pub mod prepare;
 pub mod resume;
 pub mod screen;

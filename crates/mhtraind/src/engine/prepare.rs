@@ -16,16 +16,18 @@ use mhtrain_sizing::request::TrainerFeatures;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::command::CommandRequest;
 use mhtrain_swift::dialect::Dialect;
+use serde::{Deserialize, Serialize};
 
+use super::origin::Origin;
 use crate::cli::output;
 use crate::config::Config;
 use crate::failure::{Failure, Status, unreadable};
 
 /// Parameters from which a model counts as large: evaluation is then every 50 steps and not every 200 (recipe 8.4).
-const LARGE_MODEL_PARAMETERS: u64 = 10_000_000_000;
+pub const LARGE_MODEL_PARAMETERS: u64 = 10_000_000_000;
 
 /// A card that a job could take.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
     /// As the sizing engine sees it.
     pub card: Card,
@@ -134,10 +136,10 @@ pub enum Datasets {
 ///
 /// # Errors
 /// A local path is not there or holds no model; a hub id that no source knows the size of.
-pub fn find_files(spec: &JobSpec, datasets: Datasets, working_dir: &Path) -> Result<Model, Failure> {
+pub fn find_files(spec: &JobSpec, datasets: Datasets, origin: &Origin) -> Result<Model, Failure> {
     let variable =
-        |name: &str| spec.env.get(name).map(std::ffi::OsString::from).or_else(|| std::env::var_os(name));
-    let places = Places::from_variables(working_dir, variable);
+        |name: &str| spec.env.get(name).map(std::ffi::OsString::from).or_else(|| origin.variable(name));
+    let places = Places::from_variables(&origin.cwd, variable);
     let found = find_model(&spec.model, &places)
         .map_err(|e| Failure::bad_input("missing_model", chain(&e)).help(e.help()))?;
     if datasets == Datasets::MustExist {
@@ -236,6 +238,7 @@ pub fn prepare(
     model: &Model,
     host: Host,
     book: &TierBook,
+    origin: &Origin,
     config: &Config,
 ) -> Result<Prepared, Failure> {
     let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
@@ -274,7 +277,7 @@ pub fn prepare(
             dialect: host.dialect,
             cores: host.cores,
             notes: host.notes,
-            inherited: inherited(),
+            inherited: origin.text_variables(),
         }),
         (None, Some((candidate, error))) => {
             let place =
@@ -292,11 +295,4 @@ fn is_better(plan: &Plan, other: &Plan) -> bool {
         (!rung.fits, rung.tier.name, std::cmp::Reverse(rung.tier.micro_batch))
     };
     rank(plan) < rank(other)
-}
-
-/// Variables of our own environment that are text: what the trainer of a foreground run inherits.
-fn inherited() -> BTreeMap<String, String> {
-    std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect()
 }

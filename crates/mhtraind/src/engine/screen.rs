@@ -4,6 +4,7 @@
 //! of progress now and then.
 
 use std::io::IsTerminal;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -21,6 +22,14 @@ pub enum Sentences {
     ToStdout,
     /// Standard error: standard output holds JSON.
     ToStderr,
+}
+
+/// Who is told instead of a terminal.
+pub trait Audience: std::fmt::Debug + Send + Sync {
+    /// A sentence for people.
+    fn hear(&self, sentence: &str);
+    /// How far an attempt is.
+    fn see(&self, attempt: u32, glance: &Glance);
 }
 
 /// One look at a running attempt.
@@ -72,10 +81,12 @@ pub fn clock(seconds: f64) -> String {
 #[derive(Debug)]
 pub struct Screen {
     sentences: Sentences,
+    audience: Option<Arc<dyn Audience>>,
     bar: ProgressBar,
     interactive: bool,
     last_line: Option<Instant>,
     last_step: u64,
+    attempt: u32,
 }
 
 impl Screen {
@@ -83,13 +94,31 @@ impl Screen {
     pub fn new(sentences: Sentences) -> Screen {
         let interactive = std::io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        Screen { sentences, bar, interactive, last_line: None, last_step: 0 }
+        Screen { sentences, audience: None, bar, interactive, last_line: None, last_step: 0, attempt: 0 }
+    }
+
+    /// Returns a screen that is no terminal: everything is told to `audience`.
+    pub fn told_to(audience: Arc<dyn Audience>) -> Screen {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        let audience = Some(audience);
+        Screen {
+            sentences: Sentences::ToStderr,
+            audience,
+            bar,
+            interactive: false,
+            last_line: None,
+            last_step: 0,
+            attempt: 0,
+        }
     }
 
     /// Says a sentence (or a block of lines) above the bar.
     ///
     /// A standard output that cannot be written is no reason to end a training: the receipt tells all the same.
     pub fn say(&self, text: impl std::fmt::Display) {
+        if let Some(audience) = &self.audience {
+            return audience.hear(&text.to_string());
+        }
         self.bar.suspend(|| match self.sentences {
             Sentences::ToStdout => {
                 let _ = output::line(&text);
@@ -99,7 +128,8 @@ impl Screen {
     }
 
     /// Starts the bar of one attempt.
-    pub fn start_bar(&mut self, label: &str) {
+    pub fn start_bar(&mut self, attempt: u32) {
+        self.attempt = attempt;
         self.last_line = None;
         self.last_step = 0;
         if !self.interactive {
@@ -111,13 +141,16 @@ impl Screen {
                 .expect("the template is valid: drawn by every interactive run")
                 .progress_chars("=> ");
         self.bar.set_style(style);
-        self.bar.set_prefix(label.to_owned());
+        self.bar.set_prefix(format!("attempt {attempt}"));
         self.bar.set_message("starting");
         self.bar.enable_steady_tick(Duration::from_millis(250));
     }
 
     /// Shows how far the attempt is.
     pub fn glance(&mut self, glance: &Glance) {
+        if let Some(audience) = &self.audience {
+            return audience.see(self.attempt, glance);
+        }
         if self.interactive {
             if let Some(max) = glance.max_steps {
                 self.bar.set_length(max);

@@ -29,20 +29,39 @@ impl SecretValues {
     }
 }
 
+/// Where secrets are looked for, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// Directory of systemd credentials, a file a name.
+    pub credentials: Option<PathBuf>,
+    /// The user's env file.
+    pub env_file: Option<PathBuf>,
+    /// Whether our own environment counts: that of a foreground run is its user's.
+    pub own_environment: bool,
+}
+
+impl Sources {
+    /// Returns the sources of this process and its user.
+    pub fn of_this_process(config: &Config) -> Sources {
+        let env_file = match config.secrets.env_file.as_str() {
+            "" => config_home().map(|home| home.join("secrets.env")),
+            path => Some(PathBuf::from(path)),
+        };
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+        Sources { credentials, env_file, own_environment: true }
+    }
+}
+
 /// Finds the values of `names`: systemd credentials first, then the user's env file, then our own environment.
 ///
 /// # Errors
 /// A name has no value anywhere; the env file can be read by others, belongs to somebody else or cannot be read.
-pub fn find(names: &[String], config: &Config) -> Result<SecretValues, Failure> {
+pub fn find(names: &[String], sources: &Sources) -> Result<SecretValues, Failure> {
     if names.is_empty() {
         return Ok(SecretValues::default());
     }
-    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-    let file = match config.secrets.env_file.as_str() {
-        "" => config_home().map(|home| home.join("secrets.env")),
-        path => Some(PathBuf::from(path)),
-    };
-    let from_file = match &file {
+    let (credentials, file) = (&sources.credentials, &sources.env_file);
+    let from_file = match file {
         Some(path) if path.exists() => read_env_file(path)?,
         _ => BTreeMap::new(),
     };
@@ -51,14 +70,19 @@ pub fn find(names: &[String], config: &Config) -> Result<SecretValues, Failure> 
         let credential = credentials.as_ref().and_then(|dir| read_credential(&dir.join(name)));
         let value = credential
             .or_else(|| from_file.get(name).map(OsString::from))
-            .or_else(|| std::env::var_os(name).filter(|value| !value.is_empty()));
+            .or_else(|| std::env::var_os(name).filter(|value| sources.own_environment && !value.is_empty()));
         let Some(value) = value else {
-            let place = file.map_or("the [secrets] env_file".to_owned(), |path| path.display().to_string());
+            let place =
+                file.as_ref().map_or("the [secrets] env_file".to_owned(), |path| path.display().to_string());
             return Err(Failure::bad_input(
                 "missing_secret",
                 format!("the secret {name} that job.json names has no value"),
             )
-            .help(format!("write `{name}=…` into {place} (mode 0600), or export {name}")));
+            .help(if sources.own_environment {
+                format!("write `{name}=…` into {place} (mode 0600), or export {name}")
+            } else {
+                format!("write `{name}=…` into {place} (mode 0600)")
+            }));
         };
         values.insert(name.clone(), value);
     }

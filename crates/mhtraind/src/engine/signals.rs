@@ -3,6 +3,7 @@
 use std::fmt;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
 use crate::failure::{Failure, Status};
 
@@ -17,6 +18,8 @@ pub enum StopCause {
     Hangup,
     /// The job's own `time_limit`.
     TimeLimit,
+    /// `mhtraind cancel`.
+    Cancel,
 }
 
 impl fmt::Display for StopCause {
@@ -26,6 +29,7 @@ impl fmt::Display for StopCause {
             StopCause::Sigterm => "SIGTERM",
             StopCause::Hangup => "SIGHUP (the terminal was closed)",
             StopCause::TimeLimit => "its time limit",
+            StopCause::Cancel => "cancel",
         })
     }
 }
@@ -36,17 +40,25 @@ impl StopCause {
         match self {
             StopCause::CtrlC => Status::Interrupted,
             StopCause::Sigterm | StopCause::Hangup => Status::Terminated,
-            StopCause::TimeLimit => Status::Failed,
+            StopCause::TimeLimit | StopCause::Cancel => Status::Failed,
         }
     }
 }
 
-/// The signals that end a foreground run.
+/// Who may stop a job: the signals of a foreground run, or the daemon's requests.
 #[derive(Debug)]
-pub struct StopSignals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
+pub enum StopSignals {
+    /// Signals to this process.
+    Signals {
+        /// SIGINT.
+        interrupt: Signal,
+        /// SIGTERM.
+        terminate: Signal,
+        /// SIGHUP.
+        hangup: Signal,
+    },
+    /// Requests of the daemon.
+    Requests(mpsc::UnboundedReceiver<StopCause>),
 }
 
 impl StopSignals {
@@ -56,7 +68,7 @@ impl StopSignals {
     /// The system refuses a handler.
     pub fn listen() -> Result<StopSignals, Failure> {
         let open = |kind| signal(kind).map_err(|e| Failure::new(Status::Bug, "no_signals", e));
-        Ok(StopSignals {
+        Ok(StopSignals::Signals {
             interrupt: open(SignalKind::interrupt())?,
             terminate: open(SignalKind::terminate())?,
             hangup: open(SignalKind::hangup())?,
@@ -65,10 +77,17 @@ impl StopSignals {
 
     /// Waits for the next one. Safe to drop and call again: no signal is lost.
     pub async fn next(&mut self) -> StopCause {
-        tokio::select! {
-            _ = self.interrupt.recv() => StopCause::CtrlC,
-            _ = self.terminate.recv() => StopCause::Sigterm,
-            _ = self.hangup.recv() => StopCause::Hangup,
+        match self {
+            StopSignals::Signals { interrupt, terminate, hangup } => tokio::select! {
+                _ = interrupt.recv() => StopCause::CtrlC,
+                _ = terminate.recv() => StopCause::Sigterm,
+                _ = hangup.recv() => StopCause::Hangup,
+            },
+            StopSignals::Requests(requests) => match requests.recv().await {
+                Some(cause) => cause,
+                // Nobody is left who could ask.
+                None => std::future::pending().await,
+            },
         }
     }
 }

@@ -1,0 +1,229 @@
+//! What does `mhtraind serve` do?
+//!
+//! ```text
+//!   clients ──HTTP over the socket──> api::routes ──┐
+//!                                                   ├──> store thread (SQLite, the only writer)
+//!   NVML ──> scheduler (one task) ──starts──> job threads, one for each job that has a device
+//!                 ^                                 │    engine::local: launch, follow, judge, rerun
+//!                 └─────────── job is over ─────────┘
+//! ```
+//!
+//! Nothing here has to be shut down with care: every intention is on disk before its effect, trainers and their
+//! recorders need nobody, and the next daemon takes them over. So the daemon may be killed at any moment.
+
+mod accounts;
+mod job;
+mod queue;
+pub mod store;
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_store::JobId;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
+
+pub use accounts::{Account, Peer};
+pub use job::{LiveJob, Submission};
+pub use queue::{QueuedEntry, examined};
+
+use crate::api::routes;
+use crate::config::Config;
+use crate::engine::journal::now;
+use crate::engine::signals::{StopCause, StopSignals};
+use crate::failure::{Failure, Status, unwritable};
+use store::StoreHandle;
+
+/// The flag of the store that says that nothing new may start.
+pub const DRAINED: &str = "drained";
+
+/// What the daemon's tasks share.
+#[derive(Debug)]
+pub struct Daemon {
+    /// The settings.
+    pub config: Config,
+    /// The store.
+    pub store: StoreHandle,
+    /// Who runs the daemon.
+    pub account: Account,
+    /// Jobs that have a device.
+    live: Mutex<BTreeMap<u64, Arc<LiveJob>>>,
+    /// Jobs that wait for one.
+    queued: Mutex<BTreeMap<u64, QueuedEntry>>,
+    /// Wakes the scheduler.
+    wake: Notify,
+    /// Whether nothing new may start.
+    drained: Mutex<bool>,
+}
+
+impl Daemon {
+    /// Returns the jobs that have a device.
+    pub fn live(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<LiveJob>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the jobs that wait.
+    pub fn queued(&self) -> MutexGuard<'_, BTreeMap<u64, QueuedEntry>> {
+        self.queued.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns whether nothing new may start.
+    pub fn is_drained(&self) -> bool {
+        *self.drained.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops or lets the starting of jobs; durable.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub async fn set_drained(&self, drained: bool) -> Result<(), Failure> {
+        self.store.call(move |store| store.set_flag(DRAINED, drained.then_some("yes"))).await?;
+        *self.drained.lock().unwrap_or_else(PoisonError::into_inner) = drained;
+        self.wake();
+        Ok(())
+    }
+
+    /// Makes the scheduler look at the queue now.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Asks a job to end. Returns whether it was still there to be asked.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub async fn cancel(&self, id: JobId) -> Result<bool, Failure> {
+        let raw = id.get();
+        let live = self.live().get(&raw).cloned();
+        if let Some(live) = live {
+            // On disk before it is answered: should we die now, the next daemon ends the job.
+            let by = StopCause::Cancel.to_string();
+            self.store.append(id, Record::new(now(), JobEvent::StopRequested { by })).await?;
+            live.stop();
+            return Ok(true);
+        }
+        let was_queued = self.queued().remove(&raw).is_some();
+        if was_queued {
+            let reason = StopCause::Cancel.to_string();
+            self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
+        }
+        Ok(was_queued)
+    }
+
+    /// Returns where a job's own files lie.
+    pub fn job_dir(&self, id: u64) -> PathBuf {
+        self.config.state_dir().join("jobs").join(id.to_string())
+    }
+}
+
+/// Serves until a signal ends us.
+///
+/// # Errors
+/// The store or the socket cannot be opened.
+pub fn serve(config: Config) -> Result<Status, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::new(Status::Bug, "no_runtime", e))?;
+    let status = runtime.block_on(run(config));
+    // Threads that follow jobs are left as they are: the next daemon goes on from what is on disk.
+    runtime.shutdown_background();
+    status
+}
+
+async fn run(config: Config) -> Result<Status, Failure> {
+    let mut signals = StopSignals::listen()?;
+    let account = Account::of_this_process()?;
+    let state_dir = config.state_dir();
+    make_private_dir(&state_dir)?;
+    let store = StoreHandle::open(&state_dir)?;
+    make_private_dir(&state_dir.join("jobs"))?;
+    let drained = store.call(|store| store.get_flag(DRAINED)).await?.is_some();
+    let daemon = Arc::new(Daemon {
+        config,
+        store,
+        account,
+        live: Mutex::default(),
+        queued: Mutex::default(),
+        wake: Notify::new(),
+        drained: Mutex::new(drained),
+    });
+    let jobs = queue::take_up(&daemon).await?;
+    let socket = daemon.config.socket();
+    let listener = listen(&socket).await?;
+    tracing::info!(socket = %socket.display(), state = %state_dir.display(), jobs, "serving");
+    tell_service_manager(&[sd_notify::NotifyState::Ready]);
+    let scheduler = tokio::spawn(queue::schedule(Arc::clone(&daemon)));
+    let watchdog = tokio::spawn(keep_watchdog_quiet());
+    let server = tokio::spawn(routes::serve(listener, Arc::clone(&daemon)));
+    let cause = tokio::select! {
+        cause = signals.next() => cause,
+        ended = scheduler => return Err(ended_early("the scheduler", ended.err())),
+        ended = server => return Err(ended_early("the server", ended.err())),
+    };
+    watchdog.abort();
+    tell_service_manager(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!(%cause, "the daemon ends; running trainers go on");
+    // A stale socket is replaced by the next daemon, so a failure here is none.
+    let _stays = std::fs::remove_file(&socket);
+    Ok(Status::Done)
+}
+
+fn ended_early(what: &str, error: Option<tokio::task::JoinError>) -> Failure {
+    let why = error.map_or(String::new(), |error| format!(": {error}"));
+    Failure::new(Status::Bug, "ended_early", format!("{what} has ended{why}")).help(
+        "this is a bug of mhtraind: please report it; running trainers go on, start the daemon again"
+            .to_owned(),
+    )
+}
+
+fn tell_service_manager(state: &[sd_notify::NotifyState<'_>]) {
+    // Without a service manager there is no socket, and that is fine.
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "the service manager cannot be told");
+    }
+}
+
+/// Pings the watchdog from the one thread that does everything: when that hangs, the pings end.
+async fn keep_watchdog_quiet() {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    let mut tick = tokio::time::interval(limit / 3);
+    loop {
+        tick.tick().await;
+        tell_service_manager(&[sd_notify::NotifyState::Watchdog]);
+    }
+}
+
+fn make_private_dir(path: &Path) -> Result<(), Failure> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(path).map_err(|e| unwritable(path, &e))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(|e| unwritable(path, &e))
+}
+
+/// Listens on the socket. One that a dead daemon left is replaced; a live daemon there is an error.
+async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
+    if let Some(parent) = socket.parent() {
+        make_private_dir(parent)?;
+    }
+    if socket.exists() {
+        if tokio::time::timeout(Duration::from_secs(1), UnixStream::connect(socket))
+            .await
+            .is_ok_and(|r| r.is_ok())
+        {
+            return Err(Failure::failed("busy", format!("another daemon listens on {}", socket.display()))
+                .help("use that one, or give this one another --socket and --state-dir".to_owned()));
+        }
+        std::fs::remove_file(socket).map_err(|e| unwritable(socket, &e))?;
+    }
+    let listener = UnixListener::bind(socket).map_err(|e| unwritable(socket, &e))?;
+    // Who may do what is decided by the peer's credentials, so that others get a sentence and not a refusal to connect.
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))
+        .map_err(|e| unwritable(socket, &e))?;
+    Ok(listener)
+}

@@ -1,0 +1,331 @@
+//! Which jobs start, and when is the queue looked at again?
+//!
+//! The decision is `mhtrain_job::queue::decide`; this is the loop that feeds it: a job comes or ends, somebody drains
+//! the daemon, or, while a job waits for memory, a second has passed.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::queue::{Dependency, DependencyState, Offer, QueuedJob, Verdict, decide};
+use mhtrain_job::spec::{DeviceWish, JobSpec};
+use mhtrain_job::state::JobState;
+use mhtrain_probe::gpu::{GpuReport, GpuState};
+use mhtrain_probe::nvml::Gpus;
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_store::{JobId, UnfinishedJob};
+
+use super::{Daemon, Submission, job};
+use crate::engine::examine::{Examined, Sized, device_name, examine};
+use crate::engine::journal::now;
+use crate::engine::prepare::tier_book;
+use crate::failure::{Failure, Status};
+
+/// How often NVML is asked while a job waits.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a job whose files or trainer cannot be read is left alone. After a reboot a disk may not be mounted yet.
+const EXAMINE_AGAIN: Duration = Duration::from_secs(15);
+
+/// How often that is tried before the job fails.
+const EXAMINED_MAX: u32 = 20;
+
+/// A job that waits for a device.
+#[derive(Clone, Debug)]
+pub struct QueuedEntry {
+    /// The job.
+    pub spec: JobSpec,
+    /// What its submitter left.
+    pub submission: Submission,
+    /// What is known about its model and trainer; `None` until that was read.
+    pub examined: Option<Arc<Examined>>,
+    /// Why it does not start.
+    pub reason: String,
+    recorded: bool,
+    tries: u32,
+    try_at: Instant,
+}
+
+impl QueuedEntry {
+    /// Returns a job that has just come.
+    pub fn new(spec: JobSpec, submission: Submission, examined: Option<Arc<Examined>>) -> QueuedEntry {
+        let reason = "it is about to be looked at".to_owned();
+        QueuedEntry { spec, submission, examined, reason, recorded: false, tries: 0, try_at: Instant::now() }
+    }
+}
+
+/// Takes up what an earlier daemon left: jobs with a trainer are followed again, the others stand in the queue.
+/// Returns how many there are.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
+    let unfinished = daemon.store.call(|store| store.unfinished()).await?;
+    let count = unfinished.len();
+    for UnfinishedJob { job, state } in unfinished {
+        let id = job.row.id;
+        let read = JobSpec::from_value(&job.row.spec).map_err(|e| e.to_string()).and_then(|spec| {
+            let submission = serde_json::from_value(job.context).map_err(|e| e.to_string())?;
+            Ok((spec, submission))
+        });
+        let (spec, submission): (JobSpec, Submission) = match read {
+            Ok(read) => read,
+            Err(why) => {
+                tracing::error!(job = id.get(), why, "the job cannot be read; it is left as it is");
+                continue;
+            }
+        };
+        if let JobState::Queued { stop: Some(_) } | JobState::Waiting { attempts: 0, stop: Some(_), .. } =
+            &state
+        {
+            let event = JobEvent::Cancelled { reason: "cancel".to_owned() };
+            daemon.store.append(id, Record::new(now(), event)).await?;
+            continue;
+        }
+        match sized(daemon, id).await? {
+            Some(sized) if state.attempts() > 0 || state.has_live_attempt() => {
+                job::start(daemon, id, spec, submission, sized);
+            }
+            _ => {
+                daemon.queued().insert(id.get(), QueuedEntry::new(spec, submission, None));
+            }
+        }
+    }
+    Ok(count)
+}
+
+/// Returns what a job was sized as, if it was.
+async fn sized(daemon: &Daemon, id: JobId) -> Result<Option<Sized>, Failure> {
+    let records = daemon.store.call(move |store| store.events(id)).await?;
+    let value = records.into_iter().rev().find_map(|record| match record.event {
+        JobEvent::Planned { sized, .. } => sized,
+        _ => None,
+    });
+    match value.map(serde_json::from_value).transpose() {
+        Ok(sized) => Ok(sized),
+        Err(error) => {
+            tracing::error!(job = id.get(), %error, "the plan of the job cannot be read; it is made again");
+            Ok(None)
+        }
+    }
+}
+
+/// Looks at the queue whenever something changed. Ends only with an error of ours.
+pub async fn schedule(daemon: Arc<Daemon>) {
+    let gpus = Arc::new(Mutex::new(Gpus::new(daemon.config.nvml_library().as_deref())));
+    loop {
+        if let Err(failure) = look(&daemon, &gpus).await {
+            tracing::error!(error = failure.message, "the queue cannot be looked through");
+        }
+        let waits = !daemon.queued().is_empty();
+        tokio::select! {
+            () = daemon.wake.notified() => {}
+            () = tokio::time::sleep(LOOK_EVERY), if waits => {}
+        }
+    }
+}
+
+async fn look(daemon: &Arc<Daemon>, gpus: &Arc<Mutex<Gpus>>) -> Result<(), Failure> {
+    if daemon.queued().is_empty() {
+        return Ok(());
+    }
+    examine_new(daemon).await?;
+    let report = ask_nvml(gpus).await?;
+    let book = tier_book(&daemon.config)?;
+    let entries: Vec<(u64, QueuedEntry)> =
+        daemon.queued().iter().map(|(id, entry)| (*id, entry.clone())).collect();
+    let (mut queue, mut plans) = (Vec::new(), BTreeMap::new());
+    for (id, entry) in &entries {
+        let Some(examined) = &entry.examined else { continue };
+        let offers = offers(*id, entry, examined, &report, &book, daemon, &mut plans);
+        let after = dependencies(daemon, &entry.spec).await?;
+        queue.push(QueuedJob { id: *id, priority: entry.spec.priority, after, offers });
+    }
+    let leased =
+        daemon.live().values().filter_map(|live| Some((live.device_uuid.clone()?, live.id))).collect();
+    for (id, verdict) in decide(&queue, &leased, daemon.is_drained()) {
+        carry_out(daemon, id, verdict, &mut plans, &report).await?;
+    }
+    Ok(())
+}
+
+async fn ask_nvml(gpus: &Arc<Mutex<Gpus>>) -> Result<GpuReport, Failure> {
+    let gpus = Arc::clone(gpus);
+    // NVML may take long, and the daemon must answer meanwhile.
+    let report =
+        tokio::task::spawn_blocking(move || gpus.lock().unwrap_or_else(PoisonError::into_inner).report());
+    report.await.map_err(|e| Failure::new(Status::Bug, "nvml_thread", e))
+}
+
+/// Reads what is not known yet about queued jobs, their files above all.
+async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
+    let new: Vec<(u64, QueuedEntry)> = {
+        let queued = daemon.queued();
+        let due =
+            queued.iter().filter(|(_, entry)| entry.examined.is_none() && entry.try_at <= Instant::now());
+        due.map(|(id, entry)| (*id, entry.clone())).collect()
+    };
+    for (id, entry) in new {
+        let answer = examined(daemon, entry.spec.clone(), &entry.submission).await;
+        let tries = entry.tries + 1;
+        let failure = match answer {
+            Ok(examined) => {
+                if let Some(entry) = daemon.queued().get_mut(&id) {
+                    entry.examined = Some(Arc::new(examined));
+                }
+                continue;
+            }
+            Err(failure) => failure,
+        };
+        if tries >= EXAMINED_MAX {
+            fail(daemon, id, failure.message, failure.help).await?;
+        } else if let Some(entry) = daemon.queued().get_mut(&id) {
+            entry.tries = tries;
+            entry.try_at = Instant::now() + EXAMINE_AGAIN;
+            entry.reason = failure.message;
+        }
+    }
+    Ok(())
+}
+
+/// Examines a job away from the task that serves clients: disks may be slow.
+///
+/// # Errors
+/// Something that the job needs is missing.
+pub async fn examined(
+    daemon: &Arc<Daemon>,
+    spec: JobSpec,
+    submission: &Submission,
+) -> Result<Examined, Failure> {
+    let daemon = Arc::clone(daemon);
+    let submission = submission.clone();
+    let work = tokio::task::spawn_blocking(move || {
+        let origin = submission.origin(&daemon.account, &daemon.config);
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        examine(spec, &origin, &daemon.config, u32::try_from(cores).unwrap_or(u32::MAX))
+    });
+    work.await.map_err(|e| Failure::new(Status::Bug, "examine_thread", e))?
+}
+
+/// Returns what each device that the job may take offers it.
+fn offers(
+    id: u64,
+    entry: &QueuedEntry,
+    examined: &Examined,
+    report: &GpuReport,
+    book: &TierBook,
+    daemon: &Daemon,
+    plans: &mut BTreeMap<(u64, String), Sized>,
+) -> Vec<Offer> {
+    let wished = |gpu: &&GpuState| match (&entry.submission.device_uuid, &entry.spec.device) {
+        (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
+        (None, DeviceWish::Auto) => true,
+        (None, DeviceWish::Index(index)) => gpu.index == *index,
+        (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
+    };
+    let mut offers = Vec::new();
+    for gpu in report.devices().iter().filter(wished) {
+        let Some(device) = gpu.uuid.clone() else { continue };
+        let name = device_name(Some(gpu.index), Some(&device));
+        match examined.fit(gpu, book, &daemon.config) {
+            Ok((fit, sized)) => {
+                if let Some(sized) = sized {
+                    plans.insert((id, device.clone()), sized);
+                }
+                offers.push(Offer { device, name, fit });
+            }
+            Err(failure) => tracing::error!(job = id, error = failure.message, "the job cannot be sized"),
+        }
+    }
+    offers
+}
+
+async fn dependencies(daemon: &Daemon, spec: &JobSpec) -> Result<Vec<Dependency>, Failure> {
+    let mut found = Vec::new();
+    for id in &spec.after {
+        let state = match JobId::new(*id) {
+            None => DependencyState::Never,
+            Some(job) => {
+                let state = daemon.store.call(move |store| store.state(job)).await;
+                match state {
+                    Ok(JobState::Succeeded { .. }) => DependencyState::Succeeded,
+                    Ok(state) if !state.is_final() => DependencyState::Pending,
+                    Ok(_) => DependencyState::Never,
+                    Err(failure) if failure.status == Status::NotFound => DependencyState::Never,
+                    Err(failure) => return Err(failure),
+                }
+            }
+        };
+        found.push(Dependency { id: *id, state });
+    }
+    Ok(found)
+}
+
+async fn carry_out(
+    daemon: &Arc<Daemon>,
+    id: u64,
+    verdict: Verdict,
+    plans: &mut BTreeMap<(u64, String), Sized>,
+    report: &GpuReport,
+) -> Result<(), Failure> {
+    match verdict {
+        Verdict::Start { device } => {
+            let Some(sized) = plans.remove(&(id, device)) else { return Ok(()) };
+            begin(daemon, id, sized).await
+        }
+        Verdict::Fail { reason, help } => fail(daemon, id, reason, help).await,
+        Verdict::Wait { reason } => {
+            let reason = match report.nvml.problem(&report.library) {
+                Some((problem, _)) => problem,
+                None => reason,
+            };
+            let first = {
+                let mut queued = daemon.queued();
+                let Some(entry) = queued.get_mut(&id) else { return Ok(()) };
+                let changed = entry.reason != reason;
+                entry.reason.clone_from(&reason);
+                if changed {
+                    daemon.store.tell();
+                }
+                !std::mem::replace(&mut entry.recorded, true)
+            };
+            // The numbers change every second; the event only says since when it waits, and why at first.
+            if first {
+                append(daemon, id, JobEvent::Waiting { reason }).await?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Gives a job its device.
+async fn begin(daemon: &Arc<Daemon>, id: u64, sized: Sized) -> Result<(), Failure> {
+    let Some(entry) = daemon.queued().get(&id).cloned() else { return Ok(()) };
+    let plan = sized.plan();
+    let event = JobEvent::Planned {
+        chosen: plan.chosen,
+        rungs: plan.rungs.len(),
+        tier: plan.chosen_rung().tier.clone(),
+        sized: Some(serde_json::to_value(&sized).map_err(|e| Failure::new(Status::Bug, "not_json", e))?),
+    };
+    append(daemon, id, event).await?;
+    // Cancelled while the plan was written: then it is in the queue no more.
+    if daemon.queued().remove(&id).is_none() {
+        return Ok(());
+    }
+    let Some(job_id) = JobId::new(id) else { return Ok(()) };
+    job::start(daemon, job_id, entry.spec, entry.submission, sized);
+    Ok(())
+}
+
+async fn fail(daemon: &Daemon, id: u64, reason: String, help: Option<String>) -> Result<(), Failure> {
+    append(daemon, id, JobEvent::Failed { reason, help }).await?;
+    daemon.queued().remove(&id);
+    Ok(())
+}
+
+async fn append(daemon: &Daemon, id: u64, event: JobEvent) -> Result<(), Failure> {
+    let Some(job) = JobId::new(id) else { return Ok(()) };
+    daemon.store.append(job, Record::new(now(), event)).await.map(drop)
+}

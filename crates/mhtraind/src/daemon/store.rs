@@ -1,0 +1,244 @@
+//! How do the daemon's tasks and threads reach the store?
+//!
+//! The store has one connection, used by one thread. Whoever wants something sends it there. Events that arrive
+//! together are written together: one fsync serves them all.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use mhtrain_job::event::Record;
+use mhtrain_job::state::JobState;
+use mhtrain_store::{JobId, Sample, Store, StoreError};
+use tokio::sync::{oneshot, watch};
+
+use crate::engine::journal::EventSink;
+use crate::engine::prepare::chain;
+use crate::failure::{Failure, Status};
+
+/// Most events that are written in one transaction.
+const BATCH_MAX: usize = 64;
+
+/// Seconds until an event that could not be written is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+type Reply = Box<dyn FnOnce(Result<JobState, StoreError>) + Send>;
+
+enum Work {
+    Append(JobId, Box<Record>, Reply),
+    Call(Box<dyn FnOnce(&mut Store) + Send>),
+}
+
+/// The way to the store. Clones lead to the same one.
+#[derive(Clone, Debug)]
+pub struct StoreHandle {
+    work: mpsc::Sender<Work>,
+    /// Counts what happened, so that followers wait for the next thing instead of asking.
+    happened: watch::Sender<u64>,
+}
+
+impl StoreHandle {
+    /// Opens the store and starts its thread.
+    ///
+    /// # Errors
+    /// The store cannot be opened.
+    pub fn open(state_dir: &Path) -> Result<StoreHandle, Failure> {
+        let store = Store::open(state_dir).map_err(failure)?;
+        let (work, requests) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("store".to_owned())
+            .spawn(move || serve(store, &requests))
+            .map_err(|e| Failure::failed("no_thread", e))?;
+        Ok(StoreHandle { work, happened: watch::Sender::new(0) })
+    }
+
+    /// Does something with the store and returns its answer.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn call<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (reply, answer) = oneshot::channel();
+        let call = Box::new(move |store: &mut Store| {
+            // Whoever asked may be gone: a client that hung up.
+            let _nobody_waits = reply.send(what(store));
+        });
+        self.work.send(Work::Call(call)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map_err(failure)
+    }
+
+    /// Like [`StoreHandle::call`], for a thread that may wait.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub fn call_blocking<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (reply, answer) = mpsc::channel();
+        let call = Box::new(move |store: &mut Store| {
+            let _nobody_waits = reply.send(what(store));
+        });
+        self.work.send(Work::Call(call)).map_err(|_| gone())?;
+        answer.recv().map_err(|_| gone())?.map_err(failure)
+    }
+
+    /// Keeps a point of a job's time series, some time soon. It may be lost.
+    pub fn cast(&self, id: JobId, attempt: u32, sample: Sample) {
+        let call = Box::new(move |store: &mut Store| {
+            if let Err(error) = store.note_samples(id, attempt, &[sample]) {
+                tracing::debug!(job = id.get(), error = chain(&error), "progress is not kept");
+            }
+        });
+        // A store that is gone keeps no progress.
+        let _gone = self.work.send(Work::Call(call));
+    }
+
+    /// Records an event. When this returns it is on disk.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn append(&self, id: JobId, record: Record) -> Result<JobState, Failure> {
+        let (reply, answer) = oneshot::channel();
+        let reply: Reply = Box::new(move |result| {
+            let _nobody_waits = reply.send(result);
+        });
+        self.work.send(Work::Append(id, Box::new(record), reply)).map_err(|_| gone())?;
+        let state = answer.await.map_err(|_| gone())?.map_err(failure)?;
+        self.tell();
+        Ok(state)
+    }
+
+    /// Returns a watch that changes whenever something happened to a job.
+    pub fn happenings(&self) -> watch::Receiver<u64> {
+        self.happened.subscribe()
+    }
+
+    /// Tells followers that something changed.
+    pub fn tell(&self) {
+        self.happened.send_modify(|count| *count = count.wrapping_add(1));
+    }
+}
+
+fn gone() -> Failure {
+    Failure::new(Status::Bug, "store_gone", "the store's thread has ended")
+}
+
+/// Returns a store's error as commands show it.
+pub fn failure(error: StoreError) -> Failure {
+    let status = match &error {
+        StoreError::NoSuchJob { .. } => Status::NotFound,
+        StoreError::KeyReused { .. } => Status::BadInput,
+        _ => Status::Failed,
+    };
+    Failure::new(status, "store", chain(&error)).help(error.help())
+}
+
+fn serve(mut store: Store, requests: &mpsc::Receiver<Work>) {
+    let mut next = requests.recv().ok();
+    while let Some(work) = next.take() {
+        match work {
+            Work::Call(call) => call(&mut store),
+            Work::Append(id, record, reply) => {
+                let (mut batch, mut replies) = (vec![(id, *record)], vec![reply]);
+                while batch.len() < BATCH_MAX {
+                    match requests.try_recv() {
+                        Ok(Work::Append(id, record, reply)) => {
+                            batch.push((id, *record));
+                            replies.push(reply);
+                        }
+                        Ok(call @ Work::Call(_)) => {
+                            next = Some(call);
+                            break;
+                        }
+                        Err(_) => break,
+                    }
+                }
+                append(&mut store, batch, replies);
+            }
+        }
+        if next.is_none() {
+            next = requests.recv().ok();
+        }
+    }
+}
+
+/// Writes events that came together, and tells each sender what became of its own.
+fn append(store: &mut Store, batch: Vec<(JobId, Record)>, replies: Vec<Reply>) {
+    match store.append_all(&batch) {
+        Ok(answers) => {
+            for (reply, answer) in replies.into_iter().zip(answers) {
+                reply(answer);
+            }
+        }
+        // None of them is written. Each is tried alone, so that each sender has an error of its own.
+        Err(_) => {
+            for (reply, (id, record)) in replies.into_iter().zip(batch) {
+                reply(store.append(id, &record));
+            }
+        }
+    }
+}
+
+/// Returns whether the same write may work later.
+fn is_temporary(error: &StoreError) -> bool {
+    matches!(
+        error,
+        StoreError::DiskFull { .. }
+            | StoreError::ReadOnly { .. }
+            | StoreError::Io { .. }
+            | StoreError::Replaced { .. }
+            | StoreError::Locked { .. }
+            | StoreError::Sql(_)
+    )
+}
+
+/// The journal of one job in the store, for the thread that runs the job.
+#[derive(Debug)]
+pub struct StoreSink {
+    /// The store.
+    pub store: StoreHandle,
+    /// The job.
+    pub id: JobId,
+}
+
+impl EventSink for StoreSink {
+    /// Waits until the event is on disk. A store that cannot write for a while (a full disk) is asked again and again:
+    /// the trainer goes on meanwhile, and nothing follows on an event that is not recorded.
+    fn append(&mut self, record: &Record) -> Result<(), Failure> {
+        let mut told = false;
+        loop {
+            let (reply, answer) = mpsc::channel();
+            let reply: Reply = Box::new(move |result| {
+                let _nobody_waits = reply.send(result);
+            });
+            self.store
+                .work
+                .send(Work::Append(self.id, Box::new(record.clone()), reply))
+                .map_err(|_| gone())?;
+            match answer.recv().map_err(|_| gone())? {
+                Ok(_) => {
+                    self.store.tell();
+                    if told {
+                        tracing::info!(job = self.id.get(), "the store can be written again");
+                    }
+                    return Ok(());
+                }
+                Err(error) if is_temporary(&error) => {
+                    if !told {
+                        tracing::error!(
+                            job = self.id.get(),
+                            error = chain(&error),
+                            "the store cannot be written"
+                        );
+                        told = true;
+                    }
+                    std::thread::sleep(TRY_AGAIN);
+                }
+                Err(error) => return Err(failure(error)),
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! What must be known about a job before it stands in a queue, and how does it fit on a card now?
+//!
+//! A job is examined once: model, data, trainer, secrets. From then on a card is only a question to the sizing engine,
+//! asked again whenever memory comes or goes.
+
+use mhtrain_job::queue::{Fit, Rank};
+use mhtrain_job::spec::JobSpec;
+use mhtrain_probe::gpu::GpuState;
+use mhtrain_probe::trainer_environment::trainer_environment;
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
+use mhtrain_sizing::plan::{Plan, PlanError, plan};
+use mhtrain_sizing::tier::Profile;
+use mhtrain_sizing::units::Bytes;
+use mhtrain_swift::dialect::Dialect;
+use mhtrain_swift::environment::TrainerEnvironment;
+use serde::{Deserialize, Serialize};
+
+use super::origin::Origin;
+use super::prepare::{Candidate, Datasets, LARGE_MODEL_PARAMETERS, Prepared, chain, find_files};
+use super::secrets;
+use crate::config::Config;
+use crate::failure::Failure;
+
+/// Foreign memory below which a card counts as idle: a display, a monitoring agent, a context that is just gone.
+const IDLE_BELOW: Bytes = Bytes::from_mib(1024);
+
+/// A job that can be sized for any card of this host.
+#[derive(Clone, Debug)]
+pub struct Examined {
+    /// The job.
+    pub spec: JobSpec,
+    /// Its model.
+    pub model: Model,
+    /// Its trainer.
+    pub environment: TrainerEnvironment,
+    /// What was assumed, a sentence each.
+    pub notes: Vec<String>,
+    /// Cores that the trainer may use.
+    pub cores: u32,
+}
+
+/// A job sized for one card: all that an attempt, and whoever takes it over, needs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Sized {
+    candidate: Candidate,
+    plan: Plan,
+    environment: TrainerEnvironment,
+    cores: u32,
+    large_model: bool,
+    notes: Vec<String>,
+}
+
+/// Reads what a job needs: its files, its trainer, its secrets.
+///
+/// # Errors
+/// Something is missing; nothing was started.
+pub fn examine(spec: JobSpec, origin: &Origin, config: &Config, cores: u32) -> Result<Examined, Failure> {
+    let model = find_files(&spec, Datasets::MustExist, origin)?;
+    let environment = trainer_environment(&origin.trainer_query(config))
+        .map_err(|e| Failure::failed("no_trainer", chain(&e)).help(e.help()))?;
+    secrets::find(&spec.secrets, &origin.secrets)?;
+    let (_, notes) = Dialect::for_environment(&environment);
+    Ok(Examined { spec, model, environment, notes, cores })
+}
+
+impl Examined {
+    /// Returns how the job fits on a card now, and the plan with which it would start.
+    ///
+    /// What fits is taken even when an idle card would give a faster rung. The emergency profile is tried against the
+    /// prediction only on a card that is idle: elsewhere waiting helps.
+    ///
+    /// # Errors
+    /// The job cannot be sized at all.
+    pub fn fit(
+        &self,
+        gpu: &GpuState,
+        book: &TierBook,
+        config: &Config,
+    ) -> Result<(Fit, Option<Sized>), Failure> {
+        let card = match gpu.card() {
+            Ok(card) => card,
+            Err(refusal) => return Ok((Fit::Unusable { why: refusal.to_string() }, None)),
+        };
+        let held_by_others = gpu.held_by_others(&[]);
+        let now = Candidate { card, uuid: gpu.uuid.clone(), held_by_others };
+        let mut idle = Candidate { held_by_others: Bytes::ZERO, ..now.clone() };
+        idle.card.free = idle.card.total;
+        let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
+            let request = self.spec.sizing_request(
+                self.model.clone(),
+                candidate.card.clone(),
+                candidate.held_by_others,
+                self.environment.features(),
+                config.sizing.oom_risk,
+            );
+            let request = request.map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
+            Ok(plan(&request, book))
+        };
+        let is_idle = held_by_others < IDLE_BELOW;
+        if let Ok(plan) = size(&now)?
+            && (plan.chosen_rung().fits || is_idle)
+        {
+            let rank = rank(&plan, now.card.free);
+            return Ok((Fit::Now(rank), Some(self.sized(now, plan))));
+        }
+        let best = match size(&idle)? {
+            Ok(plan) => plan,
+            Err(error) => return Ok((Fit::Never { why: chain(&error), help: error.help() }, None)),
+        };
+        let fitting = best.rungs.iter().filter(|rung| rung.fits && rung.tier.name != Profile::Emergency);
+        let need =
+            fitting.map(|rung| rung.admission_bytes).min().unwrap_or(best.chosen_rung().admission_bytes);
+        let rank = rank(&best, idle.card.free);
+        Ok((Fit::Later { rank, need, free: now.card.free, holders: holders(gpu) }, None))
+    }
+
+    fn sized(&self, candidate: Candidate, plan: Plan) -> Sized {
+        Sized {
+            candidate,
+            plan,
+            environment: self.environment.clone(),
+            cores: self.cores,
+            large_model: self.model.parameters() >= LARGE_MODEL_PARAMETERS,
+            notes: self.notes.clone(),
+        }
+    }
+}
+
+impl Sized {
+    /// Returns the plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Returns the UUID of the card.
+    pub fn device(&self) -> Option<&str> {
+        self.candidate.uuid.as_deref()
+    }
+
+    /// Returns the card for people: `GPU 6`.
+    pub fn device_name(&self) -> String {
+        device_name(self.candidate.card.index, self.candidate.uuid.as_deref())
+    }
+
+    /// Returns the sized job as a run takes it, and its trainer.
+    pub fn prepared(self, spec: JobSpec, origin: &Origin) -> (Prepared, TrainerEnvironment) {
+        let (dialect, _) = Dialect::for_environment(&self.environment);
+        let prepared = Prepared {
+            spec,
+            candidate: self.candidate,
+            plan: self.plan,
+            dialect,
+            cores: self.cores,
+            large_model: self.large_model,
+            notes: self.notes,
+            inherited: origin.text_variables(),
+        };
+        (prepared, self.environment)
+    }
+}
+
+/// Returns a card's name for people.
+pub fn device_name(index: Option<u32>, uuid: Option<&str>) -> String {
+    match (index, uuid) {
+        (Some(index), _) => format!("GPU {index}"),
+        (None, Some(uuid)) => uuid.to_owned(),
+        (None, None) => "a GPU".to_owned(),
+    }
+}
+
+fn rank(plan: &Plan, free: Bytes) -> Rank {
+    let tier = &plan.chosen_rung().tier;
+    Rank::new(tier.name, tier.micro_batch, free)
+}
+
+fn holders(gpu: &GpuState) -> String {
+    let processes = gpu.processes.iter().flatten();
+    let named = processes.map(|process| match &process.owner {
+        Some(owner) => format!("pid {} of {owner}", process.pid),
+        None => format!("pid {}", process.pid),
+    });
+    named.collect::<Vec<_>>().join(", ")
+}

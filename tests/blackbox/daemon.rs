@@ -1,0 +1,361 @@
+//! The daemon and its clients around a fake trainer: nothing is lost, nothing runs twice, everything says why.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::environment::{CARD, FakeHost, Ran};
+
+const GIB: u64 = 1 << 30;
+
+/// A daemon on a host with one simulated card. It is killed at the end of the test.
+struct Served {
+    host: FakeHost,
+    daemon: Child,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // What a failed test left running ends with its own steps; those of the tests here are few.
+        let _dead_already = self.daemon.kill();
+        let _reaped = self.daemon.wait();
+    }
+}
+
+impl Served {
+    fn new() -> Served {
+        let host = FakeHost::with_card(80 * GIB);
+        let daemon = Served::spawn(&host);
+        let served = Served { host, daemon };
+        served.wait_until("the daemon", |served| served.run(&["status", "--json"]).code == Some(0));
+        served
+    }
+
+    fn spawn(host: &FakeHost) -> Child {
+        let log =
+            std::fs::OpenOptions::new().append(true).create(true).open(host.env.path("daemon.log")).unwrap();
+        let mut command = host.command(&["serve"], &json!({}));
+        Served::places(host, &mut command);
+        command.env("MHTRAIND_LOG", "info").stdout(Stdio::null()).stderr(log).spawn().unwrap()
+    }
+
+    fn places(host: &FakeHost, command: &mut Command) {
+        command.env("MHTRAIND_SOCKET", host.env.path("daemon.sock"));
+        command.env("MHTRAIND_STATE_DIR", host.env.path("state"));
+        command.env_remove("FAKE_SWIFT_SCENARIO");
+    }
+
+    /// Kills the daemon with SIGKILL and starts another one.
+    fn kill_and_restart(&mut self) {
+        self.daemon.kill().unwrap();
+        self.daemon.wait().unwrap();
+        self.daemon = Served::spawn(&self.host);
+        self.wait_until("the next daemon", |served| served.run(&["status", "--json"]).code == Some(0));
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        let mut command = self.host.command(args, &json!({}));
+        Served::places(&self.host, &mut command);
+        Ran::from(command.output().expect("the binary starts"))
+    }
+
+    /// Submits the host's job with `extra` keys and the trainer's scenario; returns the id as text.
+    fn submit(&self, extra: Value, scenario: &Value) -> String {
+        let mut extra = extra;
+        extra["env"] = json!({"FAKE_SWIFT_SCENARIO": scenario.to_string()});
+        self.host.job(extra);
+        let ran = self.run(&["submit", "job.json"]).expect(0);
+        let id = ran.stdout.trim().to_owned();
+        assert!(id.parse::<u64>().is_ok_and(|id| id > 0), "{}", ran.stdout);
+        id
+    }
+
+    fn job(&self, id: &str) -> Value {
+        self.run(&["status", id, "--json"]).expect(0).json()["jobs"][0].clone()
+    }
+
+    fn state(&self, id: &str) -> String {
+        self.job(id)["state"].as_str().unwrap().to_owned()
+    }
+
+    fn receipt(&self, id: &str) -> Value {
+        self.run(&["explain", id, "--json"]).expect(0).json()
+    }
+
+    /// Waits for a condition, at most a minute.
+    #[track_caller]
+    fn wait_until(&self, what: &str, condition: impl Fn(&Served) -> bool) {
+        let until = Instant::now() + Duration::from_secs(60);
+        while !condition(self) {
+            if Instant::now() >= until {
+                let log = std::fs::read_to_string(self.host.env.path("daemon.log")).unwrap_or_default();
+                panic!("waited a minute for {what}\n{}\n{log}", self.run(&["status"]).stdout);
+            }
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// Lets somebody else hold so much of the card.
+    fn hold(&self, bytes: u64) {
+        let mut device = nvml_sim::SimDevice::idle(CARD, "Simulated GPU", 80 * GIB, "8.0");
+        device.used = bytes;
+        nvml_sim::SimFile::new(vec![device]).write_atomically(&self.host.env.path("nvml.json")).unwrap();
+    }
+}
+
+#[test]
+fn a_submitted_job_is_run_proven_and_explained() {
+    let served = Served::new();
+    let id = served.submit(json!({"name": "first"}), &json!({}));
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let job = served.job(&id);
+    assert_eq!((job["state"].as_str(), job["name"].as_str()), (Some("succeeded"), Some("first")));
+    assert_eq!((job["attempt"].as_u64(), job["tier"]["micro_batch"].as_u64()), (Some(1), Some(8)));
+    let receipt = served.receipt(&id);
+    assert_eq!((receipt["proof"].as_str(), receipt["state"].as_str()), (Some("rows"), Some("succeeded")));
+    assert_eq!(receipt["id"].to_string(), id);
+    assert!(served.run(&["log", &id]).expect(0).stdout.contains("Train"), "the trainer's output is shown");
+    let table = served.run(&["status"]).expect(0).stdout;
+    assert!(table.contains("succeeded") && table.contains("first"), "{table}");
+    assert_eq!(served.host.receipt()["state"], "succeeded");
+}
+
+#[test]
+fn an_oom_is_recovered_and_followed() {
+    let served = Served::new();
+    let oom = json!({"oom": {"capacity_gib": 24, "base_gib": 8, "per_sample_gib": 3, "at_step": 5}});
+    let id = served.submit(json!({}), &oom);
+    let ran = served.run(&["follow", &id]).expect(0);
+    assert!(ran.stdout.contains("attempt 2"), "{}", ran.stdout);
+    let receipt = served.receipt(&id);
+    assert_eq!(receipt["attempts"][0]["diagnosis"]["kind"], "device_oom");
+    assert_eq!(receipt["attempts"][1]["resume"]["kind"], "exact");
+    assert_eq!(served.job(&id)["attempt"], 2);
+    assert!(served.run(&["log", &id, "--attempt", "1"]).expect(0).stdout.contains("OutOfMemoryError"));
+    served.run(&["log", &id, "--attempt", "9"]).expect(5);
+}
+
+#[test]
+fn a_killed_daemon_loses_nothing_and_trains_nothing_twice() {
+    let mut served = Served::new();
+    let id = served.submit(json!({}), &json!({"step_seconds": 0.2}));
+    let second = served.submit(json!({"output_dir": "out2"}), &json!({}));
+    served.wait_until("some steps", |served| served.host.trained(1).len() >= 2);
+    for _ in 0..3 {
+        served.kill_and_restart();
+    }
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    served.run(&["wait", &second, "--timeout", "60"]).expect(0);
+    assert_eq!(served.job(&id)["attempt"], 1, "it was taken over and not started again");
+    let steps: Vec<u64> = served.host.trained(1).iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, (1..=10).collect::<Vec<_>>(), "every step was trained once");
+    assert_eq!(served.receipt(&id)["proof"], "rows");
+}
+
+#[test]
+fn one_job_a_device_by_priority_and_the_others_say_why_they_wait() {
+    let served = Served::new();
+    let slow = json!({"step_seconds": 0.1});
+    let first = served.submit(json!({"output_dir": "a"}), &slow);
+    served.wait_until("the first", |served| served.state(&first) == "running");
+    let second = served.submit(json!({"output_dir": "b"}), &json!({}));
+    let urgent = served.submit(json!({"output_dir": "c", "priority": 5}), &json!({}));
+    served.wait_until("a reason", |served| served.state(&second) == "waiting");
+    let reason = served.job(&second)["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("GPU 0") && (reason.contains("job") || reason.contains("line")), "{reason}");
+    for id in [&first, &second, &urgent] {
+        served.run(&["wait", id, "--timeout", "60"]).expect(0);
+    }
+    let started = |id: &str| served.receipt(id)["attempts"][0]["started_at"].as_str().unwrap().to_owned();
+    assert!(started(&urgent) <= started(&second));
+}
+
+#[test]
+fn a_job_waits_for_memory_with_the_numbers_and_starts_when_it_comes() {
+    let served = Served::new();
+    served.hold(79 * GIB);
+    let id = served.submit(json!({}), &json!({}));
+    served.wait_until("a reason", |served| {
+        served.job(&id)["reason"].as_str().is_some_and(|reason| reason.contains("needs"))
+    });
+    let reason = served.job(&id)["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("GPU 0 has") && reason.contains("GiB free"), "{reason}");
+    served.hold(0);
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+}
+
+#[test]
+fn what_can_never_fit_fails_at_once_with_the_numbers() {
+    let served = Served::new();
+    served.host.env.write(
+        "huge/config.json",
+        r#"{"model_type": "qwen2", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "intermediate_size": 29568, "vocab_size": 152064}"#,
+    );
+    let id = served.submit(json!({"model": "./huge"}), &json!({}));
+    let ran = served.run(&["wait", &id, "--timeout", "30"]).expect(1);
+    assert!(ran.stderr.contains("never") && ran.stderr.contains("GiB"), "{}", ran.stderr);
+    assert_eq!(served.job(&id)["attempt"], 0);
+}
+
+#[test]
+fn a_key_makes_a_submission_idempotent() {
+    let served = Served::new();
+    served.host.job(json!({}));
+    let submit =
+        || served.run(&["submit", "job.json", "--key", "k", "--json"]).expect(0).json()["id"].as_u64();
+    assert_eq!(submit(), submit());
+    served.host.job(json!({"name": "another"}));
+    let ran = served.run(&["submit", "job.json", "--key", "k"]).expect(2);
+    assert!(ran.stderr.contains('k'), "{}", ran.stderr);
+    assert_eq!(served.run(&["status", "--json"]).expect(0).json()["jobs"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn cancel_ends_a_running_and_a_waiting_job_and_retry_goes_on() {
+    let served = Served::new();
+    let running = served.submit(json!({"output_dir": "a"}), &json!({"step_seconds": 0.2}));
+    let waiting = served.submit(json!({"output_dir": "b"}), &json!({}));
+    served.wait_until("a saved step", |served| served.job(&running)["progress"]["step"].as_u64() >= Some(4));
+    served.run(&["cancel", &waiting]).expect(0);
+    assert_eq!(served.state(&waiting), "cancelled");
+    served.run(&["cancel", &running]).expect(0);
+    served.run(&["wait", &running, "--timeout", "30"]).expect(1);
+    assert_eq!(served.state(&running), "cancelled");
+    served.run(&["cancel", &running]).expect(1);
+    let again = served.run(&["retry", &running]).expect(0).stdout.trim().to_owned();
+    served.run(&["wait", &again, "--timeout", "60"]).expect(0);
+    let receipt = served.receipt(&again);
+    assert_eq!(receipt["attempts"][0]["resume"]["kind"], "exact", "it goes on from the last checkpoint");
+    served.run(&["retry", &again]).expect(1);
+    served.run(&["rm", &running, &waiting]).expect(0);
+    served.run(&["status", &running]).expect(5);
+}
+
+#[test]
+fn a_cancel_outlives_the_daemon_that_heard_it() {
+    let mut served = Served::new();
+    let id = served.submit(json!({}), &json!({"step_seconds": 0.5, "on_sigterm": "ignore"}));
+    served.wait_until("a step", |served| !served.host.trained(1).is_empty());
+    served.run(&["cancel", &id]).expect(0);
+    served.kill_and_restart();
+    served.run(&["wait", &id, "--timeout", "40"]).expect(1);
+    assert_eq!(served.state(&id), "cancelled");
+}
+
+#[test]
+fn jobs_wait_for_others_and_fail_with_them() {
+    let served = Served::new();
+    let broken = json!({"fail": {"at_step": 2, "text": "zorglub: the flux is inverted", "exit_code": 1}});
+    let first = served.submit(json!({"output_dir": "a"}), &broken);
+    let number: u64 = first.parse().unwrap();
+    let second = served.submit(json!({"output_dir": "b", "after": [number]}), &json!({}));
+    served.run(&["wait", &first, "--timeout", "60"]).expect(1);
+    assert!(served.job(&first)["reason"].as_str().unwrap().contains("zorglub"));
+    let ran = served.run(&["wait", &second, "--timeout", "30"]).expect(1);
+    assert!(ran.stderr.contains(&format!("job {first}")), "{}", ran.stderr);
+}
+
+#[test]
+fn a_drained_daemon_starts_nothing_until_it_may_again() {
+    let mut served = Served::new();
+    served.run(&["drain"]).expect(0);
+    let id = served.submit(json!({}), &json!({}));
+    served.wait_until("a reason", |served| served.state(&id) == "waiting");
+    served.kill_and_restart();
+    served.wait_until("a reason", |served| {
+        served.job(&id)["reason"].as_str().is_some_and(|reason| reason.contains("drained"))
+    });
+    served.run(&["wait", &id, "--timeout", "0.3"]).expect(75);
+    served.run(&["undrain"]).expect(0);
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+}
+
+#[test]
+fn the_time_limit_ends_a_job() {
+    let served = Served::new();
+    let id = served.submit(json!({"time_limit": "2s"}), &json!({"step_seconds": 1}));
+    let ran = served.run(&["wait", &id, "--timeout", "40"]).expect(1);
+    assert!(ran.stderr.contains("time limit"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_smoke_run_is_short_and_elsewhere() {
+    let served = Served::new();
+    served.host.job(json!({}));
+    let id = served.run(&["submit", "job.json", "--smoke"]).expect(0).stdout.trim().to_owned();
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    assert!(served.job(&id)["output_dir"].as_str().unwrap().ends_with("out-smoke"));
+    assert_eq!(served.receipt(&id)["proof_facts"]["global_step"], 2);
+}
+
+#[test]
+fn bad_jobs_are_refused_and_nothing_is_kept() {
+    let served = Served::new();
+    for (extra, word) in [
+        (json!({"model": "./nowhere"}), "nowhere"),
+        (json!({"devices": 2}), "device"),
+        (json!({"modle": 1}), "model"),
+    ] {
+        served.host.job(extra);
+        let ran = served.run(&["submit", "job.json"]).expect(2);
+        assert!(ran.stderr.starts_with("error: ") && ran.stderr.contains(word), "{}", ran.stderr);
+    }
+    assert_eq!(served.run(&["status", "--json"]).expect(0).json()["jobs"], json!([]));
+    for command in ["status", "follow", "log", "wait", "cancel", "retry", "explain", "rm"] {
+        let ran = served.run(&[command, "4711"]).expect(5);
+        assert!(ran.stderr.contains("4711"), "{command}: {}", ran.stderr);
+    }
+}
+
+#[test]
+fn without_a_daemon_clients_end_with_3() {
+    let host = FakeHost::with_card(80 * GIB);
+    host.job(json!({}));
+    for args in [&["status"][..], &["submit", "job.json"], &["wait", "1"], &["follow", "1"], &["log", "1"]] {
+        let mut command = host.command(args, &json!({}));
+        Served::places(&host, &mut command);
+        let ran = Ran::from(command.output().unwrap()).expect(3);
+        assert!(ran.stderr.contains("help:  "), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn a_second_daemon_is_refused() {
+    let served = Served::new();
+    let mut command = served.host.command(&["serve"], &json!({}));
+    Served::places(&served.host, &mut command);
+    let ran = Ran::from(command.output().unwrap()).expect(1);
+    assert!(ran.stderr.contains("in use"), "{}", ran.stderr);
+}
+
+#[test]
+fn another_user_is_refused_with_4_and_a_sentence() {
+    if !rustix_is_root() {
+        println!("skipped: only root can become another user");
+        return;
+    }
+    let served = Served::new();
+    // The socket is made reachable; the test's own directory is closed to others.
+    std::fs::set_permissions(served.host.env.path("."), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
+    let copy = served.host.env.path("mhtraind-for-others");
+    std::fs::copy(env!("CARGO_BIN_EXE_mhtraind"), &copy).unwrap();
+    let ran = Command::new("setpriv")
+        .args(["--reuid", "61001", "--regid", "61001", "--clear-groups"])
+        .arg(&copy)
+        .args(["status", "--socket"])
+        .arg(served.host.env.path("daemon.sock"))
+        .env_clear()
+        .env("HOME", "/")
+        .output()
+        .unwrap();
+    let ran = Ran::from(ran).expect(4);
+    assert!(ran.stderr.contains("serves") && ran.stderr.contains("61001"), "{}", ran.stderr);
+}
+
+fn rustix_is_root() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    status.lines().any(|line| line.starts_with("Uid:\t0\t"))
+}
