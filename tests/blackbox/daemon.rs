@@ -332,7 +332,7 @@ fn a_second_daemon_is_refused() {
 
 #[test]
 fn another_user_is_refused_with_4_and_a_sentence() {
-    if !rustix_is_root() {
+    if !is_root() {
         println!("skipped: only root can become another user");
         return;
     }
@@ -355,7 +355,140 @@ fn another_user_is_refused_with_4_and_a_sentence() {
     assert!(ran.stderr.contains("serves") && ran.stderr.contains("61001"), "{}", ran.stderr);
 }
 
-fn rustix_is_root() -> bool {
+fn is_root() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     status.lines().any(|line| line.starts_with("Uid:\t0\t"))
+}
+
+/// Sends a request to the daemon's socket and returns the status and the body.
+fn ask(served: &Served, method: &str, path: &str, body: &str) -> (u16, String) {
+    use std::io::{Read, Write};
+    let mut stream = std::os::unix::net::UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}"
+    );
+    write!(stream, "{head}\r\n\r\n{body}").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+/// Asserts that `value` has what a schema of docs/openapi.json requires, with the types that it says.
+fn assert_schema(document: &Value, schema: &Value, value: &Value, at: &str) {
+    if let Some(name) = schema["$ref"].as_str() {
+        let found = document.pointer(name.trim_start_matches('#')).unwrap();
+        return assert_schema(document, found, value, at);
+    }
+    let types = match &schema["type"] {
+        Value::String(one) => vec![one.as_str()],
+        Value::Array(several) => several.iter().filter_map(Value::as_str).collect(),
+        _ => return,
+    };
+    let is = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(number) if number.is_f64() => "number",
+        Value::Number(_) => "integer",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    };
+    assert!(
+        types.contains(&is) || (is == "integer" && types.contains(&"number")),
+        "{at}: {value} is no {types:?}"
+    );
+    for name in schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        assert_schema(document, &schema["properties"][name], &value[name], &format!("{at}.{name}"));
+    }
+    for item in value.as_array().into_iter().flatten() {
+        assert_schema(document, &schema["items"], item, at);
+    }
+}
+
+#[test]
+fn the_openapi_file_and_the_server_agree() {
+    let root = crate::environment::root();
+    let text = std::fs::read_to_string(root.join("docs/openapi.json")).unwrap();
+    let document: Value = serde_json::from_str(&text).unwrap();
+    let routes = std::fs::read_to_string(root.join("crates/mhtraind/src/api/routes.rs")).unwrap();
+    let mut served_paths: Vec<&str> =
+        routes.split(".route(\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
+    let mut described: Vec<&str> =
+        document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+    served_paths.sort_unstable();
+    described.sort_unstable();
+    assert_eq!(described, served_paths);
+
+    let served = Served::new();
+    let id = served.submit(json!({}), &json!({}));
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let mut compared = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            // The job is needed until the end; what a submission answers is seen by every other test.
+            if method == "delete" || path == "/v1/jobs" && method == "post" {
+                continue;
+            }
+            let (status, body) = ask(&served, &method.to_uppercase(), &path.replace("{id}", &id), "{}");
+            let responses = operation["responses"].as_object().unwrap();
+            let known = responses.get(&status.to_string()).unwrap_or(&responses["default"]);
+            assert!(status != 404 && status != 405, "{method} {path}: {status} {body}");
+            if let Some(schema) = known.pointer("/content/application~1json/schema") {
+                let value = serde_json::from_str(&body).unwrap();
+                assert_schema(&document, schema, &value, &format!("{method} {path}"));
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared >= 9, "{compared} answers were compared");
+    assert_eq!(ask(&served, "GET", "/v1/nothing", "").0, 404);
+    assert_eq!(ask(&served, "POST", "/v1/jobs", "{").0, 400);
+    assert_eq!(ask(&served, "POST", "/v1/jobs", r#"{"job": {}, "cwd": "/", "umask": 18}"#).0, 400);
+}
+
+#[test]
+fn a_secret_reaches_the_trainers_environment_and_no_file_or_answer() {
+    let served = Served::new();
+    let canary = "canary-5b1f0c2e";
+    let secrets =
+        served.host.env.write(".config/mhtraind/secrets.env", format!("SWANLAB_API_KEY={canary}\n"));
+    std::fs::set_permissions(&secrets, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let oom = json!({"oom": {"capacity_gib": 24, "base_gib": 8, "per_sample_gib": 3, "at_step": 3},
+        "step_seconds": 0.2});
+    let id = served.submit(json!({"secrets": ["SWANLAB_API_KEY"]}), &oom);
+    let seen = std::cell::Cell::new(false);
+    served.wait_until("the end", |served| {
+        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+            let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
+            let holds = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains(canary);
+            assert!(!holds(&read("cmdline")), "a secret in the arguments of {}", entry.path().display());
+            seen.set(seen.get() || holds(&read("environ")));
+        }
+        matches!(served.state(&id).as_str(), "succeeded" | "failed")
+    });
+    assert!(seen.get(), "the trainer has it");
+    served.run(&["wait", &id]).expect(0);
+    assert_eq!(served.job(&id)["attempt"], 2);
+    for path in ["", "/receipt", "/series", "/follow", "/log?attempt=1", "/log?attempt=2"] {
+        let (status, body) = ask(&served, "GET", &format!("/v1/jobs/{id}{path}"), "");
+        assert_eq!(status, 200, "{path}: {body}");
+        assert!(!body.contains(canary), "{path}");
+    }
+    assert_no_file_holds(&served.host.env.path("."), canary, &secrets);
+}
+
+fn assert_no_file_holds(dir: &std::path::Path, canary: &str, except: &std::path::Path) {
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        let path = entry.path();
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            assert_no_file_holds(&path, canary, except);
+        } else if kind.is_file() && path.canonicalize().unwrap() != except.canonicalize().unwrap() {
+            let bytes = std::fs::read(&path).unwrap();
+            let found = bytes.windows(canary.len()).any(|window| window == canary.as_bytes());
+            assert!(!found, "{} holds the secret", path.display());
+        }
+    }
 }
