@@ -42,6 +42,8 @@ pub struct Nvml {
 pub struct Trainer {
     /// The command that people type.
     pub command: Vec<String>,
+    /// Whether the companion runs inside the trainer.
+    pub companion: bool,
 }
 
 /// `[sizing]`
@@ -192,6 +194,7 @@ mod tests {
     fn the_reference_is_a_complete_configuration() {
         let config = parse("").unwrap();
         assert_eq!(config.trainer.command, ["swift", "sft"]);
+        assert!(config.trainer.companion);
         assert!((config.sizing.oom_risk - 0.10).abs() < 1e-12);
     }
 

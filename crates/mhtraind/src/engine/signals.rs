@@ -17,6 +17,8 @@ pub enum StopCause {
     Hangup,
     /// The job's own `time_limit`.
     TimeLimit,
+    /// The file that the companion watches appeared.
+    StopFile,
 }
 
 impl fmt::Display for StopCause {
@@ -26,6 +28,7 @@ impl fmt::Display for StopCause {
             StopCause::Sigterm => "SIGTERM",
             StopCause::Hangup => "SIGHUP (the terminal was closed)",
             StopCause::TimeLimit => "its time limit",
+            StopCause::StopFile => "its stop file",
         })
     }
 }
@@ -34,7 +37,7 @@ impl StopCause {
     /// Returns how a foreground run ends that was stopped so.
     pub fn status(self) -> Status {
         match self {
-            StopCause::CtrlC => Status::Interrupted,
+            StopCause::CtrlC | StopCause::StopFile => Status::Interrupted,
             StopCause::Sigterm | StopCause::Hangup => Status::Terminated,
             StopCause::TimeLimit => Status::Failed,
         }
