@@ -365,10 +365,11 @@ fn ask(served: &Served, method: &str, path: &str, body: &str) -> (u16, String) {
     use std::io::{Read, Write};
     let mut stream = std::os::unix::net::UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
     let length = body.len();
-    let head = format!(
-        "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}"
+    let request = format!(
+        "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     );
-    write!(stream, "{head}\r\n\r\n{body}").unwrap();
+    // In one write: a server that answers without reading the body would close on the second.
+    stream.write_all(request.as_bytes()).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
@@ -431,7 +432,7 @@ fn the_openapi_file_and_the_server_agree() {
             if method == "delete" || path == "/v1/jobs" && method == "post" {
                 continue;
             }
-            let (status, body) = ask(&served, &method.to_uppercase(), &path.replace("{id}", &id), "{}");
+            let (status, body) = ask(&served, &method.to_uppercase(), &path.replace("{id}", &id), "");
             let responses = operation["responses"].as_object().unwrap();
             let known = responses.get(&status.to_string()).unwrap_or(&responses["default"]);
             assert!(status != 404 && status != 405, "{method} {path}: {status} {body}");

@@ -2,7 +2,7 @@
 
 Appends to the file ORDER_LOG one JSON line a micro-batch: {"step": the optimizer step that it belongs to, counted from
 1, "rows": how many, "longest": padded tokens, "ids": the NNNN of the rows' markers `<id NNNN>`}. Without ORDER_LOG it
-does nothing.
+does nothing. The companion's preflight is no training and is left out.
 """
 
 import functools
@@ -27,7 +27,8 @@ def write_down(trainer, input_ids, path):
 def wrap(original):
     @functools.wraps(original)
     def training_step(self, model, inputs, *args, **kwargs):
-        if os.environ.get("ORDER_LOG") and "input_ids" in inputs:
+        trains = not getattr(self, "mhtraind_preflight", False)
+        if trains and os.environ.get("ORDER_LOG") and "input_ids" in inputs:
             write_down(self, inputs["input_ids"], os.environ["ORDER_LOG"])
         return original(self, model, inputs, *args, **kwargs)
 

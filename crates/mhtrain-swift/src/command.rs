@@ -14,20 +14,21 @@ use mhtrain_sizing::tier::{Steps, Tier};
 use mhtrain_sizing::workload::{Dtype, TrainType};
 use serde_json::Value;
 
+use crate::companion::Launch;
 use crate::dialect::{Dialect, Line};
 
 /// The trainer's command as a person types it.
 pub const TRAINER_COMMAND: [&str; 2] = ["swift", "sft"];
 
 /// What [`exact_command`] may set beyond [`user_command`]: the flag or variable, and why. The list is closed.
-pub const EXACT_FLAGS: [(&str, &str); 11] = [
+pub const EXACT_FLAGS: [(&str, &str); 12] = [
     ("--output_dir", "the attempt's own directory inside the job's output_dir"),
     ("--add_version", "false: ms-swift adds no directory of its own below it"),
     (
         "--check_model",
         "false, unless the job sets it: the check asks a hub and costs about 20 s without network",
     ),
-    ("--external_plugins", "the supervisor's plugins beside the job's own"),
+    ("--external_plugins", "the companion, after the job's own plugins"),
     ("--resume_from_checkpoint", "from the second attempt on, where going on is sound"),
     (
         "--resume_only_model",
@@ -46,6 +47,10 @@ pub const EXACT_FLAGS: [(&str, &str); 11] = [
     (
         "PYTORCH_CUDA_ALLOC_CONF, PYTORCH_ALLOC_CONF",
         "without expandable segments where the attempt runs without them",
+    ),
+    (
+        "MHTRAIND_COMPANION_TELEMETRY, MHTRAIND_COMPANION_STOP",
+        "the companion's files: what it writes, and what asks it to stop",
     ),
 ];
 
@@ -118,8 +123,8 @@ pub struct AttemptFlags {
     pub resume_from: Option<PathBuf>,
     /// Whether only the weights of that checkpoint go on: optimizer and learning rate begin again.
     pub resume_only_model: bool,
-    /// Plugins of the supervisor.
-    pub plugins: Vec<PathBuf>,
+    /// The companion, where it runs inside the trainer.
+    pub companion: Option<Launch>,
     /// Whether the allocator may use expandable segments. A setting of the user's is never changed.
     pub expandable_segments: bool,
     /// Port of the process group; what [`Adjustment::NewPort`] asks the supervisor to choose.
@@ -234,7 +239,10 @@ pub fn exact_command(
     if !command.has("check_model") {
         command.push("check_model", vec!["false".to_owned()]);
     }
-    command.add_plugins(&flags.plugins);
+    if let Some(companion) = &flags.companion {
+        command.add_plugin(&companion.file);
+        command.env.extend(companion.environment());
+    }
     if let Some(checkpoint) = &flags.resume_from {
         command.replace("resume_from_checkpoint", vec![path_text(checkpoint)]);
         if flags.resume_only_model {
@@ -617,13 +625,11 @@ impl Command {
         self.push("dataloader_persistent_workers", vec!["false".to_owned()]);
     }
 
-    fn add_plugins(&mut self, plugins: &[PathBuf]) {
-        if plugins.is_empty() {
-            return;
-        }
+    /// Adds a plugin after the job's own. `custom_register_path` is another list on both lines and stays as it is.
+    fn add_plugin(&mut self, plugin: &Path) {
         let mine = self.parameters.iter().find(|(name, _)| name == "external_plugins");
         let mut words = mine.map(|(_, words)| words.clone()).unwrap_or_default();
-        words.extend(plugins.iter().map(|plugin| path_text(plugin)));
+        words.push(path_text(plugin));
         self.replace("external_plugins", words);
     }
 

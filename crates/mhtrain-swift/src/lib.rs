@@ -4,6 +4,7 @@
 
 pub mod checkpoint;
 pub mod command;
+pub mod companion;
 pub mod diagnosis;
 pub mod dialect;
 pub mod environment;

@@ -358,13 +358,13 @@ fn filtered_of(found: &Captures<'_>) -> Option<Filtered> {
 
 /// Bytes of a line that is not complete yet.
 #[derive(Clone, Debug, Default)]
-struct LineBuffer {
+pub(crate) struct LineBuffer {
     bytes: Vec<u8>,
 }
 
 impl LineBuffer {
     /// Hands every completed line to `take`; of a line over `longest` only the beginning.
-    fn push(
+    pub(crate) fn push(
         &mut self,
         bytes: &[u8],
         longest: usize,

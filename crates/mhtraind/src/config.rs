@@ -46,6 +46,8 @@ pub struct Trainer {
     pub command: Vec<String>,
     /// Variables of a submitter that the trainer gets; `NAME_*` stands for every name that begins so.
     pub pass_env: Vec<String>,
+    /// Whether the companion runs inside the trainer.
+    pub companion: bool,
 }
 
 impl Trainer {
@@ -242,6 +244,7 @@ mod tests {
     fn the_reference_is_a_complete_configuration() {
         let config = parse("").unwrap();
         assert_eq!(config.trainer.command, ["swift", "sft"]);
+        assert!(config.trainer.companion);
         assert!((config.sizing.oom_risk - 0.10).abs() < 1e-12);
     }
 

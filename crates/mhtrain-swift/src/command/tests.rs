@@ -239,12 +239,16 @@ fn an_attempt_adds_the_closed_list_and_nothing_else() {
         output_dir: "/out/attempt-2".into(),
         resume_from: Some("/out/attempt-1/checkpoint-6".into()),
         resume_only_model: false,
-        plugins: vec!["/run/companion.py".into()],
+        companion: Some(Launch {
+            file: "/run/mhtraind_companion.py".into(),
+            telemetry: "/run/telemetry.jsonl".into(),
+            stop_file: "/run/stop".into(),
+        }),
         expandable_segments: true,
         master_port: Some(29_600),
         adjustments: vec![Adjustment::DataloaderWorkers(2), Adjustment::RecipeStable],
     };
-    let extra = json!({"args": {"external_plugins": "mine.py", "learning_rate": 3e-4}});
+    let extra = json!({"args": {"external_plugins": "mine.py", "custom_register_path": "models.py", "learning_rate": 3e-4}});
     let call = exact(extra.clone(), &flags);
     assert_eq!(call.argv[..2], ["/env/bin/python", "/env/swift/cli/sft.py"]);
     assert_eq!(value(&call, "output_dir"), Some("/out/attempt-2"));
@@ -254,7 +258,10 @@ fn an_attempt_adds_the_closed_list_and_nothing_else() {
     assert_eq!(value(&call, "learning_rate"), Some("3e-4"), "a pin is stronger than an adjustment");
     assert_eq!((value(&call, "warmup_ratio"), value(&call, "max_grad_norm")), (Some("0.15"), Some("0.5")));
     let at = call.argv.iter().position(|word| word == "--external_plugins").unwrap();
-    assert_eq!(call.argv[at + 1..at + 3], ["mine.py", "/run/companion.py"]);
+    assert_eq!(call.argv[at + 1..at + 3], ["mine.py", "/run/mhtraind_companion.py"]);
+    assert_eq!(value(&call, "custom_register_path"), Some("models.py"), "another list, left alone");
+    assert_eq!(call.env["MHTRAIND_COMPANION_TELEMETRY"], "/run/telemetry.jsonl");
+    assert_eq!(call.env["MHTRAIND_COMPANION_STOP"], "/run/stop");
     assert_eq!(call.env["MASTER_PORT"], "29600");
 
     let typed = user(extra);

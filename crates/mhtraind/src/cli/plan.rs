@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::output;
 use crate::config::Config;
+use crate::engine::companion;
 use crate::engine::origin::Origin;
 use crate::engine::prepare::{self, Candidate, Datasets, Host, Prepared};
 use crate::failure::{Failure, Status};
@@ -197,8 +198,10 @@ pub fn typed(prepared: &Prepared) -> Result<Invocation, Failure> {
 
 /// Returns the command of a first attempt at the chosen rung.
 fn exact(prepared: &Prepared, config: &Config) -> Result<Invocation, Failure> {
+    let output_dir = prepare::output_dir(&prepared.spec, &prepare::working_dir()?);
     let flags = AttemptFlags {
-        output_dir: prepare::output_dir(&prepared.spec, &prepare::working_dir()?).join("attempt-1"),
+        companion: companion::planned(&output_dir, config),
+        output_dir: output_dir.join("attempt-1"),
         expandable_segments: true,
         ..AttemptFlags::default()
     };

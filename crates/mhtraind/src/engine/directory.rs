@@ -166,12 +166,12 @@ impl JobDirectory {
         Ok(())
     }
 
-    /// Writes the job as it was understood, in the same way.
+    /// Writes one of our own files, in the same way.
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn write_job(&self, bytes: &[u8]) -> Result<(), Failure> {
-        let path = self.private.join("job.json");
+    pub fn write_private(&self, relative: &str, bytes: &[u8]) -> Result<(), Failure> {
+        let path = self.private.join(relative);
         write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))
     }
 }

@@ -7,9 +7,11 @@ use std::path::Path;
 
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::log_tail::LogTail;
+use mhtrain_swift::companion::Telemetry;
 use mhtrain_swift::diagnosis::Diagnoser;
 use mhtrain_swift::progress::{StderrWatch, TrainerLog};
 
+use super::companion::telemetry_file;
 use super::screen::Glance;
 
 /// The eyes on one attempt.
@@ -17,12 +19,15 @@ use super::screen::Glance;
 pub struct Follower {
     output: LogTail,
     metrics: LogTail,
+    reports: LogTail,
     /// What `logging.jsonl` says.
     pub log: TrainerLog,
     /// What the output says about rows and steps.
     pub watch: StderrWatch,
     /// What the output says about a death.
     pub diagnoser: Diagnoser,
+    /// What the companion reports.
+    pub telemetry: Telemetry,
     /// Most memory that NVML showed for the trainer.
     pub peak: Option<Bytes>,
     /// What NVML showed last.
@@ -30,14 +35,18 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Returns eyes on the trainer's output file and the directory that it trains in.
+    /// Returns eyes on the trainer's output file, beside which the companion reports, and the directory that it
+    /// trains in.
     pub fn new(output: &Path, output_dir: &Path) -> Follower {
+        let record = output.parent().unwrap_or(output);
         Follower {
             output: LogTail::new(output),
             metrics: LogTail::new(output_dir.join("logging.jsonl")),
+            reports: LogTail::new(telemetry_file(record)),
             log: TrainerLog::new(),
             watch: StderrWatch::new(),
             diagnoser: Diagnoser::new(),
+            telemetry: Telemetry::new(),
             peak: None,
             used: None,
         }
@@ -45,23 +54,25 @@ impl Follower {
 
     /// Reads what is new, a bounded amount of it.
     pub fn look(&mut self) -> std::io::Result<()> {
-        let Follower { output, metrics, log, watch, diagnoser, .. } = self;
+        let Follower { output, metrics, reports, log, watch, diagnoser, telemetry, .. } = self;
         output.read_new(|bytes| {
             watch.push_bytes(bytes);
             diagnoser.push_bytes(bytes);
         })?;
         metrics.read_new(|bytes| log.push_bytes(bytes))?;
+        reports.read_new(|bytes| telemetry.push_bytes(bytes))?;
         Ok(())
     }
 
     /// Reads what is left after the last writer is gone.
     pub fn look_to_the_end(&mut self) -> std::io::Result<()> {
-        let Follower { output, metrics, log, watch, diagnoser, .. } = self;
+        let Follower { output, metrics, reports, log, watch, diagnoser, telemetry, .. } = self;
         output.drain(|bytes| {
             watch.push_bytes(bytes);
             diagnoser.push_bytes(bytes);
         })?;
         metrics.drain(|bytes| log.push_bytes(bytes))?;
+        reports.drain(|bytes| telemetry.push_bytes(bytes))?;
         Ok(())
     }
 
@@ -77,6 +88,7 @@ impl Follower {
         let logged = self.log.latest();
         let bar = self.watch.bar();
         let step = logged.map_or(0, |p| p.step).max(bar.as_ref().map_or(0, |b| b.step));
+        let step = step.max(self.telemetry.times().step);
         let max_steps = logged.map(|p| p.max_steps).or(bar.as_ref().map(|b| b.max_steps));
         let remaining = bar.as_ref().and_then(|b| b.remaining).or(logged.and_then(|p| p.remaining));
         Glance {

@@ -33,6 +33,7 @@ use mhtrain_swift::diagnosis::ExitFacts;
 use mhtrain_swift::environment::TrainerEnvironment;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
 
+use super::companion::{self, Companion};
 use super::directory::JobDirectory;
 use super::follow::Follower;
 use super::journal::{Journal, now};
@@ -153,6 +154,7 @@ struct Job<'a> {
     prepared: Prepared,
     environment: TrainerEnvironment,
     directory: JobDirectory,
+    companion: Companion,
     journal: Journal,
     receipt: Receipt,
     card: WatchedCard,
@@ -185,7 +187,7 @@ impl<'a> Job<'a> {
         receipt.record_plan(&prepared.plan);
         receipt.notes.splice(0..0, prepared.notes.iter().cloned());
         let pretty = serde_json::to_vec_pretty(&job).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
-        directory.write_job(&pretty)?;
+        directory.write_private("job.json", &pretty)?;
         let mut policy = Policy::for_job(
             spec,
             expandable_segments(&prepared),
@@ -198,8 +200,10 @@ impl<'a> Job<'a> {
             WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
         // Somebody asked for the end while nobody was there to bring it about.
         let stop = journal.state().stop().is_some().then_some(StopCause::Cancel);
+        let companion = Companion::prepare(&directory, &environment, config);
         Ok(Job {
             config,
+            companion,
             environment,
             directory,
             journal,
@@ -520,7 +524,7 @@ impl<'a> Job<'a> {
             old: &old,
             new: tier,
             restores_train_batch_size: self.prepared.dialect.restores_checkpoint_batch(),
-            replays_first_epoch: self.prepared.dialect.replays_first_epoch(),
+            replays_first_epoch: self.replays_first_epoch(),
             steps_per_epoch: self.steps_per_epoch(tier),
             allow_restart: self.prepared.spec.allow.restart,
             corrupt_steps: &corrupt_steps,
@@ -627,11 +631,17 @@ impl<'a> Job<'a> {
         Some(proof::steps_per_epoch(rows, tier.micro_batch, tier.accumulation, tier.world_size))
     }
 
+    /// Returns whether the next trainer, resumed inside a later epoch, would replay the rows of the first.
+    fn replays_first_epoch(&self) -> bool {
+        let records = self.receipt.attempts.iter().map(|note| self.directory.record(note.attempt));
+        self.companion.replays_first_epoch(&self.prepared.dialect, &self.environment, records)
+    }
+
     /// Returns the rows of the train set as an earlier attempt's log told them.
     fn known_rows(&self) -> Option<u64> {
         let mut follower = Follower::new(&self.output_of(self.last_start()?.attempt), Path::new("."));
         follower.look_to_the_end().ok()?;
-        follower.watch.train_rows()
+        rows(&follower)
     }
 
     /// Returns the file that holds an attempt's standard output and standard error.
@@ -650,7 +660,7 @@ impl<'a> Job<'a> {
             output_dir,
             resume_only_model: matches!(&start.resume, Some(resume) if resume.kind == ResumeKind::WeightsOnly),
             resume_from: checkpoint,
-            plugins: Vec::new(),
+            companion: self.companion.launch(&self.directory.record(start.attempt)),
             expandable_segments: true,
             master_port: if new_port { free_port() } else { None },
             adjustments: start.adjustments.clone(),
@@ -766,6 +776,10 @@ impl<'a> Job<'a> {
         follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
         self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
         self.screen.end_bar();
+        companion::clean_up(&self.directory.attempt(start.attempt));
+        if follower.telemetry.stopped_at().is_some() {
+            self.stop = self.stop.or(Some(StopCause::StopFile));
+        }
         let exit = match end.map(|(ended, _)| ended) {
             Some(TrainerEnd::Code(code)) => Exit::Code { code: *code },
             Some(TrainerEnd::Signal(signal)) => Exit::Signal { signal: *signal },
@@ -855,6 +869,7 @@ impl<'a> Job<'a> {
             self.last_good_step = self.last_good_step.max(Some(good));
         }
         let proven = self.prove(start, exit, follower);
+        self.warn_of_companion(start, follower);
         if diagnosis.kind != Kind::Diverged {
             if let Ok(proof) = proven {
                 return self.succeeded(start, &proof, follower);
@@ -872,6 +887,15 @@ impl<'a> Job<'a> {
         }
         self.screen.say(format!("attempt {} ended: {}", start.attempt, diagnose::for_people(diagnosis)));
         self.answer(diagnosis, proven.err(), pids)
+    }
+
+    fn warn_of_companion(&mut self, start: &AttemptStart, follower: &Follower) {
+        let steps = self.steps_per_epoch(&start.tier);
+        for warning in self.companion.warnings(start, follower, &self.prepared.dialect, steps) {
+            if !self.receipt.warnings.contains(&warning) {
+                self.warn(warning);
+            }
+        }
     }
 
     fn answer(
@@ -1079,9 +1103,11 @@ fn last_step(follower: &Follower) -> Option<u64> {
     Some(follower.glance(None).step).filter(|step| *step > 0)
 }
 
-/// Returns the rows of the train set after filtering and packing, as the trainer's own log tells them.
+/// Returns the rows of the train set after filtering and packing: as the companion counted them, else as the
+/// trainer's own log tells them.
 fn rows(follower: &Follower) -> Option<u64> {
-    follower.watch.train_rows().or_else(|| follower.log.summary()?.train_rows)
+    let counted = follower.telemetry.rows().or_else(|| follower.watch.train_rows());
+    counted.or_else(|| follower.log.summary()?.train_rows)
 }
 
 /// Returns a process and everything that came from it.

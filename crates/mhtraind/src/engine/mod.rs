@@ -2,6 +2,7 @@
 //!
 //! `local` runs one job on this host, in the foreground; a queue and other places come around it later.
 
+pub mod companion;
 pub mod directory;
 pub mod examine;
 pub mod follow;

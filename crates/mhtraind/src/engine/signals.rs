@@ -20,6 +20,8 @@ pub enum StopCause {
     TimeLimit,
     /// `mhtraind cancel`.
     Cancel,
+    /// The file that the companion watches appeared.
+    StopFile,
 }
 
 impl fmt::Display for StopCause {
@@ -30,6 +32,7 @@ impl fmt::Display for StopCause {
             StopCause::Hangup => "SIGHUP (the terminal was closed)",
             StopCause::TimeLimit => "its time limit",
             StopCause::Cancel => "cancel",
+            StopCause::StopFile => "its stop file",
         })
     }
 }
@@ -38,7 +41,7 @@ impl StopCause {
     /// Returns how a foreground run ends that was stopped so.
     pub fn status(self) -> Status {
         match self {
-            StopCause::CtrlC => Status::Interrupted,
+            StopCause::CtrlC | StopCause::StopFile => Status::Interrupted,
             StopCause::Sigterm | StopCause::Hangup => Status::Terminated,
             StopCause::TimeLimit | StopCause::Cancel => Status::Failed,
         }
