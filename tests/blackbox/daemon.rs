@@ -234,6 +234,57 @@ fn cancel_ends_a_running_and_a_waiting_job_and_retry_goes_on() {
 }
 
 #[test]
+fn a_retry_goes_on_with_its_own_job_through_other_retries_and_other_jobs() {
+    let served = Served::new();
+    let slow = json!({"step_seconds": 0.2});
+    let first = served.submit(json!({}), &slow);
+    served.wait_until("a saved step", |served| served.job(&first)["progress"]["step"].as_u64() >= Some(4));
+    served.run(&["cancel", &first]).expect(0);
+    served.run(&["wait", &first]).expect(1);
+    // Another job in the same place, with later checkpoints of its own.
+    served.host.env.write("other.jsonl", std::fs::read(served.host.env.path("train.jsonl")).unwrap());
+    let other = served.submit(json!({"dataset": "other.jsonl"}), &slow);
+    served.wait_until("a later step", |served| served.job(&other)["progress"]["step"].as_u64() >= Some(7));
+    served.run(&["cancel", &other]).expect(0);
+    served.run(&["wait", &other]).expect(1);
+    // A retry that never started, and one of it.
+    served.run(&["drain"]).expect(0);
+    let second = served.run(&["retry", &first]).expect(0).stdout.trim().to_owned();
+    served.run(&["cancel", &second]).expect(0);
+    served.run(&["undrain"]).expect(0);
+    let third = served.run(&["retry", &second]).expect(0).stdout.trim().to_owned();
+    served.run(&["wait", &third, "--timeout", "60"]).expect(0);
+    let resume = served.receipt(&third)["attempts"][0]["resume"].clone();
+    assert_eq!((resume["kind"].as_str(), resume["from_step"].as_u64()), (Some("exact"), Some(3)), "{resume}");
+    assert!(resume["checkpoint"].as_str().unwrap().contains("previous-1/"), "{resume}");
+}
+
+#[test]
+fn a_client_that_hangs_up_leaves_no_job_behind_that_nobody_runs() {
+    use std::io::Write;
+    let served = Served::new();
+    served.run(&["drain"]).expect(0);
+    for number in 0..20u64 {
+        served.host.job(json!({"output_dir": format!("out{number}")}));
+        let job: Value =
+            serde_json::from_slice(&std::fs::read(served.host.env.path("job.json")).unwrap()).unwrap();
+        let cwd = served.host.env.path(".");
+        let body = json!({"job": job, "cwd": cwd, "umask": 18}).to_string();
+        let mut stream =
+            std::os::unix::net::UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
+        let length = body.len();
+        write!(stream, "POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n{body}")
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(number * 2));
+    }
+    served.wait_until("every stored job to stand in the queue", |served| {
+        let stored = served.run(&["status", "--json"]).expect(0).json()["jobs"].as_array().unwrap().len();
+        let about: Value = serde_json::from_str(&ask(served, "GET", "/v1/daemon", "").1).unwrap();
+        stored > 0 && about["queued"].as_u64() == Some(stored as u64)
+    });
+}
+
+#[test]
 fn a_cancel_outlives_the_daemon_that_heard_it() {
     let mut served = Served::new();
     let id = served.submit(json!({}), &json!({"step_seconds": 0.5, "on_sigterm": "ignore"}));

@@ -17,6 +17,8 @@ pub struct QueuedJob {
     pub id: u64,
     /// Higher goes first.
     pub priority: i32,
+    /// Where everything of it goes.
+    pub output_dir: String,
     /// Jobs that must have succeeded before.
     pub after: Vec<Dependency>,
     /// What each device that it may take offers.
@@ -102,6 +104,15 @@ impl Rank {
     }
 }
 
+/// What jobs of ours have: each thing with the id of its job.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leases {
+    /// Devices, by UUID.
+    pub devices: BTreeMap<String, u64>,
+    /// Output directories.
+    pub output_dirs: BTreeMap<String, u64>,
+}
+
 /// What becomes of a queued job now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -124,25 +135,23 @@ pub enum Verdict {
     },
 }
 
-/// Returns what becomes of every queued job, best placed first.
-///
-/// `leased` are the devices that a job of ours has, by UUID with that job's id. `drained`: nothing may start.
-pub fn decide(queue: &[QueuedJob], leased: &BTreeMap<String, u64>, drained: bool) -> Vec<(u64, Verdict)> {
+/// Returns what becomes of every queued job, best placed first. `drained`: nothing may start.
+pub fn decide(queue: &[QueuedJob], leases: &Leases, drained: bool) -> Vec<(u64, Verdict)> {
     let mut order: Vec<&QueuedJob> = queue.iter().collect();
     order.sort_by_key(|job| (Reverse(job.priority), job.id));
-    let mut devices = Devices { taken: leased.clone(), first_in_line: BTreeMap::new() };
-    order.into_iter().map(|job| (job.id, verdict(job, &mut devices, drained))).collect()
+    let mut places = Places { taken: leases.clone(), first_in_line: BTreeMap::new() };
+    order.into_iter().map(|job| (job.id, verdict(job, &mut places, drained))).collect()
 }
 
-/// Devices while a queue is looked through.
-struct Devices {
-    /// Who has a device.
-    taken: BTreeMap<String, u64>,
+/// Places while a queue is looked through.
+struct Places {
+    /// Who has a device or a directory.
+    taken: Leases,
     /// Who is first in line for a device, and so is not overtaken there.
     first_in_line: BTreeMap<String, u64>,
 }
 
-fn verdict(job: &QueuedJob, devices: &mut Devices, drained: bool) -> Verdict {
+fn verdict(job: &QueuedJob, places: &mut Places, drained: bool) -> Verdict {
     if let Some(lost) = job.after.iter().find(|other| other.state == DependencyState::Never) {
         return Verdict::Fail {
             reason: format!("job {}, which must succeed before it, did not", lost.id),
@@ -166,24 +175,28 @@ fn verdict(job: &QueuedJob, devices: &mut Devices, drained: bool) -> Verdict {
             reason: "the daemon is drained: nothing starts until `mhtraind undrain`".to_owned(),
         };
     }
+    if let Some(other) = places.taken.output_dirs.get(&job.output_dir) {
+        return Verdict::Wait { reason: format!("job {other} works in the same output_dir") };
+    }
     let free = |offer: &&Offer| {
-        !devices.taken.contains_key(&offer.device) && !devices.first_in_line.contains_key(&offer.device)
+        !places.taken.devices.contains_key(&offer.device) && !places.first_in_line.contains_key(&offer.device)
     };
     let now = job.offers.iter().filter(free).filter_map(|offer| match &offer.fit {
         Fit::Now(rank) => Some((*rank, offer)),
         Fit::Later { .. } | Fit::Never { .. } | Fit::Unusable { .. } => None,
     });
     if let Some((_, offer)) = now.max_by_key(|(rank, _)| *rank) {
-        devices.taken.insert(offer.device.clone(), job.id);
+        places.taken.devices.insert(offer.device.clone(), job.id);
+        places.taken.output_dirs.insert(job.output_dir.clone(), job.id);
         return Verdict::Start { device: offer.device.clone() };
     }
-    let reason = why_not(job, devices);
+    let reason = why_not(job, places);
     let line = job.offers.iter().filter_map(|offer| match &offer.fit {
         Fit::Now(rank) | Fit::Later { rank, .. } => Some((*rank, &offer.device)),
         Fit::Never { .. } | Fit::Unusable { .. } => None,
     });
     if let Some((_, device)) = line.max_by_key(|(rank, _)| *rank) {
-        devices.first_in_line.entry(device.clone()).or_insert(job.id);
+        places.first_in_line.entry(device.clone()).or_insert(job.id);
     }
     Verdict::Wait { reason }
 }
@@ -206,19 +219,19 @@ fn never_fits(job: &QueuedJob) -> Option<Verdict> {
 }
 
 /// Returns why a job does not start, device for device.
-fn why_not(job: &QueuedJob, devices: &Devices) -> String {
+fn why_not(job: &QueuedJob, places: &Places) -> String {
     if job.offers.is_empty() {
         return "no GPU can be used now".to_owned();
     }
     let reasons = job.offers.iter().map(|offer| {
         let name = &offer.name;
-        if let Some(other) = devices.taken.get(&offer.device) {
+        if let Some(other) = places.taken.devices.get(&offer.device) {
             return format!("{name} runs job {other}");
         }
         match &offer.fit {
             Fit::Unusable { why } => why.clone(),
             Fit::Never { why, .. } => format!("{name} is too small: {why}"),
-            Fit::Now(_) => match devices.first_in_line.get(&offer.device) {
+            Fit::Now(_) => match places.first_in_line.get(&offer.device) {
                 Some(other) => format!("job {other} is first in line for {name}"),
                 None => format!("{name} is not free"),
             },
@@ -262,7 +275,11 @@ mod tests {
     }
 
     fn job(id: u64, offers: Vec<Offer>) -> QueuedJob {
-        QueuedJob { id, priority: 0, after: Vec::new(), offers }
+        QueuedJob { id, priority: 0, output_dir: format!("out-{id}"), after: Vec::new(), offers }
+    }
+
+    fn lease(id: u64) -> Leases {
+        Leases { devices: BTreeMap::from([("0".to_owned(), id)]), ..Leases::default() }
     }
 
     fn started(verdicts: &[(u64, Verdict)]) -> Vec<(u64, String)> {
@@ -286,10 +303,10 @@ mod tests {
         let mut urgent = job(9, vec![now("0", 8, 80)]);
         urgent.priority = 1;
         let queue = [job(3, vec![now("0", 8, 80)]), urgent, job(2, vec![now("0", 8, 80)])];
-        let verdicts = decide(&queue, &BTreeMap::new(), false);
+        let verdicts = decide(&queue, &Leases::default(), false);
         assert_eq!(started(&verdicts), [(9, "0".to_owned())]);
         assert_eq!(reason(&verdicts, 2), "GPU 0 runs job 9");
-        let leased = BTreeMap::from([("0".to_owned(), 1)]);
+        let leased = lease(1);
         assert_eq!(started(&decide(&queue, &leased, false)), []);
     }
 
@@ -297,18 +314,18 @@ mod tests {
     fn auto_takes_the_best_rung_then_the_most_free() {
         let offers = vec![now("0", 4, 80), now("1", 8, 30), now("2", 8, 60)];
         assert_eq!(
-            started(&decide(&[job(1, offers.clone())], &BTreeMap::new(), false)),
+            started(&decide(&[job(1, offers.clone())], &Leases::default(), false)),
             [(1, "2".to_owned())]
         );
         let queue = [job(1, offers.clone()), job(2, offers.clone()), job(3, offers)];
-        let places: Vec<_> = started(&decide(&queue, &BTreeMap::new(), false));
+        let places: Vec<_> = started(&decide(&queue, &Leases::default(), false));
         assert_eq!(places, [(1, "2".to_owned()), (2, "1".to_owned()), (3, "0".to_owned())]);
     }
 
     #[test]
     fn who_waits_for_memory_is_told_the_numbers_and_is_not_overtaken_there() {
         let queue = [job(1, vec![later("0")]), job(2, vec![now("0", 8, 40)]), job(3, vec![now("1", 8, 40)])];
-        let verdicts = decide(&queue, &BTreeMap::new(), false);
+        let verdicts = decide(&queue, &Leases::default(), false);
         assert_eq!(started(&verdicts), [(3, "1".to_owned())]);
         let told = reason(&verdicts, 1);
         assert_eq!(told, "needs 62.00 GiB on one GPU; GPU 0 has 40.00 GiB free, held by pid 4121 of alice");
@@ -319,7 +336,7 @@ mod tests {
     fn what_never_fits_fails_at_once_even_when_drained_or_all_is_leased() {
         let fit = Fit::Never { why: "needs 90 GiB, the card has 80".to_owned(), help: None };
         let never = Offer { device: "0".to_owned(), name: "GPU 0".to_owned(), fit };
-        let leased = BTreeMap::from([("0".to_owned(), 7)]);
+        let leased = lease(7);
         let verdicts = decide(&[job(1, vec![never.clone()]), job(2, vec![never, later("1")])], &leased, true);
         assert!(matches!(verdicts[0].1, Verdict::Fail { .. }));
         assert!(matches!(verdicts[1].1, Verdict::Wait { .. }));
@@ -330,7 +347,7 @@ mod tests {
         let after = |state| {
             let mut job = job(2, vec![now("0", 8, 80)]);
             job.after = vec![Dependency { id: 1, state }];
-            decide(&[job], &BTreeMap::new(), false)
+            decide(&[job], &Leases::default(), false)
         };
         assert_eq!(reason(&after(DependencyState::Pending), 2), "waits for job 1 to succeed");
         assert!(matches!(after(DependencyState::Never)[0].1, Verdict::Fail { .. }));
@@ -338,8 +355,17 @@ mod tests {
     }
 
     #[test]
+    fn one_job_an_output_directory() {
+        let mut second = job(2, vec![now("1", 8, 80)]);
+        second.output_dir = "out-1".to_owned();
+        let verdicts = decide(&[job(1, vec![now("0", 8, 80)]), second], &Leases::default(), false);
+        assert_eq!(started(&verdicts), [(1, "0".to_owned())]);
+        assert_eq!(reason(&verdicts, 2), "job 1 works in the same output_dir");
+    }
+
+    #[test]
     fn a_drained_daemon_starts_nothing() {
-        assert_eq!(started(&decide(&[job(1, vec![now("0", 8, 80)])], &BTreeMap::new(), true)), []);
+        assert_eq!(started(&decide(&[job(1, vec![now("0", 8, 80)])], &Leases::default(), true)), []);
     }
 
     mod laws {
@@ -371,12 +397,13 @@ mod tests {
                 let queue: Vec<_> = (1..).zip(all).map(|(id, (offers, priority))| QueuedJob {
                     priority, ..job(id, offers)
                 }).collect();
-                let leased: BTreeMap<_, _> = lease.map(|device| (device.to_string(), 99)).into_iter().collect();
+                let devices = lease.map(|device| (device.to_string(), 99)).into_iter().collect();
+                let leased = Leases { devices, ..Leases::default() };
                 let verdicts = decide(&queue, &leased, false);
                 prop_assert_eq!(verdicts.len(), queue.len());
                 let mut given = BTreeSet::new();
                 for (_, device) in started(&verdicts) {
-                    prop_assert!(!leased.contains_key(&device));
+                    prop_assert!(!leased.devices.contains_key(&device));
                     prop_assert!(given.insert(device));
                 }
             }

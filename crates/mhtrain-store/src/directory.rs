@@ -10,9 +10,10 @@
 //! All of mode 0600. The directory may be searched by others (0711), because other things may live in it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
@@ -179,16 +180,27 @@ fn network_file_system(magic: i64) -> Option<&'static str> {
     })
 }
 
-/// Takes the lock and writes this process into it. Never waits.
+/// How long the lock of a dead process may still be held: a child that it was about to execute has the descriptor until
+/// that exec.
+const ORPHANED_LOCK: Duration = Duration::from_secs(3);
+
+/// Takes the lock and writes this process into it. Waits only for what a dead process left behind.
 fn lock(directory: &Path) -> Result<File, StoreError> {
     let path = directory.join(LOCK);
     let mut file = options().create(true).open(&path).map_err(StoreError::io("open", &path))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => {
-            return Err(StoreError::Busy { directory: directory.to_owned(), pid: read_pid(&file) });
+    let until = Instant::now() + ORPHANED_LOCK;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(Errno::WOULDBLOCK) => {
+                let pid = read_pid(&file);
+                if Instant::now() >= until || pid.is_none_or(is_running) {
+                    return Err(StoreError::Busy { directory: directory.to_owned(), pid });
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(StoreError::io("lock", &path)(error.into())),
         }
-        Err(error) => return Err(StoreError::io("lock", &path)(error.into())),
     }
     file.set_len(0)
         .and_then(|()| writeln!(file, "{}", std::process::id()))
@@ -196,10 +208,15 @@ fn lock(directory: &Path) -> Result<File, StoreError> {
     Ok(file)
 }
 
+/// Returns whether there is such a process; whoever belongs to somebody else is one too.
+fn is_running(pid: u32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
+}
+
 fn read_pid(file: &File) -> Option<u32> {
-    let mut text = String::new();
-    file.take(32).read_to_string(&mut text).ok()?;
-    text.trim().parse().ok()
+    let mut bytes = [0; 32];
+    let count = file.read_at(&mut bytes, 0).ok()?;
+    std::str::from_utf8(&bytes[..count]).ok()?.trim().parse().ok()
 }
 
 /// A link is never followed: nobody but the owner can make one here, and the owner should not.

@@ -217,6 +217,37 @@ impl Attempt {
         &self.record
     }
 
+    /// Gives the attempt up if no recorder has come up yet, for good: a recorder that comes later finds itself recorded
+    /// as nobody and ends. Returns whether it was given up; if not, the recorder is up, or comes up within the time that
+    /// recorders have.
+    ///
+    /// For a launch that was cut off by the death of the process that launched.
+    ///
+    /// # Errors
+    /// When the record cannot be read or written.
+    pub fn abandon_unrecorded(&self) -> Result<bool, RecordError> {
+        let until = Instant::now() + RECORDER_UP_WITHIN;
+        loop {
+            if self.record.recorder()?.is_some() {
+                return Ok(false);
+            }
+            // A recorder takes this lock before it says who it is, and holds it while it lives.
+            match self.record.lock() {
+                Ok(_held) => {
+                    if self.record.recorder()?.is_some() {
+                        return Ok(false);
+                    }
+                    self.record.write_recorder(&ProcessIdentity::nobody())?;
+                    return Ok(true);
+                }
+                Err(RecordError::Used { .. }) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Returns where the attempt stands now.
     ///
     /// # Errors

@@ -31,6 +31,11 @@ impl ProcessIdentity {
         Ok(ProcessIdentity { pid, start_time: Stat::of(pid)?.start_time, boot_id: boot_id()?.to_owned() })
     }
 
+    /// Returns the identity of a process that never was.
+    pub(crate) fn nobody() -> ProcessIdentity {
+        ProcessIdentity { pid: 0, start_time: 0, boot_id: String::new() }
+    }
+
     /// Returns the identity of the process that asks.
     ///
     /// # Errors

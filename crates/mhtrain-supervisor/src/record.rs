@@ -169,6 +169,12 @@ impl RecordError {
         }
     }
 
+    /// Returns whether what was looked for is not there.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, RecordError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RecordError {
         move |source| RecordError::Io { action, path: path.to_owned(), source }
     }

@@ -472,6 +472,25 @@ fn trainer_and_recorder_are_in_sessions_of_their_own() {
 }
 
 #[test]
+fn an_attempt_without_a_recorder_can_be_given_up_for_good() {
+    let lab = Lab::new(": > $D/ran");
+    let attempt = lab.launch();
+    exit(&attempt);
+    assert!(!attempt.abandon_unrecorded().unwrap(), "a recorder was there");
+    // As a launch leaves it that was cut off: the wish and nothing else.
+    for file in ["recorder.json", "trainer.json", "exit.json"] {
+        fs::remove_file(lab.path("record").join(file)).unwrap();
+    }
+    fs::remove_file(lab.path("ran")).unwrap();
+    assert!(attempt.abandon_unrecorded().unwrap());
+    // The recorder that comes too late starts nothing.
+    let status = Command::new(exe()).arg("recorder").arg(lab.path("record")).envs(&lab.env).status().unwrap();
+    assert!(!status.success());
+    assert!(!lab.path("ran").exists());
+    assert_eq!(attempt.state().unwrap(), AttemptState::Lost { trainer_alive: false });
+}
+
+#[test]
 fn a_record_directory_serves_one_attempt() {
     let lab = Lab::new("exit 0");
     exit(&lab.launch());

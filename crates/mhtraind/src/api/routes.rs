@@ -41,6 +41,10 @@ const BODY_BYTES_MAX: usize = 11 << 20;
 /// Most jobs of one page.
 const PAGE_MAX: u32 = 1000;
 
+/// Names of the states of a job.
+const STATES: [&str; 8] =
+    ["queued", "waiting", "starting", "running", "recovering", "succeeded", "failed", "cancelled"];
+
 /// How often a followed log is read when nothing tells of news.
 const LOG_LOOK: Duration = Duration::from_millis(300);
 
@@ -125,6 +129,12 @@ async fn admit(
     Ok(next.run(request).await)
 }
 
+/// Does something to its end even when the client hangs up: a task of its own is not dropped with the connection.
+async fn to_the_end<T: Send + 'static>(work: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|e| Err(Failure::new(Status::Bug, "request_panicked", e).into()))
+}
+
 async fn unknown_route(request: Request) -> ApiError {
     let what = format!("there is nothing at {} {}", request.method(), request.uri().path());
     ApiError(Failure::new(Status::NotFound, "unknown_route", what))
@@ -141,13 +151,19 @@ async fn about(State(daemon): State<Arc<Daemon>>) -> Json<DaemonView> {
 }
 
 async fn drain(State(daemon): State<Arc<Daemon>>) -> Answer<Json<DaemonView>> {
-    daemon.set_drained(true).await?;
-    Ok(about(State(daemon)).await)
+    set_drained(daemon, true).await
 }
 
 async fn undrain(State(daemon): State<Arc<Daemon>>) -> Answer<Json<DaemonView>> {
-    daemon.set_drained(false).await?;
-    Ok(about(State(daemon)).await)
+    set_drained(daemon, false).await
+}
+
+async fn set_drained(daemon: Arc<Daemon>, drained: bool) -> Answer<Json<DaemonView>> {
+    to_the_end(async move {
+        daemon.set_drained(drained).await?;
+        Ok(about(State(daemon)).await)
+    })
+    .await
 }
 
 async fn submit(State(daemon): State<Arc<Daemon>>, body: Bytes) -> Answer<(StatusCode, Json<SubmitAnswer>)> {
@@ -159,6 +175,10 @@ async fn submit(State(daemon): State<Arc<Daemon>>, body: Bytes) -> Answer<(Statu
         spec = JobSpec::from_value(&smoke(spec.to_json())).map_err(bad_job)?;
     }
     spec.check_supported().map_err(bad_job)?;
+    if !std::path::Path::new(&request.cwd).is_absolute() || !std::path::Path::new(&request.cwd).is_dir() {
+        let what = format!("the working directory `{}` is no absolute path of a directory", request.cwd);
+        return Err(Failure::bad_input("bad_cwd", what).into());
+    }
     let config = &daemon.config;
     let passes = |name: &String| config.trainer.passes(name) && !is_secret_name(name);
     let submission = Submission {
@@ -170,7 +190,7 @@ async fn submit(State(daemon): State<Arc<Daemon>>, body: Bytes) -> Answer<(Statu
     };
     // Relative paths are the submitter's: stored absolute, they mean the same wherever they are read.
     spec.output_dir = prepare::output_dir(&spec, &submission.cwd).display().to_string();
-    accept(&daemon, spec, submission, request.key).await
+    to_the_end(async move { accept(&daemon, spec, submission, request.key).await }).await
 }
 
 /// Accepts a job: when this returns without an error the job is on disk.
@@ -258,12 +278,16 @@ struct ListQuery {
 
 async fn list(State(daemon): State<Arc<Daemon>>, Query(query): Query<ListQuery>) -> Answer<Json<JobList>> {
     let limit = query.limit.unwrap_or(100).clamp(1, PAGE_MAX);
-    let filter = Filter {
-        states: query.state.iter().flat_map(|states| states.split(',')).map(str::to_owned).collect(),
-        after: query.after_id.and_then(JobId::new),
-        limit: limit + 1,
-        ..Filter::default()
-    };
+    let states: Vec<String> =
+        query.state.iter().flat_map(|states| states.split(',')).map(str::to_owned).collect();
+    if let Some(unknown) = states.iter().find(|state| !STATES.contains(&state.as_str())) {
+        let what = format!("there is no state `{unknown}`");
+        return Err(Failure::bad_input("unknown_state", what)
+            .help(format!("known are {}", STATES.join(", ")))
+            .into());
+    }
+    let filter =
+        Filter { states, after: query.after_id.and_then(JobId::new), limit: limit + 1, ..Filter::default() };
     let mut found = daemon
         .store
         .call(move |store| {
@@ -329,12 +353,15 @@ async fn show(State(daemon): State<Arc<Daemon>>, Path(id): Path<u64>) -> Answer<
 }
 
 async fn cancel(State(daemon): State<Arc<Daemon>>, Path(id): Path<u64>) -> Answer<Json<JobView>> {
-    let job = one(&daemon, id).await?;
-    if !daemon.cancel(job_id(id)?).await? {
-        let what = format!("job {id} is over: it is {}", job.state);
-        return Err(Failure::failed("over", what).into());
-    }
-    Ok(Json(one(&daemon, id).await?))
+    to_the_end(async move {
+        let job = one(&daemon, id).await?;
+        if !daemon.cancel(job_id(id)?).await? {
+            let what = format!("job {id} is over: it is {}", job.state);
+            return Err(Failure::failed("over", what).into());
+        }
+        Ok(Json(one(&daemon, id).await?))
+    })
+    .await
 }
 
 async fn retry(
@@ -352,11 +379,19 @@ async fn retry(
     let mut submission: Submission =
         serde_json::from_value(old.context).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
     submission.retry_of = Some(id);
-    accept(&daemon, spec, submission, None).await
+    to_the_end(async move { accept(&daemon, spec, submission, None).await }).await
 }
 
 async fn remove(State(daemon): State<Arc<Daemon>>, Path(id): Path<u64>) -> Answer<StatusCode> {
     let job = job_id(id)?;
+    if daemon.live().contains_key(&id) {
+        return Err(Failure::failed("not_over", format!("job {id} is not over yet")).into());
+    }
+    to_the_end(async move { forget(&daemon, job).await }).await
+}
+
+async fn forget(daemon: &Daemon, job: JobId) -> Answer<StatusCode> {
+    let id = job.get();
     daemon.store.call(move |store| store.remove(job)).await?;
     let own = daemon.job_dir(id);
     match std::fs::remove_dir_all(&own) {

@@ -4,7 +4,7 @@
 //! what it did is in the store, what it started needs nobody.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -88,7 +88,9 @@ pub struct LiveJob {
     pub device_uuid: Option<String>,
     /// Its device for people.
     pub device: String,
-    stop: mpsc::UnboundedSender<StopCause>,
+    /// Where everything of it goes.
+    pub output_dir: String,
+    stop: Mutex<mpsc::UnboundedSender<StopCause>>,
     told: Mutex<Told>,
     store: StoreHandle,
 }
@@ -106,8 +108,15 @@ struct Told {
 impl LiveJob {
     /// Asks the job to end: politely, and at once the second time.
     pub fn stop(&self) {
-        // A thread that is gone needs no stop.
-        let _over = self.stop.send(StopCause::Cancel);
+        // A thread that is gone needs no stop; one that begins again finds the request in the store.
+        let _over = self.stop.lock().unwrap_or_else(PoisonError::into_inner).send(StopCause::Cancel);
+    }
+
+    /// Returns where this try of the job's thread hears stop requests.
+    fn listen(&self) -> mpsc::UnboundedReceiver<StopCause> {
+        let (stop, requests) = mpsc::unbounded_channel();
+        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = stop;
+        requests
     }
 
     /// Returns how far the running attempt is.
@@ -185,12 +194,13 @@ impl LiveJob {
 
 /// Starts the thread of a job. When it is over, `daemon` is woken and the job is no longer among the live ones.
 pub fn start(daemon: &Arc<Daemon>, id: JobId, spec: JobSpec, submission: Submission, sized: Sized) {
-    let (stop, requests) = mpsc::unbounded_channel();
+    let (stop, _nobody_listens_yet) = mpsc::unbounded_channel();
     let live = Arc::new(LiveJob {
         id: id.get(),
         device_uuid: sized.device().map(str::to_owned),
         device: sized.device_name(),
-        stop,
+        output_dir: spec.output_dir.clone(),
+        stop: Mutex::new(stop),
         told: Mutex::default(),
         store: daemon.store.clone(),
     });
@@ -198,13 +208,19 @@ pub fn start(daemon: &Arc<Daemon>, id: JobId, spec: JobSpec, submission: Submiss
     let worker = Worker { daemon: Arc::clone(daemon), id, spec, submission, sized, live };
     let started = std::thread::Builder::new().name(format!("job-{id}")).spawn(move || {
         let _over = Over { daemon: Arc::clone(&worker.daemon), id: id.get() };
-        worker.run(requests);
+        worker.run();
     });
     if let Err(error) = started {
         // Nothing was started: the job is taken up again with the next daemon, or when threads can be had.
         tracing::error!(job = id.get(), %error, "no thread for the job");
         daemon.live().remove(&id.get());
     }
+}
+
+/// Returns the id of the job whose files were moved to `aside`: its receipt says it.
+fn receipt_id(aside: &Path) -> Option<u64> {
+    let receipt: Value = serde_json::from_slice(&std::fs::read(aside.join("receipt.json")).ok()?).ok()?;
+    receipt.get("id")?.as_u64()
 }
 
 /// Takes a job off the live ones when its thread ends, however that comes.
@@ -238,11 +254,9 @@ struct Worker {
 
 impl Worker {
     /// Runs the job to its end, over everything that goes wrong outside of it.
-    fn run(&self, requests: mpsc::UnboundedReceiver<StopCause>) {
-        let mut requests = Some(requests);
+    fn run(&self) {
         loop {
-            let receiver = requests.take().unwrap_or_else(|| mpsc::unbounded_channel().1);
-            let Err(failure) = self.attempt_to_run(receiver) else { return };
+            let Err(failure) = self.attempt_to_run() else { return };
             tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
             match self.after_failure(&failure) {
                 Ok(true) => return,
@@ -260,7 +274,9 @@ impl Worker {
         self.daemon.store.call_blocking(move |store| store.events(id))
     }
 
-    fn attempt_to_run(&self, requests: mpsc::UnboundedReceiver<StopCause>) -> Result<(), Failure> {
+    fn attempt_to_run(&self) -> Result<(), Failure> {
+        // Before the events are read: a request that comes later is heard, one that came earlier is among them.
+        let requests = self.live.listen();
         let config = &self.daemon.config;
         let origin = self.submission.origin(&self.daemon.account, config);
         let records = self.records()?;
@@ -293,21 +309,37 @@ impl Worker {
     /// Sets what an earlier job left in the output directory aside. Returns the attempts that may be resumed: those of
     /// the job that this one goes on with.
     fn make_room(&self, directory: &JobDirectory) -> Result<Vec<(PathBuf, Tier)>, Failure> {
-        let aside = if directory.holds_a_job() {
+        if directory.holds_a_job() {
             let aside = directory.set_earlier_job_aside()?;
             self.live.note(&format!("what an earlier job left was moved to {}", aside.display()));
-            Some(aside)
-        } else {
-            directory.newest_aside()
-        };
-        let (Some(earlier), Some(aside)) = (self.submission.retry_of, aside) else { return Ok(Vec::new()) };
-        let Some(earlier) = JobId::new(earlier) else { return Ok(Vec::new()) };
-        let records = self.daemon.store.call_blocking(move |store| store.events(earlier))?;
-        let attempts = records.into_iter().filter_map(|record| match record.event {
-            JobEvent::AttemptStarting(start) => Some((start.attempt, start.tier)),
-            _ => None,
-        });
-        Ok(attempts.map(|(number, tier)| (aside.join(format!("attempt-{number}")), tier)).collect())
+        }
+        let asides = directory.asides();
+        let mut attempts = Vec::new();
+        let mut next = self.submission.retry_of;
+        // The job that this one goes on with may have gone on with another.
+        while let Some(id) = next.and_then(JobId::new) {
+            next = None;
+            let job = match self.daemon.store.call_blocking(move |store| store.job(id)) {
+                Ok(job) => job,
+                Err(failure) if failure.status == Status::NotFound => break,
+                Err(failure) => return Err(failure),
+            };
+            let own = asides.iter().filter(|aside| receipt_id(aside) == Some(id.get()));
+            let records = self.daemon.store.call_blocking(move |store| store.events(id))?;
+            for aside in own {
+                attempts.extend(records.iter().filter_map(|record| match &record.event {
+                    JobEvent::AttemptStarting(start) => {
+                        Some((aside.join(format!("attempt-{}", start.attempt)), start.tier.clone()))
+                    }
+                    _ => None,
+                }));
+            }
+            if let Ok(submission) = serde_json::from_value::<Submission>(job.context) {
+                // An earlier job has the smaller number: so this ends.
+                next = submission.retry_of.filter(|earlier| *earlier < id.get());
+            }
+        }
+        Ok(attempts)
     }
 
     /// Returns whether the job is over. One without a trainer fails; one with a trainer is taken up again.

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::queue::Leases;
 use mhtrain_store::JobId;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
@@ -71,6 +72,16 @@ impl Daemon {
         self.queued.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Returns what the jobs with a device have.
+    pub fn leases(&self) -> Leases {
+        let live = self.live();
+        let device = |live: &Arc<LiveJob>| Some((live.device_uuid.clone()?, live.id));
+        Leases {
+            devices: live.values().filter_map(device).collect(),
+            output_dirs: live.values().map(|live| (live.output_dir.clone(), live.id)).collect(),
+        }
+    }
+
     /// Returns whether nothing new may start.
     pub fn is_drained(&self) -> bool {
         *self.drained.lock().unwrap_or_else(PoisonError::into_inner)
@@ -106,12 +117,14 @@ impl Daemon {
             live.stop();
             return Ok(true);
         }
-        let was_queued = self.queued().remove(&raw).is_some();
-        if was_queued {
-            let reason = StopCause::Cancel.to_string();
-            self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
+        if !self.queued().contains_key(&raw) {
+            return Ok(false);
         }
-        Ok(was_queued)
+        // Off the queue only when it is on disk: a job whose end cannot be written still waits.
+        let reason = StopCause::Cancel.to_string();
+        self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
+        self.queued().remove(&raw);
+        Ok(true)
     }
 
     /// Returns where a job's own files lie.

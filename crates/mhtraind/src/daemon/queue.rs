@@ -140,11 +140,10 @@ async fn look(daemon: &Arc<Daemon>, gpus: &Arc<Mutex<Gpus>>) -> Result<(), Failu
         let Some(examined) = &entry.examined else { continue };
         let offers = offers(*id, entry, examined, &report, &book, daemon, &mut plans);
         let after = dependencies(daemon, &entry.spec).await?;
-        queue.push(QueuedJob { id: *id, priority: entry.spec.priority, after, offers });
+        let output_dir = entry.spec.output_dir.clone();
+        queue.push(QueuedJob { id: *id, priority: entry.spec.priority, output_dir, after, offers });
     }
-    let leased =
-        daemon.live().values().filter_map(|live| Some((live.device_uuid.clone()?, live.id))).collect();
-    for (id, verdict) in decide(&queue, &leased, daemon.is_drained()) {
+    for (id, verdict) in decide(&queue, &daemon.leases(), daemon.is_drained()) {
         carry_out(daemon, id, verdict, &mut plans, &report).await?;
     }
     Ok(())
@@ -310,11 +309,13 @@ async fn begin(daemon: &Arc<Daemon>, id: u64, sized: Sized) -> Result<(), Failur
         sized: Some(serde_json::to_value(&sized).map_err(|e| Failure::new(Status::Bug, "not_json", e))?),
     };
     append(daemon, id, event).await?;
+    let Some(job_id) = JobId::new(id) else { return Ok(()) };
+    let device = sized.device_name();
+    daemon.store.call(move |store| store.set_device(job_id, Some(&device))).await?;
     // Cancelled while the plan was written: then it is in the queue no more.
     if daemon.queued().remove(&id).is_none() {
         return Ok(());
     }
-    let Some(job_id) = JobId::new(id) else { return Ok(()) };
     job::start(daemon, job_id, entry.spec, entry.submission, sized);
     Ok(())
 }

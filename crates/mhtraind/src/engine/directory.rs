@@ -15,6 +15,7 @@
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -58,7 +59,7 @@ impl JobDirectory {
             .mode(0o600)
             .open(&path)
             .map_err(|e| unwritable(&path, &e))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|e| {
+        lock_soon(&lock).map_err(|e| {
             if e == rustix::io::Errno::WOULDBLOCK {
                 Failure::new(
                     Status::BadInput,
@@ -105,10 +106,10 @@ impl JobDirectory {
         self.private().join("journal.jsonl")
     }
 
-    /// Returns the place where the last earlier job was moved to; `None` where there was none.
-    pub fn newest_aside(&self) -> Option<PathBuf> {
+    /// Returns the places where earlier jobs were moved to.
+    pub fn asides(&self) -> Vec<PathBuf> {
         let places = (1u32..).map(|n| self.root.join(format!("previous-{n}")));
-        places.take_while(|path| path.is_dir()).last()
+        places.take_while(|path| path.is_dir()).collect()
     }
 
     /// Moves what an earlier job left here out of the way, into `previous-N` beside it; nothing is deleted.
@@ -173,6 +174,20 @@ impl JobDirectory {
     pub fn write_private(&self, relative: &str, bytes: &[u8]) -> Result<(), Failure> {
         let path = self.private.join(relative);
         write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))
+    }
+}
+
+/// Locks a file. A process that has just died may have left the lock to a child that it was about to execute, so it is
+/// tried for a moment.
+fn lock_soon(file: &fs::File) -> Result<(), rustix::io::Errno> {
+    let until = Instant::now() + Duration::from_secs(1);
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            answer => return answer,
+        }
     }
 }
 

@@ -26,7 +26,7 @@ use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
-use mhtrain_supervisor::record::Ended as TrainerEnd;
+use mhtrain_supervisor::record::{Ended as TrainerEnd, RecordError};
 use mhtrain_swift::checkpoint::{CheckpointFacts, ResumeDecision, ResumeQuestion, choose_resume};
 use mhtrain_swift::command::{AttemptFlags, TrainerStart, dataloader_workers, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
@@ -199,7 +199,7 @@ impl<'a> Job<'a> {
         let card =
             WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
         // Somebody asked for the end while nobody was there to bring it about.
-        let stop = journal.state().stop().is_some().then_some(StopCause::Cancel);
+        let stop = journal.state().stop().map(StopCause::recorded_as);
         let companion = Companion::prepare(&directory, &environment, config);
         Ok(Job {
             config,
@@ -249,6 +249,7 @@ impl<'a> Job<'a> {
                 let start =
                     start.ok_or_else(|| Failure::new(Status::Bug, "bug", "an attempt without its start"))?;
                 match Attempt::open(&self.directory.record(attempt.number)) {
+                    Ok(live) if live.abandon_unrecorded().map_err(no_record)? => self.never_started(&start),
                     Ok(live) => {
                         self.screen.say(format!("attempt {} is taken over", attempt.number));
                         if self.stop.is_some() {
@@ -259,7 +260,8 @@ impl<'a> Job<'a> {
                         Ok(Step::Adopt(start, live))
                     }
                     // The intention was recorded and nothing else: no recorder ever was.
-                    Err(_) => self.never_started(&start),
+                    Err(error) if error.is_not_found() => self.never_started(&start),
+                    Err(error) => Err(no_record(error)),
                 }
             }
             JobState::Recovering { rerun: None, .. } => self.judge_again(),
@@ -1115,6 +1117,10 @@ pub fn family(pid: u32) -> Vec<u32> {
     let mut pids = vec![pid];
     pids.extend(descendants(pid).unwrap_or_default().iter().map(|process| process.pid));
     pids
+}
+
+fn no_record(error: RecordError) -> Failure {
+    Failure::failed("no_record", chain(&error)).help(error.help())
 }
 
 fn kill_everything(attempt: &Attempt) -> Result<(), Failure> {

@@ -38,6 +38,18 @@ impl fmt::Display for StopCause {
 }
 
 impl StopCause {
+    /// Returns the cause that a journal names; whatever it does not know was a cancel.
+    pub fn recorded_as(by: &str) -> StopCause {
+        let all = [
+            StopCause::CtrlC,
+            StopCause::Sigterm,
+            StopCause::Hangup,
+            StopCause::TimeLimit,
+            StopCause::StopFile,
+        ];
+        all.into_iter().find(|cause| cause.to_string() == by).unwrap_or(StopCause::Cancel)
+    }
+
     /// Returns how a foreground run ends that was stopped so.
     pub fn status(self) -> Status {
         match self {
