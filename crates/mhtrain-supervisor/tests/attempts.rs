@@ -434,7 +434,8 @@ fn an_attempt_is_adopted_by_a_later_client() {
 #[test]
 fn signals_ignored_by_the_launcher_are_heard_by_the_trainer() {
     // What a shell does for `mhtraind run job.json &`: an `sh` that ignores SIGINT, SIGHUP and SIGTERM starts the recorder.
-    let lab = Lab::new("grep SigIgn /proc/$$/status; grep SigBlk /proc/$$/status");
+    // Of the trainer's own process: a shell that starts another one blocks signals for that moment.
+    let lab = Lab::new("exec grep -E '^Sig(Ign|Blk)' /proc/self/status");
     let attempt = lab.launch();
     exit(&attempt);
     fs::remove_file(&lab.spec.stdout).unwrap();
