@@ -17,12 +17,16 @@ const CARD_BYTES: u64 = 2 << 30;
 
 pub(crate) struct Lab {
     pub(crate) env: TestEnv,
+    version: String,
 }
 
 impl Lab {
     /// Returns a lab with the trainer environment that the environment names; `None`, with a word, without one.
     pub(crate) fn new() -> Option<Lab> {
-        let Some(trainer) = std::env::var_os("MHTRAIND_TEST_TRAINER").map(PathBuf::from) else {
+        let (Some(trainer), Ok(version)) = (
+            std::env::var_os("MHTRAIND_TEST_TRAINER").map(PathBuf::from),
+            std::env::var("MHTRAIND_TEST_MS_SWIFT"),
+        ) else {
             println!(
                 "skipped: needs a real trainer environment; `cargo xtask test` installs one and runs this"
             );
@@ -45,7 +49,12 @@ impl Lab {
             "mhtraind.toml",
             format!("[trainer]\ncommand = [{swift:?}, \"sft\"]\n[attempt]\ngrace_s = 5\n"),
         );
-        Some(Lab { env })
+        Some(Lab { env, version })
+    }
+
+    /// Returns whether ms-swift is of the 3.x line.
+    pub(crate) fn is_3x(&self) -> bool {
+        self.version.starts_with("3.")
     }
 
     /// Writes job.json for so many epochs, with `extra` keys laid over; `args` are merged.
