@@ -58,7 +58,14 @@ const COMMAND_LINE_SECRETS: [&str; 2] = ["swanlab_secret", "swanlab_webhook_url"
 
 /// Returns the job, read back by the job's own reader.
 pub(super) fn describe(call: &Call, pin: bool, warnings: &mut Vec<String>) -> Result<Value, ImportError> {
-    let mut import = Import { call: call.clone(), pin, warnings, secrets: BTreeSet::new(), job: Map::new() };
+    let mut import = Import {
+        call: call.clone(),
+        pin,
+        warnings,
+        secrets: BTreeSet::new(),
+        unknowable: BTreeSet::new(),
+        job: Map::new(),
+    };
     import.take_secrets();
     import.take_unknowable()?;
     import.warn_about_placeholders();
@@ -85,6 +92,8 @@ struct Import<'a> {
     pin: bool,
     warnings: &'a mut Vec<String>,
     secrets: BTreeSet<String>,
+    /// Parameters that the block sets to what only a running shell would know.
+    unknowable: BTreeSet<String>,
     job: Map<String, Value>,
 }
 
@@ -178,6 +187,7 @@ impl Import<'_> {
                 Some(what) => {
                     let name = clipped(&flag.name);
                     self.warn(format!("`--{name}` is left out: its value uses {what}"));
+                    self.unknowable.insert(flag.name);
                 }
                 None => self.call.flags.push(flag),
             }
@@ -378,7 +388,8 @@ impl Import<'_> {
         }
         let mut added = Vec::new();
         for (name, value) in defaults {
-            if self.call.values(name).is_none() {
+            // What ms-swift would choose is not what a value would be that only a shell knows.
+            if self.call.values(name).is_none() && !self.unknowable.contains(name) {
                 added.push(format!("{name} {value}"));
                 self.call.flags.push(super::block::Flag {
                     name: name.to_owned(),
