@@ -43,6 +43,7 @@ fn bad_usage_is_json_for_who_asked_for_json() {
         &["plan", "job.json", "--json", "--gpu-free", "-1"],
         &["plan", "job.json", "--json", "--compute-capability", "eight"],
         &["estimate", "--json", "a", "b"],
+        &["import", "--json"],
         &["diagnose", "--json"],
     ] {
         let ran = env.run(words).expect(2);

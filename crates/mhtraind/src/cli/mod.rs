@@ -127,6 +127,7 @@ pub fn wants_json(cli: &Cli) -> bool {
         Command::Probe(args) => args.json,
         Command::Doctor(args) => args.json,
         Command::NotYet(command) => command.wants_json(),
-        Command::Import(_) | Command::Schema(_) | Command::InstallTrainer(_) | Command::Demo(_) => false,
+        Command::Import(args) => args.json,
+        Command::Schema(_) | Command::InstallTrainer(_) | Command::Demo(_) => false,
     }
 }
