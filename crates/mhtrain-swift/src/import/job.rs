@@ -75,6 +75,7 @@ pub(super) fn describe(call: &Call, pin: bool, warnings: &mut Vec<String>) -> Re
     import.set_validation();
     import.set_output_and_trackers();
     import.drop_forbidden();
+    import.keep_lora_scale();
     if pin {
         import.pin_everything()
     } else {
@@ -344,6 +345,20 @@ impl Import<'_> {
             }
         }
         settings
+    }
+
+    /// ms-swift's own scale stands for a block that names only a rank: a job without one gets the recipe's.
+    fn keep_lora_scale(&mut self) {
+        let is_open = self.call.values("lora_alpha").is_none() && !self.unknowable.contains("lora_alpha");
+        if self.job.get("train_type") == Some(&json!("full")) || !is_open || self.text("lora_rank").is_empty()
+        {
+            return;
+        }
+        self.warn("`lora_alpha` is 32, ms-swift's own default, because the block does not say");
+        self.call.flags.push(super::block::Flag {
+            name: "lora_alpha".to_owned(),
+            values: vec![Text { text: "32".to_owned(), ..Text::default() }],
+        });
     }
 
     /// Leaves out what only the supervisor may set.

@@ -199,7 +199,7 @@ impl Shell {
             previous.was_joined = true;
             return;
         }
-        if is_declaration(&first.text) {
+        if is_declaration(&first.text) || is_assignment_of_cmd(&command.words) {
             self.declare(&command.words);
             return;
         }
@@ -213,7 +213,8 @@ impl Shell {
 
     /// Carries out `export`, `declare`, `readonly` and `unset`.
     fn declare(&mut self, words: &[Text]) {
-        let exports = words[0].text == "export" || words.iter().any(|word| word.text == "-x");
+        let exports =
+            matches!(words[0].text.as_str(), "export" | "set") || words.iter().any(|word| word.text == "-x");
         for word in &words[1..] {
             let (name, value) = match word.text.split_once('=') {
                 Some((name, value)) => (name, Some(Text { text: value.to_owned(), ..word.clone() })),
@@ -346,6 +347,12 @@ fn split(word: &Text) -> Vec<Text> {
 
 fn is_declaration(word: &str) -> bool {
     matches!(word, "export" | "declare" | "typeset" | "readonly" | "local" | "unset")
+}
+
+/// Whether this is `set NAME=VALUE`, which in cmd is an export. A shell's `set` has options there.
+fn is_assignment_of_cmd(words: &[Text]) -> bool {
+    let named = |word: &Text| word.text.split_once('=').is_some_and(|(name, _)| is_name(name));
+    words.len() == 2 && words[0].text == "set" && named(&words[1])
 }
 
 fn is_name(text: &str) -> bool {

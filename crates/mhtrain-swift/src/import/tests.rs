@@ -225,7 +225,7 @@ fn unknown_flags_negative_numbers_and_repetitions_are_kept_in_args() {
         imported.job["args"],
         json!({
             "max_steps": 5, "no_such_thing_at_all": 7, "seed": -3, "lora_rank": 16,
-            "target_modules": ["q_proj", "v_proj"], "system": "-x --y", "streaming": true, "dataset_shuffle": false,
+            "target_modules": ["q_proj", "v_proj"], "system": "-x --y", "streaming": true, "dataset_shuffle": false, "lora_alpha": 32,
         })
     );
     assert!(imported.warnings.iter().any(|warning| warning.contains("more than once")));
@@ -293,10 +293,21 @@ fn values_that_need_no_running_shell_are_known() {
         ("swift sft --model m/m --dataset d --system 'a\u{a0}b'", "/args/system", json!("a\u{a0}b")),
         ("$ swift sft \\\n>   --model m/m \\\n>   --dataset d", "/model", json!("m/m")),
         ("swift sft `\n  --model m/m `\n  --dataset d `\n  --lora_rank 4", "/args/lora_rank", json!(4)),
+        ("set CUDA_VISIBLE_DEVICES=3\r\nswift sft --model m/m --dataset d\r\n", "/device", json!(3)),
+        ("set -e\nswift sft --model m/m --dataset d\n", "/model", json!("m/m")),
         ("swift sft ^\r\n  --model m/m ^\r\n  --dataset d", "/dataset/0", json!("d")),
     ] {
         assert_eq!(job(text).pointer(pointer), Some(&value), "{text}");
     }
+}
+
+#[test]
+fn a_block_that_names_only_a_rank_keeps_ms_swifts_scale() {
+    let text = "swift sft --model m/m --dataset d --lora_rank 16";
+    for job in [job(text), pinned(text)] {
+        assert_eq!(job.pointer("/args/lora_alpha"), Some(&json!(32)));
+    }
+    assert_eq!(job("swift sft --model m/m --dataset d").pointer("/args/lora_alpha"), None);
 }
 
 #[test]
