@@ -70,3 +70,13 @@ fn odd_shapes_are_errors_and_no_panics() {
         assert!(answer["error"]["message"].is_string(), "{key} = {value}: {answer}");
     }
 }
+
+#[test]
+fn a_byte_order_mark_and_a_line_without_end_are_understood_and_refused() {
+    let env = TestEnv::new();
+    let line = json!({"config_object": shape(), "micro_batch": 2});
+    env.run_with_input(&["estimate", "--json"], format!("\u{feff}{line}").as_bytes()).expect(0);
+    let ran = env.run_with_input(&["estimate", "--json"], &vec![b' '; (10 << 20) + 1]).expect(2);
+    let error: Value = serde_json::from_str(&ran.stderr).unwrap();
+    assert_eq!(error["error"]["code"], "too_large");
+}

@@ -62,6 +62,18 @@ fn secrets_are_moved_out_and_never_shown() {
 }
 
 #[test]
+fn of_several_calls_one_can_be_chosen() {
+    let env = TestEnv::new();
+    let text = "swift sft --model a/one-7B --dataset d\nswift export --adapters x\nswift sft --model a/two-7B --dataset d\n";
+    let ran = import(&env, text, &[]).expect(2);
+    assert!(ran.stderr.contains("lines 1, 3") && ran.stderr.contains("--call"), "{}", ran.stderr);
+    assert_eq!(import(&env, text, &["--call", "2"]).expect(0).json()["model"], "a/two-7B");
+    let ran = import(&env, text, &["--call", "3", "--json"]).expect(2);
+    let error: serde_json::Value = serde_json::from_str(&ran.stderr).unwrap();
+    assert_eq!(error["error"]["code"], "bad_block");
+}
+
+#[test]
 fn text_without_swift_sft_is_refused() {
     let env = TestEnv::new();
     for text in ["", "echo hello\n", "swift infer --model x\n", "\u{feff}"] {

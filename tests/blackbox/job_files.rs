@@ -34,6 +34,11 @@ fn text_that_is_no_job() {
     refused(vec![b' '; (10 << 20) + 1], "10 MiB");
     refused(b"{\"model\": \"\xff\xfe\"}", "UTF-8");
     refused("{}", "model");
+    refused(r#"{"model": "a/b-7B", "dataset": "a", "model": "a/c-7B"}"#, "`model` twice");
+    refused(
+        r#"{"model": "a/b-7B", "dataset": "a", "args": {"lora_rank": 8, "lora_rank": 9}}"#,
+        "`lora_rank` twice",
+    );
     refused(r#"{"model": "Qwen/Qwen2.5-7B-Instruct"}"#, "dataset");
 }
 

@@ -218,3 +218,24 @@ fn the_table_for_people_ends_in_a_block_that_can_be_pasted() {
     assert_eq!(again["device"], 6);
     assert_eq!(again["args"]["per_device_train_batch_size"], 8);
 }
+
+/// The spellings of the two hubs.
+#[test]
+fn names_of_both_hubs_are_in_the_catalogue() {
+    let env = TestEnv::new();
+    for model in [
+        "internlm/internlm-chat-20b",
+        "internlm/internlm2_5-20b-chat",
+        "internlm/internlm2_5-7b-chat",
+        "Shanghai_AI_Laboratory/internlm2_5-1_8b",
+        "Shanghai_AI_Laboratory/internlm2-chat-20b",
+        "LLM-Research/Meta-Llama-3-8B-Instruct",
+        "01ai/Yi-1.5-9B-Chat",
+        "ZhipuAI/glm-4-9b-chat",
+        "openai-mirror/gpt-oss-20b",
+    ] {
+        env.write("job.json", json!({"model": model, "dataset": "org/data"}).to_string());
+        let ran = env.run(&[&["plan", "job.json", "--json"][..], &IDLE_80_GIB].concat()).expect(0);
+        assert!(!ran.stdout.contains("no entry in models.toml"), "{model}");
+    }
+}

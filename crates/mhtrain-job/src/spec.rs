@@ -7,6 +7,7 @@ mod args;
 mod error;
 mod parse;
 mod read;
+mod unique;
 
 use std::collections::BTreeMap;
 use std::fmt;

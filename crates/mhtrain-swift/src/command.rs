@@ -64,6 +64,9 @@ const ALLOCATOR_VARIABLES: [&str; 2] = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLO
 const EVAL_STEPS_LARGE: u32 = 50;
 const EVAL_STEPS: u32 = 200;
 
+/// LoRA's scale for each rank (recipe 8.1). ms-swift takes 32 whatever the rank is, which is the same only for rank 8.
+const ALPHA_PER_RANK: u32 = 4;
+
 /// The recipe's answer to a diverging loss (section 5.3).
 const STABLE: [(&str, f64); 3] = [("learning_rate", 1e-4), ("warmup_ratio", 0.15), ("max_grad_norm", 0.5)];
 
@@ -521,7 +524,7 @@ impl Command {
         Ok(())
     }
 
-    /// Adds what the recipe advises beside its blocks (8.2, 8.4). A job that pins everything gets none of it.
+    /// Adds what the recipe advises beside its blocks (8.1, 8.2, 8.4). A job that pins everything gets none of it.
     fn push_additions(
         &mut self,
         request: &CommandRequest<'_>,
@@ -535,6 +538,17 @@ impl Command {
                 if request.large_model { "from 10 billion parameters on" } else { "for a smaller model" };
             self.add("eval_steps", steps, &format!("recipe 8.4 {size}"), arguments);
             self.add("per_device_eval_batch_size", 1, "recipe 8.2", arguments);
+        }
+        if request.spec.train_type != TrainType::Full
+            && let Ok(rank) = request.spec.lora_rank()
+            && arguments.contains_key("lora_rank")
+        {
+            self.add(
+                "lora_alpha",
+                rank.saturating_mul(ALPHA_PER_RANK),
+                "4 x the rank (recipe 8.1)",
+                arguments,
+            );
         }
         let why = format!("half of {} cores, 1 to 8 (recipe 8.4)", request.cores);
         self.add("dataloader_num_workers", dataloader_workers(request.cores), &why, arguments);

@@ -7,20 +7,23 @@
 //!
 //! - `diagnosis/lines.rs`: a line without what launchers and loggers put around it
 //! - `diagnosis/signatures.rs`: which words mean which cause
+//! - `diagnosis/filter.rs`: how so many wordings are looked for in so many lines
 //! - `diagnosis/metrics.rs`: progress, divergence and the end of training
+//! - `diagnosis/pattern.rs`: how all these patterns are compiled
 
+mod filter;
 mod lines;
 mod metrics;
+mod pattern;
 mod signatures;
 
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
 
 use mhtrain_job::diagnosis::{Answer, Diagnosis, Evidence, Kind, Phase};
-use regex::Regex;
 
 use self::lines::{Level, Line};
 use self::metrics::{Meaning, Metrics};
+use self::pattern::pattern;
 use self::signatures::Form;
 use crate::oom_message::{self, OomMessage};
 
@@ -149,13 +152,6 @@ enum Place {
     Info,
 }
 
-macro_rules! pattern {
-    ($name:ident, $pattern:expr) => {
-        static $name: LazyLock<Regex> =
-            LazyLock::new(|| Regex::new($pattern).expect("the patterns of this file are well-formed"));
-    };
-}
-
 pattern!(TRACEBACK, r"Traceback \(most recent call last\)");
 pattern!(
     FRAME,
@@ -174,9 +170,28 @@ pattern!(
     DATA_HEAD,
     r"^\[?(?:INPUT|INPUT_IDS|LABELS|LABELS_IDS|PROMPT|QUERY|RESPONSE|OUTPUT|HISTORY|CHOSEN|REJECTED|CHOSEN_INPUT|REJECTED_INPUT|SYSTEM)(?:_IDS)?\]|^(?:training|eval|unsupervised|inference) example:|^(?:input_ids|inputs|label_ids|labels|chosen_inputs|rejected_inputs):\s*$|^args: |^Sample \d+ of the training set|^run sh: "
 );
+pattern!(BAR_OR_RECORD, r"\d+%\|[^|]*\|\s*\d+/\d+|^\{.?(?:loss|eval_loss|train_runtime)");
 pattern!(
     DATA_WORDS,
     r#"<\|im_(?:start|end)\|>|<\|(?:user|assistant|system|eot_id|start_header_id)\|>|['"](?:role|content|messages|conversations|instruction|query|response)['"]\s*:|^run sh: |\[/?INST\]"#
+);
+pattern!(OOM_AMOUNT, r"(?i)tri(?:ed|es) to allocate|trying to allocate|killed process|allocat\w+ of \d");
+pattern!(
+    ADVICE_BEFORE,
+    concat!(
+        r"(?i)\b(?:avoid\w*|prevent\w*|if|when(?:ever)?|in case|may|might|could|can|leads?|leading|causes?|causing|",
+        r"results? in|resulting|risk|risks|reduces?|reducing|fix|fixes|fixing|solve|solves|solution|solutions|handles?|",
+        r"handling|against|how|instead|likely|possible|tips?|hint|faq|i (?:got|get|had|have|see|saw))\b.{0,60}",
+        r"(?:\b(?:out|short|shortage) of \w*\s?memory|outofmemory|\boom\b)"
+    )
+);
+pattern!(
+    ADVICE_AFTER,
+    concat!(
+        r"(?i)(?:\b(?:out|short|shortage) of \w*\s?memory|outofmemoryerror|\boom\b)['\x22`]?,? ",
+        r"(?:reduce|lower|decrease|errors? (?:is|are|can|may|might|will)|handl\w+|guard|hooks?|callback|watch\w*|protection|",
+        r"is (?:possible|likely)|may|might|can|could|will|would|happens?|issues?|faq|when|if)\b"
+    )
 );
 pattern!(
     ERROR_WORDS,
@@ -239,20 +254,23 @@ impl Diagnoser {
         }
         bytes.extend(std::mem::take(&mut self.tail));
         self.overflowed = false;
-        let text = lines::without_colours(&String::from_utf8_lossy(&bytes));
-        for part in lines::unglued(&text) {
-            if !part.trim().is_empty() {
-                self.read(&Line::of(part));
+        if !lines::is_binary(&bytes) {
+            let text = lines::without_colours(&String::from_utf8_lossy(&bytes));
+            for part in lines::unglued(&text) {
+                if !part.trim().is_empty() {
+                    self.read(Line::of(part));
+                }
             }
         }
         self.head = bytes;
         self.head.clear();
     }
 
-    fn read(&mut self, line: &Line) {
-        if self.is_data(line) {
+    fn read(&mut self, mut line: Line) {
+        if self.is_data(&mut line) {
             return;
         }
+        let line = &line;
         match self.metrics.read(&line.text, &line.shown) {
             Meaning::WentOn | Meaning::Ended => return self.went_on(),
             Meaning::Metrics => return,
@@ -281,7 +299,7 @@ impl Diagnoser {
     }
 
     /// Returns whether a line belongs to a sample of the data, an arguments dump or a command line.
-    fn is_data(&mut self, line: &Line) -> bool {
+    fn is_data(&mut self, line: &mut Line) -> bool {
         let from_trainer = line.logged || (line.rank.is_some() && TRACEBACK.is_match(&line.text));
         if self.data_lines_left > 0 && !from_trainer && !is_bar_or_record(&line.text) {
             self.data_lines_left -= 1;
@@ -293,7 +311,13 @@ impl Diagnoser {
             self.data_lines_left = if line.text.starts_with("run sh: ") { 0 } else { DATA_LINES };
             return true;
         }
-        DATA_WORDS.is_match(&line.text)
+        let Some(row) = DATA_WORDS.find(&line.text) else { return false };
+        if self.traces.get(&line.rank).is_some_and(|trace| trace.open) && EXCEPTION.is_match(&line.text) {
+            // An exception about a row: its own words are evidence, the row is not.
+            line.text.truncate(row.start());
+            return false;
+        }
+        true
     }
 
     /// Notes that the trainer went on: what was printed so far did not stop it.
@@ -427,6 +451,7 @@ impl Diagnoser {
     /// Makes a line a candidate when it names a cause.
     fn weigh(&mut self, line: &Line, place: Place) {
         let found = signatures::matches(&line.text)
+            .filter(|signature| place == Place::Exception || !is_advice(signature.kind, &line.text))
             .filter_map(|signature| Some((signature, weight_of(signature.form, place)?)))
             // Of the signatures of one line the first holds, unless a later one weighs more here.
             .reduce(|best, next| if next.1 > best.1 { next } else { best });
@@ -537,6 +562,12 @@ fn weight_of(form: Form, place: Place) -> Option<f64> {
     }
 }
 
+/// Whether a line only talks about memory that might run out. A message with an amount is no talk.
+fn is_advice(kind: Kind, text: &str) -> bool {
+    let is_memory = matches!(kind, Kind::DeviceOom | Kind::HostOom);
+    is_memory && !OOM_AMOUNT.is_match(text) && (ADVICE_BEFORE.is_match(text) || ADVICE_AFTER.is_match(text))
+}
+
 /// Words of frames that say what was being done, in the order in which they are asked.
 const FRAME_WORDS: &[(Kind, &[&str])] = &[
     (
@@ -550,6 +581,7 @@ const FRAME_WORDS: &[(Kind, &[&str])] = &[
             "load_state_dict",
             "_load_from_checkpoint",
             "load_checkpoint",
+            "load_from_json",
             "_load_optimizer",
             "torch/serialization",
             "safetensors",
@@ -692,15 +724,13 @@ fn oom_message_goes_on(text: &str) -> bool {
 }
 
 fn is_bar_or_record(text: &str) -> bool {
-    static BAR: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r"\d+%\|[^|]*\|\s*\d+/\d+|^\{.?(?:loss|eval_loss|train_runtime)")
-            .expect("the pattern of a bar is well-formed")
-    });
-    BAR.is_match(text)
+    BAR_OR_RECORD.is_match(text)
 }
 
 fn shortened(line: &str) -> String {
-    line.trim().chars().take(LONGEST_EVIDENCE).collect()
+    let line = line.trim();
+    let end = line.char_indices().nth(LONGEST_EVIDENCE).map_or(line.len(), |(end, _)| end);
+    line[..end].to_owned()
 }
 
 /// Diagnoses a whole text at once.

@@ -15,6 +15,7 @@
 //! longer rows, another precision, the amount of training, another learning rate, LoRA's shape, data options.
 //! An effective batch above the recipe's is kept as `min_effective_batch`.
 
+mod arithmetic;
 mod block;
 mod job;
 mod shell;

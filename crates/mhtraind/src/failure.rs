@@ -99,7 +99,13 @@ impl Failure {
 
 /// Turns an error of file access into a failure that names the path.
 pub fn unreadable(path: &std::path::Path, error: &std::io::Error) -> Failure {
-    Failure::bad_input("unreadable", format!("cannot read {}: {error}", path.display()))
+    let help = match error.kind() {
+        std::io::ErrorKind::NotFound => "is the path right? A relative one begins at the working directory",
+        std::io::ErrorKind::PermissionDenied => "ask its owner for the right to read it",
+        std::io::ErrorKind::IsADirectory => "name a file in it",
+        _ => "check the file and the disk that it is on",
+    };
+    Failure::bad_input("unreadable", format!("cannot read {}: {error}", path.display())).help(help.to_owned())
 }
 
 /// Turns an error of writing into a failure that names the path.

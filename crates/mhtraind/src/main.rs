@@ -27,7 +27,10 @@ fn main() -> ExitCode {
     if let Some(code) = hidden_verb() {
         return code;
     }
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return report_usage(&error),
+    };
     start_log();
     match cli::dispatch(&cli) {
         Ok(status) => ExitCode::from(status as u8),
@@ -53,6 +56,17 @@ fn hidden_verb() -> Option<ExitCode> {
     let record = words.next()?;
     let code = become_it(Path::new(&record));
     Some(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
+}
+
+/// Shows help, or says what is wrong with the command line; a script that asked for JSON gets JSON.
+fn report_usage(error: &clap::Error) -> ExitCode {
+    let wants_json = std::env::args_os().skip(1).any(|word| word == "--json");
+    if error.use_stderr() && wants_json {
+        report(&cli::usage_failure(error), true);
+    } else if let Err(e) = error.print() {
+        tracing::debug!("cannot print: {e}");
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(failure::Status::BadInput as u8))
 }
 
 fn report(failure: &Failure, as_json: bool) {

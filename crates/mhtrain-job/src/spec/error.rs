@@ -27,6 +27,16 @@ pub enum SpecError {
         /// Column, counted from 1.
         column: usize,
     },
+    /// One object has a key twice.
+    #[error("the job file has the key `{key}` twice, the second time at line {line}, column {column}")]
+    KeyTwice {
+        /// The key.
+        key: String,
+        /// Line, counted from 1.
+        line: usize,
+        /// Column, counted from 1.
+        column: usize,
+    },
     /// The file is JSON, but no object.
     #[error("the job file must hold one JSON object, not {found}")]
     NotAnObject {
@@ -185,6 +195,7 @@ impl SpecError {
             SpecError::TooLarge { .. } => "job_too_large",
             SpecError::NotUtf8 { .. } => "job_not_utf8",
             SpecError::NotJson { .. } => "job_not_json",
+            SpecError::KeyTwice { .. } => "key_twice",
             SpecError::NotAnObject { .. } => "job_not_an_object",
             SpecError::Missing { .. } => "missing_key",
             SpecError::UnknownKey { .. } => "unknown_key",
@@ -212,6 +223,7 @@ impl SpecError {
                 "check that this is the job file; data belongs into `dataset`".to_owned()
             }
             SpecError::NotUtf8 { .. } => "save the file as UTF-8".to_owned(),
+            SpecError::KeyTwice { key, .. } => format!("keep one of the two `{key}`"),
             SpecError::NotJson { .. } | SpecError::NotAnObject { .. } => {
                 "the smallest job is {\"model\": \"…\", \"dataset\": \"…\"}; `mhtraind schema` prints all keys"
                     .to_owned()

@@ -8,6 +8,7 @@ use mhtrain_sizing::workload::TrainType;
 use serde_json::{Map, Value};
 
 use super::read::{At, check_line, clip, nearest, show};
+use super::unique::Unique;
 use super::{DeviceWish, JOB_FILE_BYTES_MAX, JobSpec, SpecError, Validation, args};
 use crate::secrets::{is_secret_name, is_secret_value, is_variable_name, shell_reference, variable_for};
 
@@ -103,13 +104,16 @@ pub(super) fn parse(bytes: &[u8]) -> Result<JobSpec, SpecError> {
         std::str::from_utf8(bytes).map_err(|error| SpecError::NotUtf8 { offset: error.valid_up_to() })?;
     // Editors on Windows put a byte order mark in front.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let value = serde_json::from_str(text).map_err(|error| not_json(&error))?;
+    let Unique(value) = serde_json::from_str(text).map_err(|error| not_json(&error))?;
     from_value(&value)
 }
 
 fn not_json(error: &serde_json::Error) -> SpecError {
     let text = error.to_string();
     let message = text.rsplit_once(" at line ").map_or(text.as_str(), |(message, _)| message);
+    if error.is_data() {
+        return SpecError::KeyTwice { key: message.to_owned(), line: error.line(), column: error.column() };
+    }
     SpecError::NotJson { message: clip(message), line: error.line(), column: error.column() }
 }
 

@@ -152,6 +152,22 @@ fn numbers_are_spelled_as_people_write_them() {
 }
 
 #[test]
+fn a_rank_gets_the_recipes_scale_unless_the_job_has_one() {
+    for (args, train_type, alpha) in [
+        (json!({"lora_rank": 16}), "lora", Some("64")),
+        (json!({"lora_rank": 64}), "qlora", Some("256")),
+        (json!({"lora_rank": 16, "lora_alpha": 32}), "lora", Some("32")),
+        (json!({}), "lora", None),
+        (json!({"lora_rank": 16}), "full", None),
+    ] {
+        let call = user(json!({"args": args, "train_type": train_type}));
+        assert_eq!(value(&call, "lora_alpha"), alpha, "{args} {train_type}");
+        let is_said = call.notes.iter().any(|note| note.contains("lora_alpha"));
+        assert_eq!(is_said, alpha.is_some() && args["lora_alpha"].is_null(), "{args}");
+    }
+}
+
+#[test]
 fn evaluation_flags_come_with_validation_only() {
     assert_eq!(value(&user(json!({})), "eval_steps"), None);
     let call = user(json!({"validation": 0.02}));

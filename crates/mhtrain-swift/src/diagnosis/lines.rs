@@ -1,8 +1,6 @@
 //! What is left of a line when colours, prefixes and progress bars are taken off?
 
-use std::sync::LazyLock;
-
-use regex::Regex;
+use super::pattern::pattern;
 
 /// How loud a logger was, where the line has a logger's prefix.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -30,13 +28,6 @@ pub(super) struct Line {
     pub(super) level: Level,
     /// Whether a logger's prefix was taken off.
     pub(super) logged: bool,
-}
-
-macro_rules! pattern {
-    ($name:ident, $pattern:expr) => {
-        static $name: LazyLock<Regex> =
-            LazyLock::new(|| Regex::new($pattern).expect("the patterns of this file are well-formed"));
-    };
 }
 
 pattern!(
@@ -99,6 +90,20 @@ pub(super) fn unglued(text: &str) -> Vec<&str> {
         parts.push(&text[start..]);
     }
     parts
+}
+
+/// One byte in this many that no text has makes a line binary. In noise it is every tenth.
+const BINARY_SHARE: usize = 25;
+
+/// Returns whether a line is no text at all: a weight file in place of a log, or what a crash left there. Noise of some
+/// megabytes holds every short word somewhere.
+///
+/// Zero bytes do not count, because UTF-16 has them, nor do bells, erasures and escapes, because terminals have them; nor
+/// bytes above 127, because some logs are in an older Chinese encoding.
+pub(super) fn is_binary(line: &[u8]) -> bool {
+    let odd = |byte: &&u8| matches!(**byte, 0x01..=0x06 | 0x0e..=0x1a | 0x1c..=0x1f | 0x7f);
+    let count = line.iter().filter(odd).count();
+    count >= 2 && count * BINARY_SHARE >= line.len()
 }
 
 /// Takes the colours out.
@@ -247,6 +252,17 @@ mod tests {
         let text = "Epoch 0:   6%|#    | 310/5001 [6:20<95:10,  1.37it/s][E x.cpp:1] boom";
         assert_eq!(unglued(text)[1], "[E x.cpp:1] boom");
         assert_eq!(unglued("no bar").len(), 1);
+    }
+
+    #[test]
+    fn noise_is_binary_and_text_in_any_encoding_is_not() {
+        assert!(is_binary(b"\x01\x9cxid 79\x13 7 \x11"));
+        assert!(is_binary(b"\x02\x03"));
+        let utf16: Vec<u8> = "CUDA out of memory".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        assert!(!is_binary(&utf16));
+        assert!(!is_binary(b"OSError: [WinError 1455] \xd2\xb3\xc3\xe6\xce\xc4\xbc\xfe\xcc\xab\xd0\xa1"));
+        assert!(!is_binary(b"\x1b[31mTrain:  10%|\xe2\x96\x88\x1b[0m\x07\x08\x08"));
+        assert!(!is_binary(b""));
     }
 
     #[test]

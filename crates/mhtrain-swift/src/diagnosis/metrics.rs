@@ -4,6 +4,8 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
+use super::pattern::{ascii, pattern};
+
 /// So many loss lines in a row that are no number, or exactly zero, are a divergence. One alone is an overflow that
 /// mixed precision skips.
 const DIVERGED_LINES: u32 = 2;
@@ -17,23 +19,11 @@ const EXPLODED_RATIO: f64 = 20.0;
 /// No language model that can still learn has a loss above this: ln(250 000 tokens) is 12.4.
 const EXPLODED_FLOOR: f64 = 50.0;
 
-macro_rules! pattern {
-    ($name:ident, $pattern:expr) => {
-        static $name: LazyLock<Regex> =
-            LazyLock::new(|| Regex::new($pattern).expect("the patterns of this file are well-formed"));
-    };
-}
-
 const NUMBER: &str = r"([+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|nan|inf(?:inity)?))";
 
-static LOSS: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(&format!(r#"(?i)['"]loss['"]\s*:\s*['"]?{NUMBER}"#))
-        .expect("the pattern of a loss is well-formed")
-});
-static GRAD_NORM: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(&format!(r#"(?i)['"]grad_norm['"]\s*:\s*['"]?{NUMBER}"#))
-        .expect("the pattern of a gradient norm is well-formed")
-});
+static LOSS: LazyLock<Regex> = LazyLock::new(|| ascii(&format!(r#"(?i)['"]loss['"]\s*:\s*['"]?{NUMBER}"#)));
+static GRAD_NORM: LazyLock<Regex> =
+    LazyLock::new(|| ascii(&format!(r#"(?i)['"]grad_norm['"]\s*:\s*['"]?{NUMBER}"#)));
 // Other trainers: `lm loss: 2.1`, `loss=nan`, `| loss nan |`, `'eval_loss': nan`. Only NaN matters there.
 pattern!(LOSS_IS_NAN, r#"(?i)\b(?:\w+[_ ])?loss['"]?\s*[=:| ]\s*['"]?(?:nan|-?inf(?:inity)?)\b"#);
 pattern!(LOSS_IS_NUMBER, r#"(?i)\b(?:\w+[_ ])?loss['"]?\s*[=:| ]\s*['"]?\d"#);

@@ -142,6 +142,60 @@ fn text_of_the_data_is_no_evidence() {
 }
 
 #[test]
+fn talk_about_memory_is_no_shortage_of_memory() {
+    for talk in [
+        "If you see CUDA out of memory, reduce per_device_train_batch_size",
+        "WARNING: this may lead to CUDA out of memory errors",
+        "[WARNING:swift] Using eager attention might cause CUDA out of memory.",
+        "The documentation says: to avoid CUDA out of memory lower the batch.",
+        "Tip: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to prevent CUDA out of memory",
+        " * fixes CUDA out of memory when resuming",
+        "CUDA out of memory handler installed",
+        "/x/a.py:12: UserWarning: device out of memory is possible with this batch",
+        "user: I got torch.OutOfMemoryError: CUDA out of memory",
+    ] {
+        for code in [None, Some(3)] {
+            let exit = ExitFacts { code, ..ExitFacts::default() };
+            assert_eq!(diagnose(talk.as_bytes(), exit).kind, Kind::Unknown, "{talk}");
+        }
+        let text = format!("{talk}\n{}", traceback(&["f"], "NameError: name 'q' is not defined"));
+        assert_eq!(exited(&text, 1).kind, Kind::CodeError, "{talk}");
+    }
+    for real in [
+        "CUDA out of memory on rank 3",
+        "ERROR: CUDA out of memory. Tried to allocate 2.00 GiB, could not go on",
+        "When training: CUDA out of memory. Tried to allocate 2.00 GiB",
+    ] {
+        assert_eq!(exited(real, 1).kind, Kind::DeviceOom, "{real}");
+    }
+}
+
+#[test]
+fn an_exception_about_a_row_is_judged_without_the_row() {
+    let row = "AssertionError: messages: [{'role': 'user', 'content': 'CUDA out of memory. Tried to allocate 2.00 GiB'}]";
+    let found = exited(&traceback(&["_check_messages"], row), 1);
+    assert_eq!((found.kind, found.answer), (Kind::BadData, Answer::Stop));
+}
+
+#[test]
+fn noise_is_no_diagnosis() {
+    // A small generator with a fixed seed: the same bytes on every machine.
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let noise: Vec<u8> = (0..3_000_000)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[3]
+        })
+        .collect();
+    for short in [&b"\x01\x02\xffxid: 7 \x03\x9c\x1e"[..], b"\x05^C\x02", b"\x02\x03ENOSPC\x01", &noise] {
+        let found = diagnose(short, ExitFacts::default());
+        assert_eq!((found.kind, found.fatal), (Kind::Unknown, false), "{:?}", found.evidence.line);
+    }
+}
+
+#[test]
 fn fragmentation_is_answered_with_segments_only_where_they_were_off() {
     let text = traceback(&["training_step"], OOM);
     for (segments, answer) in [

@@ -80,10 +80,22 @@ fn prepared(text: &str, warnings: &mut Vec<String>) -> String {
     if text.lines().any(|line| line.trim_start().starts_with("#SBATCH")) {
         warnings.push("`#SBATCH` lines are left out: a job is no Slurm script".to_owned());
     }
-    let lines = text.lines().map(|line| match line.trim_start() {
-        fence if fence.starts_with("```") => "",
-        prompt if prompt.starts_with("$ ") => &prompt[2..],
-        _ => line,
+    if text.contains(['\u{a0}', '\u{202f}']) {
+        warnings.push(
+            "non-breaking spaces were taken for blanks; a shell would take them for letters".to_owned(),
+        );
+    }
+    let mut goes_on = false;
+    let lines = text.lines().map(|line| {
+        let shown = match line.trim_start() {
+            fence if fence.starts_with("```") => "",
+            prompt if prompt.starts_with("$ ") => &prompt[2..],
+            // The prompt of a continued line; a redirection stands there hardly ever.
+            prompt if goes_on && prompt.starts_with("> ") => &prompt[2..],
+            _ => line,
+        };
+        goes_on = shown.trim_end().ends_with('\\');
+        shown
     });
     lines.collect::<Vec<_>>().join("\n")
 }

@@ -58,7 +58,14 @@ const COMMAND_LINE_SECRETS: [&str; 2] = ["swanlab_secret", "swanlab_webhook_url"
 
 /// Returns the job, read back by the job's own reader.
 pub(super) fn describe(call: &Call, pin: bool, warnings: &mut Vec<String>) -> Result<Value, ImportError> {
-    let mut import = Import { call: call.clone(), pin, warnings, secrets: BTreeSet::new(), job: Map::new() };
+    let mut import = Import {
+        call: call.clone(),
+        pin,
+        warnings,
+        secrets: BTreeSet::new(),
+        unknowable: BTreeSet::new(),
+        job: Map::new(),
+    };
     import.take_secrets();
     import.take_unknowable()?;
     import.warn_about_placeholders();
@@ -68,6 +75,7 @@ pub(super) fn describe(call: &Call, pin: bool, warnings: &mut Vec<String>) -> Re
     import.set_validation();
     import.set_output_and_trackers();
     import.drop_forbidden();
+    import.keep_lora_scale();
     if pin {
         import.pin_everything()
     } else {
@@ -85,6 +93,8 @@ struct Import<'a> {
     pin: bool,
     warnings: &'a mut Vec<String>,
     secrets: BTreeSet<String>,
+    /// Parameters that the block sets to what only a running shell would know.
+    unknowable: BTreeSet<String>,
     job: Map<String, Value>,
 }
 
@@ -178,6 +188,7 @@ impl Import<'_> {
                 Some(what) => {
                     let name = clipped(&flag.name);
                     self.warn(format!("`--{name}` is left out: its value uses {what}"));
+                    self.unknowable.insert(flag.name);
                 }
                 None => self.call.flags.push(flag),
             }
@@ -336,6 +347,20 @@ impl Import<'_> {
         settings
     }
 
+    /// ms-swift's own scale stands for a block that names only a rank: a job without one gets the recipe's.
+    fn keep_lora_scale(&mut self) {
+        let is_open = self.call.values("lora_alpha").is_none() && !self.unknowable.contains("lora_alpha");
+        if self.job.get("train_type") == Some(&json!("full")) || !is_open || self.text("lora_rank").is_empty()
+        {
+            return;
+        }
+        self.warn("`lora_alpha` is 32, ms-swift's own default, because the block does not say");
+        self.call.flags.push(super::block::Flag {
+            name: "lora_alpha".to_owned(),
+            values: vec![Text { text: "32".to_owned(), ..Text::default() }],
+        });
+    }
+
     /// Leaves out what only the supervisor may set.
     fn drop_forbidden(&mut self) {
         for (name, why) in FORBIDDEN_ARGS {
@@ -378,7 +403,8 @@ impl Import<'_> {
         }
         let mut added = Vec::new();
         for (name, value) in defaults {
-            if self.call.values(name).is_none() {
+            // What ms-swift would choose is not what a value would be that only a shell knows.
+            if self.call.values(name).is_none() && !self.unknowable.contains(name) {
                 added.push(format!("{name} {value}"));
                 self.call.flags.push(super::block::Flag {
                     name: name.to_owned(),

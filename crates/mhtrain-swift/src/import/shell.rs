@@ -4,12 +4,14 @@
 //! variables and arrays, redirections and here-documents. Nothing is executed; what only execution could tell
 //! (command substitutions, positional parameters) stays *unresolved* and says so.
 //!
-//! Two slips that a shell would punish are forgiven, because people make them: a comment between continued
-//! lines, and blanks after a backslash at the end of a line.
+//! Some slips that a shell would punish are forgiven, because people make them: a comment between continued lines,
+//! blanks after a backslash at the end of a line, and non-breaking spaces.
 
 use std::collections::BTreeMap;
 use std::iter::Peekable;
 use std::vec::IntoIter;
+
+use super::arithmetic;
 
 use mhtrain_job::secrets::{is_secret_name, is_secret_value};
 
@@ -31,6 +33,14 @@ enum Piece {
         name: String,
         default: Option<String>,
         quoted: bool,
+    },
+    /// `$((16 / N))` or `$(expr 16 / $N)`.
+    Arithmetic {
+        expression: String,
+    },
+    /// `$(basename WORD)` or `${NAME##*/}`: what stands behind the last slash of these pieces.
+    LastPathPart {
+        of: Vec<Piece>,
     },
     /// What only execution could tell.
     Unresolved {
@@ -189,7 +199,7 @@ impl Shell {
             previous.was_joined = true;
             return;
         }
-        if is_declaration(&first.text) {
+        if is_declaration(&first.text) || is_assignment_of_cmd(&command.words) {
             self.declare(&command.words);
             return;
         }
@@ -203,7 +213,8 @@ impl Shell {
 
     /// Carries out `export`, `declare`, `readonly` and `unset`.
     fn declare(&mut self, words: &[Text]) {
-        let exports = words[0].text == "export" || words.iter().any(|word| word.text == "-x");
+        let exports =
+            matches!(words[0].text.as_str(), "export" | "set") || words.iter().any(|word| word.text == "-x");
         for word in &words[1..] {
             let (name, value) = match word.text.split_once('=') {
                 Some((name, value)) => (name, Some(Text { text: value.to_owned(), ..word.clone() })),
@@ -248,6 +259,15 @@ impl Shell {
             match piece {
                 Piece::Literal { text, .. } => open.get_or_insert_default().text.push_str(text),
                 Piece::Unresolved { what } => open.get_or_insert_default().unresolved = Some(what.clone()),
+                Piece::Arithmetic { expression } => {
+                    append(open.get_or_insert_default(), &self.computed(expression));
+                }
+                Piece::LastPathPart { of } => {
+                    let whole = self.expand_whole(of);
+                    let path = whole.text.trim_end_matches('/');
+                    let last = path.rsplit('/').next().unwrap_or(path).to_owned();
+                    append(open.get_or_insert_default(), &Text { text: last, ..whole });
+                }
                 Piece::Variable { name, default, quoted } => {
                     let values = self.value(name, default.as_deref());
                     let values = if *quoted { values } else { values.iter().flat_map(split).collect() };
@@ -266,6 +286,17 @@ impl Shell {
 
     fn expand_whole(&self, pieces: &[Piece]) -> Text {
         join(&self.expand(pieces))
+    }
+
+    fn computed(&self, expression: &str) -> Text {
+        let number = |name: &str| self.value(name, None).first()?.text.trim().parse().ok();
+        match arithmetic::evaluate(expression, number) {
+            Some(value) => Text { text: value.to_string(), ..Text::default() },
+            None => Text {
+                unresolved: Some("a computation that only a shell can do".to_owned()),
+                ..Text::default()
+            },
+        }
     }
 
     fn value(&self, name: &str, default: Option<&str>) -> Vec<Text> {
@@ -316,6 +347,12 @@ fn split(word: &Text) -> Vec<Text> {
 
 fn is_declaration(word: &str) -> bool {
     matches!(word, "export" | "declare" | "typeset" | "readonly" | "local" | "unset")
+}
+
+/// Whether this is `set NAME=VALUE`, which in cmd is an export. A shell's `set` has options there.
+fn is_assignment_of_cmd(words: &[Text]) -> bool {
+    let named = |word: &Text| word.text.split_once('=').is_some_and(|(name, _)| is_name(name));
+    words.len() == 2 && words[0].text == "set" && named(&words[1])
 }
 
 fn is_name(text: &str) -> bool {
@@ -371,10 +408,10 @@ impl Lexer {
     fn tokens(mut self) -> Result<Vec<(Token, usize)>, Unterminated> {
         while let Some(c) = self.peek(0) {
             match c {
-                ' ' | '\t' => {
+                c if is_blank(c) => {
                     self.at += 1;
                 }
-                '\\' if self.continuation_length().is_some() => self.take_continuation(),
+                '\\' | '`' | '^' if self.continuation_length().is_some() => self.take_continuation(),
                 '\n' => self.take_newline(),
                 '#' => self.skip_line(),
                 ';' | '(' | ')' => {
@@ -397,13 +434,22 @@ impl Lexer {
 
     /// Returns the characters of a backslash, blanks and what ends the line, if they stand here.
     fn continuation_length(&self) -> Option<usize> {
-        let blanks = self.chars[self.at + 1..].iter().take_while(|c| matches!(c, ' ' | '\t')).count();
-        match self.peek(1 + blanks) {
-            None | Some('\n') => Some(1 + blanks),
+        let blanks = self.chars[self.at + 1..].iter().take_while(|c| is_blank(**c)).count();
+        match (self.peek(0), self.peek(1 + blanks)) {
+            (Some('\\'), None | Some('\n')) => Some(1 + blanks),
+            // PowerShell and cmd continue lines so; in a shell a word of its own like this has no use.
+            (Some('`' | '^'), Some('\n')) if self.next_line_holds_a_flag_after(1 + blanks) => {
+                Some(1 + blanks)
+            }
             // A backslash, a blank and a comment: the blank was meant to be the end of the line.
-            Some('#') if blanks > 0 => Some(1 + blanks),
-            Some(_) => None,
+            (Some('\\'), Some('#')) if blanks > 0 => Some(1 + blanks),
+            (_, _) => None,
         }
+    }
+
+    fn next_line_holds_a_flag_after(&self, ahead: usize) -> bool {
+        let next = self.chars[self.at + ahead + 1..].iter().find(|c| !is_blank(**c));
+        next == Some(&'-')
     }
 
     /// Goes on to the next line, and past comments that stand between continued lines.
@@ -414,7 +460,7 @@ impl Lexer {
         }
         self.next();
         loop {
-            let blanks = self.chars[self.at..].iter().take_while(|c| matches!(c, ' ' | '\t')).count();
+            let blanks = self.chars[self.at..].iter().take_while(|c| is_blank(**c)).count();
             if self.peek(blanks) != Some('#') {
                 return;
             }
@@ -517,7 +563,7 @@ impl Lexer {
             operator.push('-');
             self.at += 1;
         }
-        while matches!(self.peek(0), Some(' ' | '\t')) {
+        while self.peek(0).is_some_and(is_blank) {
             self.at += 1;
         }
         if self.peek(0) == Some('(') {
@@ -670,8 +716,10 @@ impl Lexer {
         match self.peek(0) {
             Some('(') => {
                 self.at += 1;
+                let start = self.at;
                 self.skip_brackets('(', ')')?;
-                pieces.push(Piece::Unresolved { what: "a command substitution".to_owned() });
+                let inside: String = self.chars[start..self.at - 1].iter().collect();
+                pieces.push(command_substitution(&inside));
             }
             Some('{') => {
                 let line = self.line;
@@ -721,6 +769,27 @@ impl Lexer {
     }
 }
 
+/// Reads what stands between `$(` and `)`: a computation or `basename`, which can be known, or a command.
+fn command_substitution(inside: &str) -> Piece {
+    let inside = inside.trim();
+    if let Some(expression) = inside.strip_prefix('(').and_then(|rest| rest.strip_suffix(')')) {
+        return Piece::Arithmetic { expression: expression.to_owned() };
+    }
+    if let Some(expression) = inside.strip_prefix("expr ") {
+        return Piece::Arithmetic { expression: expression.to_owned() };
+    }
+    if let Some(word) = inside.strip_prefix("basename ") {
+        let mut lexer = Lexer::new(word.trim());
+        // A suffix to take off, or anything else behind the word, is left to a shell.
+        if let Ok(of) = lexer.word()
+            && lexer.at == lexer.chars.len()
+        {
+            return Piece::LastPathPart { of };
+        }
+    }
+    Piece::Unresolved { what: "a command substitution".to_owned() }
+}
+
 /// Reads what stands between `${` and `}`: a name, an array as a whole, or a name with a default.
 fn parameter_expansion(inside: &str, quoted: bool) -> Piece {
     let end = inside.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(inside.len());
@@ -728,6 +797,13 @@ fn parameter_expansion(inside: &str, quoted: bool) -> Piece {
     let default = [":-", ":=", "-", "="].into_iter().find_map(|mark| rest.strip_prefix(mark));
     match (is_name(name), rest, default) {
         (true, "" | "[@]" | "[*]", _) => Piece::Variable { name: name.to_owned(), default: None, quoted },
+        (true, "##*/", _) => Piece::LastPathPart {
+            of: vec![Piece::Variable { name: name.to_owned(), default: None, quoted: true }],
+        },
+        // Called without parameters, a script takes its defaults.
+        (false, _, Some(default)) if name.starts_with(|c: char| c.is_ascii_digit()) => {
+            Piece::Variable { name: name.to_owned(), default: Some(default.to_owned()), quoted }
+        }
         (true, _, Some(default)) => {
             Piece::Variable { name: name.to_owned(), default: Some(default.to_owned()), quoted }
         }
@@ -736,7 +812,13 @@ fn parameter_expansion(inside: &str, quoted: bool) -> Piece {
 }
 
 fn is_word_end(c: char) -> bool {
-    matches!(c, ' ' | '\t' | '\n' | ';' | '&' | '|' | '(' | ')' | '<' | '>')
+    is_blank(c) || matches!(c, '\n' | ';' | '&' | '|' | '(' | ')' | '<' | '>')
+}
+
+/// Whether a character separates words. A shell takes the non-breaking space for a letter; people who copy from a web
+/// page see a blank.
+fn is_blank(c: char) -> bool {
+    matches!(c, ' ' | '\t' | '\u{a0}' | '\u{202f}')
 }
 
 fn literal(pieces: &mut Vec<Piece>, text: &str, quoted: bool) {
@@ -750,7 +832,7 @@ fn plain(pieces: &[Piece]) -> String {
     let texts = pieces.iter().map(|piece| match piece {
         Piece::Literal { text, .. } => text.as_str(),
         Piece::Variable { name, .. } => name.as_str(),
-        Piece::Unresolved { .. } => "",
+        Piece::Unresolved { .. } | Piece::Arithmetic { .. } | Piece::LastPathPart { .. } => "",
     });
     texts.collect()
 }

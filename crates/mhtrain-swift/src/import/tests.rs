@@ -225,7 +225,7 @@ fn unknown_flags_negative_numbers_and_repetitions_are_kept_in_args() {
         imported.job["args"],
         json!({
             "max_steps": 5, "no_such_thing_at_all": 7, "seed": -3, "lora_rank": 16,
-            "target_modules": ["q_proj", "v_proj"], "system": "-x --y", "streaming": true, "dataset_shuffle": false,
+            "target_modules": ["q_proj", "v_proj"], "system": "-x --y", "streaming": true, "dataset_shuffle": false, "lora_alpha": 32,
         })
     );
     assert!(imported.warnings.iter().any(|warning| warning.contains("more than once")));
@@ -256,6 +256,66 @@ fn values_of_a_running_shell_are_left_out_or_refused() {
     assert!(imported.job.get("output_dir").is_none() && imported.job["args"].get("run_name").is_none());
     let error = import("swift sft --model $MODEL --dataset d", false).unwrap_err();
     assert!(error.to_string().contains("$MODEL"), "{error}");
+}
+
+/// What people's scripts do around the call, and the value that it comes to.
+#[test]
+fn values_that_need_no_running_shell_are_known() {
+    for (text, pointer, value) in [
+        ("M=${1:-org/M-7B}\nswift sft --model $M --dataset d", "/model", json!("org/M-7B")),
+        ("swift sft --model ${2-a/b} --dataset d", "/model", json!("a/b")),
+        (
+            "M=org/M-7B\nswift sft --model $M --dataset d --output_dir out/$(basename $M)-x",
+            "/output_dir",
+            json!("out/M-7B-x"),
+        ),
+        (
+            "M=org/M-7B/\nswift sft --model $M --dataset d --output_dir \"out/$(basename \"$M\")\"",
+            "/output_dir",
+            json!("out/M-7B"),
+        ),
+        (
+            "M=org/M-7B\nswift sft --model $M --dataset d --output_dir out/${M##*/}",
+            "/output_dir",
+            json!("out/M-7B"),
+        ),
+        (
+            "N=2\nswift sft --model m/m --dataset d --lora_rank $((16 / N)) --lora_alpha $(expr 32 / $N)",
+            "/args/lora_rank",
+            json!(8),
+        ),
+        (
+            "N=2\nswift sft --model m/m --dataset d --lora_alpha $(expr 32 / $N)",
+            "/args/lora_alpha",
+            json!(16),
+        ),
+        ("swift sft \\\n\u{a0}\u{a0}--model\u{a0}m/m --dataset d", "/model", json!("m/m")),
+        ("swift sft --model m/m --dataset d --system 'a\u{a0}b'", "/args/system", json!("a\u{a0}b")),
+        ("$ swift sft \\\n>   --model m/m \\\n>   --dataset d", "/model", json!("m/m")),
+        ("swift sft `\n  --model m/m `\n  --dataset d `\n  --lora_rank 4", "/args/lora_rank", json!(4)),
+        ("set CUDA_VISIBLE_DEVICES=3\r\nswift sft --model m/m --dataset d\r\n", "/device", json!(3)),
+        ("set -e\nswift sft --model m/m --dataset d\n", "/model", json!("m/m")),
+        ("swift sft ^\r\n  --model m/m ^\r\n  --dataset d", "/dataset/0", json!("d")),
+    ] {
+        assert_eq!(job(text).pointer(pointer), Some(&value), "{text}");
+    }
+}
+
+#[test]
+fn a_block_that_names_only_a_rank_keeps_ms_swifts_scale() {
+    let text = "swift sft --model m/m --dataset d --lora_rank 16";
+    for job in [job(text), pinned(text)] {
+        assert_eq!(job.pointer("/args/lora_alpha"), Some(&json!(32)));
+    }
+    assert_eq!(job("swift sft --model m/m --dataset d").pointer("/args/lora_alpha"), None);
+}
+
+#[test]
+fn a_pinned_value_that_only_a_shell_knows_is_not_replaced_by_a_default() {
+    let text = "swift sft --model m/m --dataset d --per_device_train_batch_size 2 --gradient_accumulation_steps $STEPS";
+    let imported = import(text, true).unwrap();
+    assert_eq!(imported.job.pointer("/args/gradient_accumulation_steps"), None);
+    assert!(imported.warnings.iter().any(|warning| warning.contains("gradient_accumulation_steps")));
 }
 
 #[test]

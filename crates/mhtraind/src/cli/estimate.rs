@@ -1,6 +1,7 @@
 //! `mhtraind estimate`: how much memory will these workloads need?
 
 use std::collections::HashMap;
+use std::io::{BufRead, Read};
 use std::path::PathBuf;
 
 use clap::Args;
@@ -30,6 +31,12 @@ pub struct EstimateArgs {
     pub json: bool,
 }
 
+/// Longest line that is read. A config.json is a few KiB.
+const LINE_BYTES_MAX: u64 = 10 << 20;
+
+/// Editors on Windows put it in front of a file.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// Runs the command.
 pub fn run(args: &EstimateArgs) -> Result<Status, Failure> {
     let mut lines = output::open_lines(&args.file)?;
@@ -44,13 +51,26 @@ pub fn run(args: &EstimateArgs) -> Result<Status, Failure> {
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
-        if lines.read_until(b'\n', &mut line).map_err(|e| unreadable(&args.file, &e))? == 0 {
+        let mut rest = lines.by_ref().take(LINE_BYTES_MAX + 1);
+        if rest.read_until(b'\n', &mut line).map_err(|e| unreadable(&args.file, &e))? == 0 {
             break;
         }
+        if line.len() as u64 > LINE_BYTES_MAX {
+            return Err(Failure::bad_input(
+                "too_large",
+                format!(
+                    "line {number} of {} is longer than {} MiB",
+                    args.file.display(),
+                    LINE_BYTES_MAX >> 20
+                ),
+            )
+            .help("write one object a line; is it the right file?".to_owned()));
+        }
+        let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&line);
         if line.trim_ascii().is_empty() {
             continue;
         }
-        match answer(&line, &mut configs) {
+        match answer(line, &mut configs) {
             Ok(estimate) if args.json => output::json_line(&estimate)?,
             Ok(estimate) => output::line(row(number, &estimate))?,
             Err(failure) => {
@@ -67,7 +87,10 @@ pub fn run(args: &EstimateArgs) -> Result<Status, Failure> {
 }
 
 fn answer(line: &[u8], configs: &mut Configs) -> Result<Estimate, Failure> {
-    let line = std::str::from_utf8(line).map_err(|e| Failure::bad_input("not_utf8", e))?;
+    let line = std::str::from_utf8(line).map_err(|e| {
+        Failure::bad_input("not_utf8", format!("the line is no UTF-8 text: {e}"))
+            .help("save the file as UTF-8".to_owned())
+    })?;
     let failure = |error: EstimateRequestError| Failure::bad_input(error.code(), &error).help(error.help());
     let request = EstimateRequest::parse(line).map_err(failure)?;
     let loaded = match &request.config {
@@ -98,8 +121,10 @@ impl Configs {
     fn load(&mut self, path: &str) -> Result<&Value, Failure> {
         if !self.0.contains_key(path) {
             let text = output::read_text(&PathBuf::from(path))?;
-            let value = serde_json::from_str(&text)
-                .map_err(|e| Failure::bad_input("bad_config_json", format!("{path} is no JSON: {e}")))?;
+            let value = serde_json::from_str(&text).map_err(|e| {
+                Failure::bad_input("bad_config_json", format!("{path} is no JSON: {e}"))
+                    .help("name the config.json of a model".to_owned())
+            })?;
             self.0.insert(path.to_owned(), value);
         }
         Ok(&self.0[path])

@@ -165,6 +165,16 @@ pub fn dispatch(cli: &Cli) -> Result<Status, Failure> {
     }
 }
 
+/// Returns what is wrong with a command line as the JSON interface shows it: clap's first sentence, and its hints.
+pub fn usage_failure(error: &clap::Error) -> Failure {
+    let text = error.render().to_string();
+    let (message, rest) = text.split_once("\n\n").unwrap_or((&text, ""));
+    let message = message.trim().trim_start_matches("error: ");
+    let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let hints = rest.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>();
+    Failure::bad_input("usage", message).help((!hints.is_empty()).then(|| hints.join("\n")))
+}
+
 /// Returns whether the command line asks for errors as JSON.
 pub fn wants_json(cli: &Cli) -> bool {
     match &cli.command {
@@ -181,9 +191,9 @@ pub fn wants_json(cli: &Cli) -> bool {
         Command::Cancel(args) | Command::Retry(args) | Command::Remove(args) => args.json,
         Command::Explain(args) => args.json,
         Command::Drain(args) | Command::Undrain(args) => args.json,
+        Command::Import(args) => args.json,
         Command::Serve(_)
         | Command::Log(_)
-        | Command::Import(_)
         | Command::Schema(_)
         | Command::InstallTrainer(_)
         | Command::Demo(_) => false,

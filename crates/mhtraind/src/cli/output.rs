@@ -92,5 +92,6 @@ pub fn read_text(path: &Path) -> Result<String, Failure> {
             "not_utf8",
             format!("{} is no UTF-8 text (byte {})", path.display(), e.utf8_error().valid_up_to()),
         )
+        .help("save the file as UTF-8".to_owned())
     })
 }

@@ -108,7 +108,8 @@ impl PlanArgs {
                 return Err(Failure::bad_input(
                     "bad_card",
                     format!("--gpu-free {free} is more than --gpu-total {total}"),
-                ));
+                )
+                .help("free memory is a part of the total".to_owned()));
             }
             (Some(free), total) => (free, total.unwrap_or(free)),
             (None, Some(total)) => (total, total),
@@ -253,7 +254,17 @@ fn rung_json(rung: &Rung) -> Value {
 }
 
 fn all_notes(prepared: &Prepared, invocation: &Invocation) -> Vec<String> {
-    prepared.notes.iter().chain(&prepared.plan.notes).chain(&invocation.notes).cloned().collect()
+    let secrets = invocation.secrets.iter().map(|name| {
+        format!("{name} is a secret: the trainer finds it in its environment, and no argument holds it")
+    });
+    prepared
+        .notes
+        .iter()
+        .chain(&prepared.plan.notes)
+        .chain(&invocation.notes)
+        .cloned()
+        .chain(secrets)
+        .collect()
 }
 
 /// Returns the plan for people: card, rungs with their reasons, notes, and the command as a block that can be pasted.
