@@ -217,7 +217,7 @@ fn a_companion_that_cannot_be_installed_is_missed_by_the_receipt_alone() {
 }
 
 /// Every place of an OOM, every smaller micro-batch, data that do and do not fill the last step. Only with
-/// `cargo xtask test --full`: some minutes a line. The table is kept in `docs/measurements/`.
+/// `cargo xtask test --full`: some minutes a line. What was measured is in `docs/measurements/companion.md`.
 #[test]
 fn the_large_matrix() {
     if std::env::var_os("MHTRAIND_TEST_FULL").is_none() {

@@ -227,6 +227,7 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
                     device=str(args.device),
                     wrapped=type(trainer.model_wrapped).__name__,
                 )
+            return True
 
         def memory(self):
             """Returns the allocator's running peaks; nothing without CUDA."""
@@ -276,7 +277,9 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
         # -- the loop's callbacks, in their order --
 
         def on_train_begin(self, args, state, control, **kwargs):
-            self.begin()
+            if not self.begin():
+                # What kind of training this is was not understood: hands off.
+                self.parts.clear()
             if "preflight" in self.parts:
                 self.preflight()
 
