@@ -1,9 +1,9 @@
 """Plugin for --external_plugins: kills the companion's rescue at many moments and looks at what is left. For tests.
 
 In the third pass of step KILL_STEP it forks this process again and again. Each fork runs the companion's rescue in a
-directory of its own, in which a partial checkpoint of that very step lies, and is ended by SIGKILL: before its k-th file
-operation, for each k from the first rename on and for a sample of those before, and after random times. The rescued
-files of a fork that nobody killed are the measure. One JSON line for each into KILL_LOG:
+directory of its own, in which a partial checkpoint of that very step lies, and is ended by SIGKILL: before its k-th
+file operation, for each k from the first rename on and for a sample of those before, and after random times. The
+rescued files of a fork that nobody killed are the measure. One JSON line for each into KILL_LOG:
 
     {"at": "os.rename" or a time, "left": "partial" | "nothing" | "whole" | "broken: why"}
 

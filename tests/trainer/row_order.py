@@ -1,8 +1,8 @@
 """Plugin for --external_plugins (ms-swift 3.x and 4.x): writes down which rows every micro-batch holds.
 
 Appends to the file ORDER_LOG one JSON line a micro-batch: {"step": the optimizer step that it belongs to, counted from
-1, "rows": how many, "longest": padded tokens, "ids": the NNNN of the rows' markers `<id NNNN>`, "pid": whose it is}. Without ORDER_LOG it
-does nothing. The companion's preflight is no training and is left out.
+1, "rows": how many, "longest": padded tokens, "ids": the NNNN of the rows' markers `<id NNNN>`, "pid": whose it is}.
+Without ORDER_LOG it does nothing. The companion's preflight is no training and is left out.
 """
 
 import functools
