@@ -233,3 +233,39 @@ fn json_is_the_receipt_and_nothing_else() {
     let receipt = host.run(&["run", "job.json", "--json"], json!({})).expect(0).json();
     assert_eq!(receipt["state"], "succeeded");
 }
+
+/// The fake trainer loads no plugin, as a trainer would in which the companion cannot be installed.
+#[test]
+fn a_trainer_without_the_companion_is_said_to_be_so() {
+    let host = host();
+    host.job(json!({"args": {"save_steps": 3, "logging_steps": 1, "num_train_epochs": 1, "external_plugins": "mine.py"}}));
+    let receipt = host.run(&["run", "job.json", "--json"], json!({})).expect(0).json();
+    assert_eq!(receipt["warnings"], json!(["training ran without the companion: it said nothing"]));
+    let argv = std::fs::read_to_string(host.env.path("out/attempt-1/fake-argv.json")).unwrap();
+    let plugins = argv.find("mine.py").zip(argv.find("/out/.mhtraind/companion/mhtraind_companion.py"));
+    assert!(plugins.is_some_and(|(mine, ours)| mine < ours), "after the job's own: {argv}");
+    assert!(argv.contains("MHTRAIND_COMPANION_TELEMETRY"), "{argv}");
+}
+
+#[test]
+fn a_site_can_leave_the_companion_out() {
+    let host = host();
+    host.job(json!({}));
+    let settings = std::fs::read_to_string(host.env.path("mhtraind.toml")).unwrap();
+    host.env.write("mhtraind.toml", settings.replace("[trainer]\n", "[trainer]\ncompanion = false\n"));
+    let receipt = host.run(&["run", "job.json", "--json"], json!({})).expect(0).json();
+    assert_eq!(receipt["warnings"], json!([]));
+    let argv = std::fs::read_to_string(host.env.path("out/attempt-1/fake-argv.json")).unwrap();
+    assert!(!argv.contains("external_plugins") && !argv.contains("MHTRAIND_COMPANION"), "{argv}");
+    assert!(!host.env.path("out/.mhtraind/companion").exists());
+}
+
+#[test]
+fn a_companion_that_cannot_be_written_costs_no_training() {
+    let host = host();
+    host.job(json!({}));
+    host.env.write("out/.mhtraind/companion", "a file where its directory should be");
+    let receipt = host.run(&["run", "job.json", "--json"], json!({})).expect(0).json();
+    let warnings = receipt["warnings"].to_string();
+    assert!(warnings.contains("training ran without the companion: cannot make"), "{warnings}");
+}

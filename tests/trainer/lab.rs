@@ -15,23 +15,27 @@ pub(crate) type Trained = BTreeMap<u64, Vec<u64>>;
 /// The simulated card: eight rows fit until `MHT_SIM_GROWTH_STEP`, four always (the demo's figures).
 const CARD_BYTES: u64 = 2 << 30;
 
+/// Returns the trainer environment that the environment names, and its version; `None`, with a word, without one.
+pub(crate) fn trainer() -> Option<(PathBuf, String)> {
+    let named = (
+        std::env::var_os("MHTRAIND_TEST_TRAINER").map(PathBuf::from),
+        std::env::var("MHTRAIND_TEST_MS_SWIFT").ok(),
+    );
+    let (Some(trainer), Some(version)) = named else {
+        println!("skipped: needs a real trainer environment; `cargo xtask test` installs one and runs this");
+        return None;
+    };
+    Some((trainer, version))
+}
+
 pub(crate) struct Lab {
     pub(crate) env: TestEnv,
-    version: String,
 }
 
 impl Lab {
     /// Returns a lab with the trainer environment that the environment names; `None`, with a word, without one.
     pub(crate) fn new() -> Option<Lab> {
-        let (Some(trainer), Ok(version)) = (
-            std::env::var_os("MHTRAIND_TEST_TRAINER").map(PathBuf::from),
-            std::env::var("MHTRAIND_TEST_MS_SWIFT"),
-        ) else {
-            println!(
-                "skipped: needs a real trainer environment; `cargo xtask test` installs one and runs this"
-            );
-            return None;
-        };
+        let (trainer, _) = trainer()?;
         let env = TestEnv::new();
         let python = trainer.join("bin/python");
         let demo = root().join("crates/mhtraind/src/demo");
@@ -49,12 +53,7 @@ impl Lab {
             "mhtraind.toml",
             format!("[trainer]\ncommand = [{swift:?}, \"sft\"]\n[attempt]\ngrace_s = 5\n"),
         );
-        Some(Lab { env, version })
-    }
-
-    /// Returns whether ms-swift is of the 3.x line.
-    pub(crate) fn is_3x(&self) -> bool {
-        self.version.starts_with("3.")
+        Some(Lab { env })
     }
 
     /// Writes job.json for so many epochs, with `extra` keys laid over; `args` are merged.
@@ -97,7 +96,7 @@ impl Lab {
             command.env(name, value.to_string());
         }
         command.env("MHT_SIM_DEVICE_UUID", CARD);
-        // Each attempt appends; its lines are told apart by where the steps go back.
+        // Each attempt appends; its lines bear its pid.
         command.env("ORDER_LOG", self.env.path("order.jsonl"));
         command.env("OMP_NUM_THREADS", "2").env("HF_HUB_OFFLINE", "1").env("TOKENIZERS_PARALLELISM", "false");
         command.envs(set.iter().copied());
@@ -115,37 +114,34 @@ impl Lab {
         serde_json::from_str(&text).expect("it is JSON")
     }
 
-    /// Returns the rows of each step that attempt `number` trained (in whole or in part).
+    /// Returns the rows of each step that the attempt trained (in whole or in part) which is `number` of those that
+    /// trained anything.
     pub(crate) fn trained(&self, number: usize) -> Trained {
         let text = std::fs::read_to_string(self.env.path("order.jsonl")).unwrap_or_default();
-        let mut attempts = vec![Trained::new()];
+        // An attempt is one process.
+        let mut attempts: Vec<(u64, Trained)> = Vec::new();
         for line in text.lines() {
             let line: Value = serde_json::from_str(line).expect("JSON");
             let step = line["step"].as_u64().expect("a step");
+            let pid = line["pid"].as_u64().expect("a pid");
             let rows = line["ids"].as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id"));
-            let micro_batch = line["rows"].as_u64().expect("rows");
-            let last = attempts.last_mut().expect("never empty");
-            // A rerun begins where the step is not past the last one, and is not the same step going on.
-            let goes_back = last.last_key_value().is_some_and(|(before, trained)| {
-                step < *before || (step == *before && trained.len() as u64 + micro_batch > 32)
-            });
-            if goes_back {
-                attempts.push(Trained::new());
+            if attempts.last().is_none_or(|(before, _)| *before != pid) {
+                attempts.push((pid, Trained::new()));
             }
-            attempts.last_mut().expect("never empty").entry(step).or_default().extend(rows);
+            attempts.last_mut().expect("never empty").1.entry(step).or_default().extend(rows);
         }
-        attempts.get(number - 1).cloned().unwrap_or_default()
+        attempts.get(number - 1).map(|(_, trained)| trained.clone()).unwrap_or_default()
     }
 
-    /// Returns the loss of each step that an attempt logged.
-    pub(crate) fn losses(&self, number: u32) -> BTreeMap<u64, f64> {
+    /// Returns a figure (`loss`, `learning_rate`) of each step that an attempt logged.
+    pub(crate) fn logged(&self, number: u32, figure: &str) -> BTreeMap<u64, f64> {
         let path = self.env.path(&format!("out/attempt-{number}/logging.jsonl"));
         let text = std::fs::read_to_string(path).expect("the trainer's log");
         text.lines()
             .filter_map(|line| {
                 let line: Value = serde_json::from_str(line).ok()?;
                 let (step, _) = line["global_step/max_steps"].as_str()?.split_once('/')?;
-                Some((step.parse().ok()?, line["loss"].as_f64()?))
+                Some((step.parse().ok()?, line[figure].as_f64()?))
             })
             .collect()
     }
@@ -155,7 +151,7 @@ impl Lab {
     pub(crate) fn wait_for_step(&self, attempt: u32, step: u64) {
         let path = self.env.path(&format!("out/attempt-{attempt}/logging.jsonl"));
         let until = Instant::now() + Duration::from_secs(180);
-        while !(path.exists() && self.losses(attempt).keys().any(|logged| *logged >= step)) {
+        while !(path.exists() && self.logged(attempt, "loss").keys().any(|logged| *logged >= step)) {
             assert!(Instant::now() < until, "waited 180 s for step {step} in {}", path.display());
             std::thread::sleep(Duration::from_millis(20));
         }

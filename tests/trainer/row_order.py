@@ -1,8 +1,8 @@
 """Plugin for --external_plugins (ms-swift 3.x and 4.x): writes down which rows every micro-batch holds.
 
 Appends to the file ORDER_LOG one JSON line a micro-batch: {"step": the optimizer step that it belongs to, counted from
-1, "rows": how many, "longest": padded tokens, "ids": the NNNN of the rows' markers `<id NNNN>`}. Without ORDER_LOG it
-does nothing. The companion's preflight is no training and is left out.
+1, "rows": how many, "longest": padded tokens, "ids": the NNNN of the rows' markers `<id NNNN>`, "pid": whose it is}.
+Without ORDER_LOG it does nothing. The companion's preflight is no training and is left out.
 """
 
 import functools
@@ -20,6 +20,7 @@ def write_down(trainer, input_ids, path):
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = [int(marker) for row in input_ids.tolist() for marker in MARKER.findall(tokenizer.decode(row))]
     line = {"step": trainer.state.global_step + 1, "rows": input_ids.shape[0], "longest": input_ids.shape[1], "ids": ids}
+    line["pid"] = os.getpid()
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -12,8 +12,9 @@
     MHTRAIND_COMPANION_OFF         parts to leave out, with commas between: preflight,rescue,cures,stop
 
 Nothing in here may end or change a training: what goes wrong becomes an `error` line. Two things leave on purpose: an
-out-of-memory error of the preflight, which is what it is for, and the trainer's own, after the rescue, as it was.
-One process, or several with plain DDP; with anything else (DeepSpeed, FSDP) only telemetry is left, and `aside` says so.
+out-of-memory error of the preflight, which is what it is for, and the trainer's own, after the rescue, as it was. Who
+counts micro-batches can tell the preflight by `trainer.mhtraind_preflight`.
+One process, or several with plain DDP; with anything else (DeepSpeed, FSDP) only telemetry is left; `aside` says so.
 """
 
 import functools
@@ -66,10 +67,10 @@ def describe(error):
 def is_device_oom(error):
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError if hasattr(torch, "OutOfMemoryError") else torch.cuda.OutOfMemoryError):
+    if isinstance(error, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("CUDA error: out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
+    texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def versions():
@@ -227,6 +228,7 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
                     device=str(args.device),
                     wrapped=type(trainer.model_wrapped).__name__,
                 )
+            return True
 
         def memory(self):
             """Returns the allocator's running peaks; nothing without CUDA."""
@@ -276,7 +278,9 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
         # -- the loop's callbacks, in their order --
 
         def on_train_begin(self, args, state, control, **kwargs):
-            self.begin()
+            if not self.begin():
+                # What kind of training this is was not understood: hands off.
+                self.parts.clear()
             if "preflight" in self.parts:
                 self.preflight()
 
@@ -622,7 +626,9 @@ def install(telemetry, parts, stop_file):
             pass
         return step(self, model, inputs, *args, **kwargs)
 
-    Trainer.__init__, Trainer._inner_training_loop, Trainer.training_step = __init__, _inner_training_loop, training_step
+    Trainer.__init__ = __init__
+    Trainer._inner_training_loop = _inner_training_loop
+    Trainer.training_step = training_step
     Trainer.mhtraind_companion = Companion
     telemetry.say("loaded", versions=installed, parts=sorted(parts), cures=cures)
 

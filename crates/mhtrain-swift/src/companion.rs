@@ -100,6 +100,9 @@ pub struct Begin {
     pub accumulation: u32,
     /// Ranks.
     pub world_size: u32,
+    /// What the model is wrapped in; `DistributedDataParallel` where ranks train together.
+    #[serde(default)]
+    pub wrapped: String,
 }
 
 /// The allocator's running peaks of one rank. Absent without CUDA.

@@ -244,7 +244,7 @@ mod tests {
     fn the_reference_is_a_complete_configuration() {
         let config = parse("").unwrap();
         assert_eq!(config.trainer.command, ["swift", "sft"]);
-        assert!(!config.trainer.companion);
+        assert!(config.trainer.companion);
         assert!((config.sizing.oom_risk - 0.10).abs() < 1e-12);
     }
 

@@ -19,6 +19,10 @@ pub(crate) struct TestArgs {
     /// Leave out the tests on real ms-swift
     #[arg(long)]
     no_trainer: bool,
+
+    /// Also the large matrix of resumes after an out-of-memory error: about ten minutes more for each line
+    #[arg(long, conflicts_with = "no_trainer")]
+    full: bool,
 }
 
 /// Runs the stages one after the other and stops at the first that fails.
@@ -45,6 +49,10 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
             let mut test = cargo();
             test.args(["test", "--package", "mhtraind", "--test", "trainer", "--", "--test-threads", "1"]);
             test.env("MHTRAIND_TEST_MS_SWIFT", line).env("MHTRAIND_TEST_TRAINER", trainer);
+            if args.full {
+                let table = target_dir(&root).join(format!("companion-{line}.md"));
+                test.env("MHTRAIND_TEST_FULL", "1").env("MHTRAIND_TEST_TABLE", table);
+            }
             stage(&mut stages, &format!("tests on real ms-swift {line}"), test.current_dir(&root))?;
         }
     }

@@ -109,9 +109,9 @@ impl Companion {
     }
 }
 
-/// Returns the launch of an attempt whose recorder writes into `record`.
+/// Returns the launch of an attempt whose recorder writes into `record`. (`stop` in there is the recorder's own.)
 fn launch(file: PathBuf, record: &Path) -> Launch {
-    Launch { file, telemetry: telemetry_file(record), stop_file: record.join("stop") }
+    Launch { file, telemetry: telemetry_file(record), stop_file: record.join("stop-after-step") }
 }
 
 /// Returns where an attempt's companion reports to, for an attempt whose recorder writes into `record`.

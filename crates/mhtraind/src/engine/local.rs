@@ -643,7 +643,7 @@ impl<'a> Job<'a> {
     fn known_rows(&self) -> Option<u64> {
         let mut follower = Follower::new(&self.output_of(self.last_start()?.attempt), Path::new("."));
         follower.look_to_the_end().ok()?;
-        rows(&follower)
+        follower.telemetry.rows().or_else(|| follower.watch.train_rows())
     }
 
     /// Returns the file that holds an attempt's standard output and standard error.
