@@ -222,9 +222,9 @@ impl Attempt {
     /// Starts a recorder, which starts the trainer. Returns when the recorder is up; it outlives us.
     ///
     /// `exe` is a program that calls [`recorder_main`](crate::recorder::recorder_main),
-    /// [`gate_main`](crate::recorder::gate_main) and [`adopt_main`](crate::adopt::adopt_main) for the three hidden verbs. `env` is the whole environment of the
-    /// trainer; nothing of ours is added but the variable that marks the attempt's processes. A trainer that cannot
-    /// be executed is no error here: the state becomes [`Ended::NotStarted`].
+    /// [`gate_main`](crate::recorder::gate_main) and [`adopt_main`](crate::adopt::adopt_main) for the three hidden verbs.
+    /// `env` is the whole environment of the trainer; nothing of ours is added but the variable that marks the attempt's
+    /// processes. A trainer that cannot be executed is no error here: the state becomes [`Ended::NotStarted`].
     ///
     /// # Errors
     /// When the record cannot be written, or the recorder does not come up. Then nothing runs.
@@ -364,8 +364,14 @@ impl Attempt {
 
     /// Returns the attempt's cgroup while there is one.
     fn cgroup(&self) -> Result<Option<Cgroup>, RecordError> {
-        let Some(directory) = self.record.launch()?.cgroup else { return Ok(None) };
-        Ok(Cgroup::open(&directory, self.record.path(), self.record.owner()?))
+        let owner = self.record.owner()?;
+        let launch = self.record.launch();
+        // Another user may have something to hide: then it is also looked for where we would have made it. Nobody but root
+        // makes one there and gives it to him.
+        let hidden = launch.is_err() || must_check(owner);
+        let planned = hidden.then(|| Cgroup::plan(self.record.path())).flatten();
+        let candidates = launch.ok().and_then(|launch| launch.cgroup).into_iter().chain(planned);
+        Ok(candidates.filter_map(|directory| Cgroup::open(&directory, self.record.path(), owner)).next())
     }
 
     /// Returns the files about this attempt.
@@ -462,13 +468,14 @@ impl Attempt {
     /// For an attempt whose recorder is gone. A recorder that still lives is killed first, so its exit status is lost:
     /// prefer [`Attempt::request_stop`] while there is one. Where the attempt has a cgroup nobody escapes. Without one,
     /// descendants are found through their parents, and those whose parent is gone through the variable that marks them; one
-    /// that cleared its environment as well escapes.
+    /// that cleared its environment as well escapes. A file of the record that cannot be read is no obstacle; an attempt that
+    /// cannot be opened for that reason can be made of its [`RecordDir`].
     ///
     /// # Errors
     /// When processes cannot be listed, or are still there long after the kill.
     pub fn kill_everything(&self) -> Result<usize, StopError> {
         let until = Instant::now() + KILLED_WITHIN;
-        let recorder = self.record.recorder()?;
+        let recorder = self.record.recorder().unwrap_or_default();
         if let Some(recorder) = &recorder
             && recorder.is_alive()
             && self.is_ours_to_signal(recorder)?
@@ -476,16 +483,17 @@ impl Attempt {
             // Its descendants become orphans; they are marked. Failure shows below: they stay.
             let _refused = recorder.signal(Signal::KILL);
         }
-        let cgroup = self.cgroup()?.map(|cgroup| cgroup.whole());
+        let cgroup = self.cgroup()?;
+        let group = cgroup.as_ref().map(Cgroup::whole);
         let mut killed = BTreeSet::new();
         loop {
-            let alive = self.survivors(cgroup.as_ref())?;
-            let populated = || cgroup.as_ref().and_then(|group| group.population().ok());
+            let alive = self.survivors(group.as_ref())?;
+            let populated = || group.as_ref().and_then(|group| group.population().ok());
             let populated = || populated().is_some_and(|population| population.is_populated());
             // Two looks: in one listing of /proc somebody can hide who forks and ends while it is read.
-            if alive.is_empty() && !populated() && self.survivors(cgroup.as_ref())?.is_empty() {
+            if alive.is_empty() && !populated() && self.survivors(group.as_ref())?.is_empty() {
                 killed.retain(|process| Some(process) != recorder.as_ref());
-                let _by_whoever_comes_next = self.clean_up();
+                let _by_whoever_comes_next = cgroup.map(|cgroup| cgroup.remove());
                 return Ok(killed.len());
             }
             if Instant::now() >= until {
@@ -498,7 +506,7 @@ impl Attempt {
                 let _refused = process.signal(Signal::KILL);
                 killed.insert(process);
             }
-            if let Some(group) = &cgroup {
+            if let Some(group) = &group {
                 let _as_ourselves = FileRights::of_this_process();
                 // Kernels before 5.14 cannot; then the loop comes again.
                 let _comes_again = group.kill();
@@ -509,7 +517,7 @@ impl Attempt {
 
     /// Returns who of this attempt is alive, the recorder excepted where it is outside of the cgroup.
     fn survivors(&self, cgroup: Option<&Group>) -> Result<BTreeSet<ProcessIdentity>, StopError> {
-        let trainer = self.record.trainer()?.map(|trainer| trainer.identity);
+        let trainer = self.record.trainer().unwrap_or_default().map(|trainer| trainer.identity);
         let owner = self.record.owner()?;
         let _as_ourselves = FileRights::of_this_process();
         let mut alive = family(ATTEMPT_VARIABLE, self.record.path().as_os_str(), trainer.as_ref())
@@ -589,6 +597,13 @@ fn make_cgroup(planned: &Path, identity: Option<&Identity>, mut log: &File) -> O
                 writeln!(log, "without a cgroup of its own: cannot make {}: {error}", planned.display());
             None
         }
+    }
+}
+
+/// For [`Attempt::kill_everything`]: nothing is read, so the record may be damaged or hostile.
+impl From<RecordDir> for Attempt {
+    fn from(record: RecordDir) -> Attempt {
+        Attempt { record }
     }
 }
 

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use lab::{LONG, Lab, exit, recorder, trainer, until};
 use mhtrain_supervisor::attempt::{SpawnError, StopError};
-use mhtrain_supervisor::record::RecordError;
+use mhtrain_supervisor::record::{RecordDir, RecordError};
 use mhtrain_supervisor::{Attempt, AttemptState, Ended, Extent, Identity, ProcessIdentity, StopTook};
 use rustix::process::Signal;
 
@@ -274,6 +274,26 @@ fn a_hostile_record_is_an_error_and_no_hang() {
     let _nobody_is_there = attempt.request_stop(LONG);
     assert!(!Path::new("/etc/mhtraind-was-here").exists());
     assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+}
+
+#[test]
+fn an_attempt_with_a_hostile_record_can_still_be_killed() {
+    let Some(theirs) = Theirs::new("setsid sh -c 'echo $$ > $D/worker; exec sleep 600' & exec sleep 600")
+    else {
+        return;
+    };
+    let attempt = theirs.launch();
+    let processes = [trainer(&attempt), recorder(&attempt), theirs.lab.process("worker")];
+    for name in ["launch.json", "trainer.json", "recorder.json"] {
+        fs::remove_file(theirs.record().join(name)).unwrap();
+        symlink("/etc/shadow", theirs.record().join(name)).unwrap();
+    }
+    assert!(Attempt::open(&theirs.record()).is_err());
+    let attempt = Attempt::from(RecordDir::open(&theirs.record()).unwrap());
+    assert!(attempt.kill_everything().unwrap() >= 2);
+    assert!(!processes[0].is_alive() && !processes[2].is_alive());
+    // Without a cgroup nobody knows who the recorder is. It ends when there is nobody left to record.
+    until("the recorder is gone", || !processes[1].is_alive());
 }
 
 fn state_of(record: &Path) -> Result<AttemptState, RecordError> {
