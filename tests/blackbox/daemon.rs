@@ -154,6 +154,35 @@ fn a_killed_daemon_loses_nothing_and_trains_nothing_twice() {
 }
 
 #[test]
+fn a_killed_recorder_is_replaced_with_and_without_the_daemon() {
+    let mut served = Served::new();
+    let id = served.submit(json!({}), &json!({"step_seconds": 0.3}));
+    served.wait_until("a step", |served| !served.host.trained(1).is_empty());
+    let recorder = |served: &Served| -> u64 {
+        let path = served.host.env.path(&format!("state/jobs/{id}/attempt-1/recorder.json"));
+        let record: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        record["pid"].as_u64().unwrap()
+    };
+    let kill =
+        |pid: u64| assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+    let first = recorder(&served);
+    kill(first);
+    served.wait_until("another recorder", |served| recorder(served) != first);
+    let second = recorder(&served);
+    served.daemon.kill().unwrap();
+    kill(second);
+    served.kill_and_restart();
+    served.wait_until("a third recorder", |served| recorder(served) != second);
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let receipt = served.receipt(&id);
+    assert_eq!(receipt["attempts"].as_array().unwrap().len(), 1, "it was trained once");
+    assert_eq!(receipt["attempts"][0]["exit"]["kind"], "lost");
+    assert_eq!(receipt["proof"], "rows");
+    let steps: Vec<u64> = served.host.trained(1).iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, (1..=10).collect::<Vec<_>>());
+}
+
+#[test]
 fn one_job_a_device_by_priority_and_the_others_say_why_they_wait() {
     let served = Served::new();
     let slow = json!({"step_seconds": 0.1});

@@ -7,26 +7,48 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The counter of the cgroup in which this process, and with it its children, runs.
+use crate::cgroup::{Mount, directory, own_directory};
+
+/// The counter of the cgroup in which the trainer runs.
 #[derive(Debug)]
 pub(crate) struct OomCounter {
     before: Option<(PathBuf, u64)>,
+    /// Whether we look since before the trainer's start, so that "it did not rise" says something.
+    from_the_start: bool,
 }
 
 impl OomCounter {
-    /// Reads the counter for the first time.
-    pub(crate) fn of_this_process() -> OomCounter {
-        let read = |name| fs::read_to_string(name).unwrap_or_default();
-        let file = counter_file(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
-        let before = file.and_then(|file| Some((kills(&file)?, file))).map(|(count, file)| (file, count));
-        OomCounter { before }
+    /// Reads the counter for the first time. The trainer will run in `leaf`, a new cgroup of its own with the memory
+    /// controller, or else where this process runs.
+    pub(crate) fn at_the_start(leaf: Option<PathBuf>) -> OomCounter {
+        let before = match leaf {
+            // Nobody was ever killed in a new one. So whoever takes over sees the same rise.
+            Some(leaf) => Some((leaf, 0)),
+            None => shared_counter(),
+        };
+        OomCounter { before, from_the_start: true }
     }
 
-    /// Returns whether the counter rose since; `None` where there is none to read.
+    /// The same when the trainer has run for a while.
+    pub(crate) fn later(leaf: Option<PathBuf>) -> OomCounter {
+        let from_the_start = leaf.is_some();
+        OomCounter { from_the_start, ..OomCounter::at_the_start(leaf) }
+    }
+
+    /// Returns whether the counter rose since; `None` where there is none to read, or a rise may have been missed.
     pub(crate) fn rose(&self) -> Option<bool> {
         let (file, before) = self.before.as_ref()?;
-        Some(kills(file)? > *before)
+        Some(kills(file)? > *before).filter(|rose| *rose || self.from_the_start)
     }
+}
+
+fn shared_counter() -> Option<(PathBuf, u64)> {
+    let read = |name| fs::read_to_string(name).unwrap_or_default();
+    let file = counter_file(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"))?;
+    // In v2 the kills of a cgroup without the controller are counted by the nearest one above that has it.
+    let (directory, name) = (file.parent()?, file.file_name()?);
+    let file = directory.ancestors().map(|above| above.join(name)).find(|file| file.exists())?;
+    Some((file.clone(), kills(&file)?))
 }
 
 fn kills(file: &Path) -> Option<u64> {
@@ -47,40 +69,8 @@ fn counter_file(cgroup: &str, mountinfo: &str) -> Option<PathBuf> {
                 |mount: &Mount<'_>| mount.kind == "cgroup" && mount.options.split(',').any(|o| o == "memory");
             Some(directory(mountinfo, mounted, path)?.join("memory.oom_control"))
         }
-        None => {
-            let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
-            Some(directory(mountinfo, |mount| mount.kind == "cgroup2", path)?.join("memory.events"))
-        }
+        None => Some(own_directory(cgroup, mountinfo)?.join("memory.events")),
     }
-}
-
-/// A line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
-struct Mount<'a> {
-    root: &'a str,
-    point: &'a str,
-    kind: &'a str,
-    options: &'a str,
-}
-
-impl<'a> Mount<'a> {
-    fn parse(line: &'a str) -> Option<Mount<'a>> {
-        let (before, after) = line.split_once(" - ")?;
-        let mut before = before.split(' ').skip(3);
-        let mut after = after.split(' ');
-        Some(Mount {
-            root: before.next()?,
-            point: before.next()?,
-            kind: after.next()?,
-            options: after.nth(1)?,
-        })
-    }
-}
-
-/// Returns where the cgroup `path` is mounted. In a container the mount may show only a part of the hierarchy.
-fn directory(mountinfo: &str, wanted: impl Fn(&Mount<'_>) -> bool, path: &str) -> Option<PathBuf> {
-    let mount = mountinfo.lines().filter_map(Mount::parse).find(|mount| wanted(mount))?;
-    let below = Path::new(path).strip_prefix(mount.root).ok()?;
-    Some(Path::new(mount.point).join(below))
 }
 
 #[cfg(test)]
@@ -113,7 +103,7 @@ mod tests {
         assert_eq!(counter_file("0::/other\n", PART), None);
         assert_eq!(counter_file("0::/a\n", ""), None);
         assert_eq!(counter_file("", HYBRID), None);
-        assert_eq!(OomCounter { before: None }.rose(), None);
+        assert_eq!(OomCounter { before: None, from_the_start: true }.rose(), None);
     }
 
     #[test]
@@ -121,10 +111,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("memory.events");
         fs::write(&file, "low 0\noom 5\noom_kill 4\noom_group_kill 9\n").unwrap();
-        let counter = OomCounter { before: Some((file.clone(), kills(&file).unwrap())) };
+        let before = Some((file.clone(), kills(&file).unwrap()));
+        let counter = OomCounter { before: before.clone(), from_the_start: true };
         assert_eq!(counter.rose(), Some(false));
+        let late = OomCounter { before, from_the_start: false };
+        assert_eq!(late.rose(), None, "somebody may have been killed before we looked");
         fs::write(&file, "oom 6\noom_kill 5\n").unwrap();
-        assert_eq!(counter.rose(), Some(true));
+        assert_eq!((counter.rose(), late.rose()), (Some(true), Some(true)));
         fs::remove_file(&file).unwrap();
         assert_eq!(counter.rose(), None);
     }

@@ -52,6 +52,13 @@ impl ProcessIdentity {
             && Stat::of(self.pid).is_ok_and(|stat| stat.start_time == self.start_time && !stat.is_dead())
     }
 
+    /// Returns whether it runs as this user (real user id, `/proc/PID/status`).
+    pub(crate) fn is_of_user(&self, uid: u32) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let real = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next());
+        real.is_some_and(|real| real.parse() == Ok(uid)) && self.is_alive()
+    }
+
     /// Sends `signal` to this very process and to no later owner of its pid. Returns whether it was there.
     ///
     /// # Errors
@@ -107,21 +114,40 @@ pub fn descendants(root: u32) -> io::Result<Vec<ProcessIdentity>> {
     Ok(found)
 }
 
-/// Returns everything alive that was started with `name=value` in its environment, this process excepted.
+/// Returns everything alive that was started with `name=value` in its environment, `also`, and everything that those started,
+/// this process excepted.
 ///
-/// Only processes whose environment we may read are seen: our own user's, or all for root.
+/// Only processes whose environment we may read are found by it: our own user's, or all for root.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
-pub(crate) fn started_with(name: &str, value: &OsStr) -> io::Result<Vec<ProcessIdentity>> {
+pub(crate) fn family(
+    name: &str,
+    value: &OsStr,
+    also: Option<&ProcessIdentity>,
+) -> io::Result<BTreeSet<ProcessIdentity>> {
     let wanted = [name.as_bytes(), b"=", value.as_bytes()].concat();
-    let (boot_id, own_pid) = (boot_id()?, std::process::id());
-    let found = all_processes()?.into_iter().filter(|stat| stat.pid != own_pid && !stat.is_dead());
-    let found = found.filter(|stat| {
+    let boot_id = boot_id()?;
+    // One listing for all of it: a pid that is used again between two of them would make a stranger's child one of ours.
+    let alive: Vec<_> = all_processes()?.into_iter().filter(|stat| !stat.is_dead()).collect();
+    let is_marked = |stat: &Stat| {
         let environment = fs::read(format!("/proc/{}/environ", stat.pid)).unwrap_or_default();
         environment.split(|byte| *byte == 0).any(|entry| entry == wanted)
-    });
-    Ok(found.map(|stat| stat.identity(boot_id)).collect())
+    };
+    let is_named = |stat: &Stat| also.is_some_and(|also| stat.identity(boot_id) == *also);
+    let own_pid = std::process::id();
+    let mut found: BTreeSet<u32> =
+        alive.iter().filter(|stat| is_named(stat) || is_marked(stat)).map(|stat| stat.pid).collect();
+    found.remove(&own_pid);
+    loop {
+        let more = alive.iter().filter(|stat| found.contains(&stat.parent) && stat.pid != own_pid);
+        let more: Vec<u32> = more.map(|stat| stat.pid).filter(|pid| !found.contains(pid)).collect();
+        if more.is_empty() {
+            break;
+        }
+        found.extend(more);
+    }
+    Ok(alive.iter().filter(|stat| found.contains(&stat.pid)).map(|stat| stat.identity(boot_id)).collect())
 }
 
 /// Returns the id of this boot.
@@ -250,9 +276,13 @@ mod tests {
         let mut child = Command::new("sleep").arg("60").env("MHTRAIND_TEST_MARK", "a b").spawn().unwrap();
         let identity = ProcessIdentity::of(child.id()).unwrap();
         assert!(descendants(std::process::id()).unwrap().contains(&identity));
-        let found = started_with("MHTRAIND_TEST_MARK", OsStr::new("a b")).unwrap();
+        let marked = family("MHTRAIND_TEST_MARK", OsStr::new("a b"), None).unwrap();
+        let named = family("MHTRAIND_TEST_MARK", OsStr::new("other"), Some(&identity)).unwrap();
+        let later = ProcessIdentity { start_time: identity.start_time + 1, ..identity.clone() };
+        let mistaken = family("MHTRAIND_TEST_MARK", OsStr::new("other"), Some(&later)).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(found, [identity]);
+        let only_the_child = BTreeSet::from([identity]);
+        assert_eq!((marked, named, mistaken), (only_the_child.clone(), only_the_child, BTreeSet::new()));
     }
 }

@@ -4,8 +4,8 @@
 //! recorder                               gate = the trainer-to-be
 //!   own session, sub-reaper
 //!   recorder.json
-//!   starts the gate ───────────────────>  waits for one byte on its stdin
-//!   trainer.json (pid, start time)
+//!   starts the gate ───────────────────>  in the attempt's cgroup; waits for one byte on its stdin
+//!   trainer.json (pid, start time, extent)
 //!   one byte ──────────────────────────>  executes the trainer under the same pid
 //!   waits, caps the logs, hears stops      (no byte but end of file: exits; the recorder died)
 //!   exit.json
@@ -16,27 +16,29 @@
 //! A recorder is a process of one thread without signal handlers. It lives in a session of its own, so that a terminal's
 //! Ctrl-C or hang-up never reaches it, and it needs nobody: when mhtraind dies it goes on. As a *child sub-reaper*
 //! (`PR_SET_CHILD_SUBREAPER`, prctl(2)) it becomes the parent of every orphan below it, whatever session or group that one
-//! chose; so "no children left" proves "nobody left". A process group proves nothing: torchrun gives each rank its own.
+//! chose; so "no children left" proves "nobody left". A process group proves nothing: torchrun gives each rank its own. Where
+//! there is a [cgroup](crate::record::Extent), the trainer is in it as well: it ends everybody at once, and still finds them
+//! when this recorder is dead and another one [took over](crate::adopt).
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
-use rustix::io::Errno;
-use rustix::process::{Signal, WaitOptions, WaitStatus};
-
+use crate::cgroup::{Cgroup, Group};
 use crate::log_cap::LogCap;
 use crate::oom::OomCounter;
-use crate::process::{ProcessIdentity, descendants};
+use crate::process::ProcessIdentity;
 use crate::record::{
-    Ended, ExitRecord, LaunchRecord, RecordDir, RecordError, StopTook, TrainerRecord, private,
+    Ended, ExitRecord, Extent, LaunchRecord, RecordDir, RecordError, TrainerRecord, private,
 };
-use crate::signals::{self, Heard, Signals};
+use crate::signals::{self, Signals};
+use crate::spawn::{self, Start};
+use crate::watch::{Sight, Watch, complain};
 
 /// The hidden subcommand that calls [`recorder_main`].
 pub const RECORDER_VERB: &str = "recorder";
@@ -47,16 +49,9 @@ pub const GATE_VERB: &str = "recorder-gate";
 /// Set in the trainer's environment to the path of its record directory. Whoever inherits it belongs to the attempt.
 pub const ATTEMPT_VARIABLE: &str = "MHTRAIND_ATTEMPT";
 
-/// How often a recorder looks at the logs and for a stop file when no signal wakes it.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
-
-/// How long processes that outlived their trainer may take after SIGTERM. Data-loader workers of torch notice their parent's
-/// death by themselves within about 5 s (`MP_STATUS_CHECK_INTERVAL` of torch/utils/data/_utils).
-const LEFTOVER_GRACE: Duration = Duration::from_secs(5);
-
 /// Why an attempt could not be recorded.
 #[derive(Debug, thiserror::Error)]
-enum RecorderError {
+pub(crate) enum RecorderError {
     #[error(transparent)]
     Record(#[from] RecordError),
     #[error("cannot {action}")]
@@ -66,7 +61,7 @@ enum RecorderError {
 }
 
 impl RecorderError {
-    fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RecorderError {
+    pub(crate) fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RecorderError {
         move |source| RecorderError::System { action, source: source.into() }
     }
 }
@@ -87,7 +82,7 @@ pub fn gate_main(record_dir: &Path) -> i32 {
     exit_status(pass_gate(record_dir))
 }
 
-fn exit_status(result: Result<(), RecorderError>) -> i32 {
+pub(crate) fn exit_status(result: Result<(), RecorderError>) -> i32 {
     match result {
         Ok(()) => 0,
         Err(error) => {
@@ -99,13 +94,13 @@ fn exit_status(result: Result<(), RecorderError>) -> i32 {
 }
 
 /// Returns an error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Cuts every tie to whoever started us.
-fn become_independent() -> Result<Signals, RecorderError> {
+pub(crate) fn become_independent() -> Result<Signals, RecorderError> {
     let signals = Signals::hold().map_err(RecorderError::system("hold back signals"))?;
     signals::stop_ignoring();
     // It fails for the leader of a session, and that is what we want to be: the launcher made us one.
@@ -128,48 +123,73 @@ fn record_attempt(record_dir: &Path, signals: Signals) -> Result<(), RecorderErr
     if record.recorder()?.is_some() {
         return Err(RecordError::Used { path: record.path().to_owned() }.into());
     }
-    record.reserve_exit()?;
     record.write_recorder(&this_process()?)?;
-    let oom = OomCounter::of_this_process();
-    let (trainer, logs) = match start(&record, &launch) {
+    let group = trainers_group(&record, &launch);
+    let shared_counter = OomCounter::at_the_start(None);
+    let Started { trainer, logs, group } = match start(&record, &launch, group) {
         Ok(started) => started,
         Err(error) => {
             record.write_exit(&not_started(chain(&error)))?;
             return Err(error);
         }
     };
-    let mut watch = Watch {
-        record: &record,
-        launch: &launch,
-        trainer,
-        signals,
-        logs,
-        ended: None,
-        asked_by_signal: false,
-        stop_file: None,
-    };
-    let stop = watch.until_trainer_ends();
-    let mut exit = ExitRecord {
-        ended: watch.how_it_ended(),
-        ended_at: SystemTime::now(),
-        oom_kill: oom.rose(),
-        stop,
-        leftovers_killed: None,
-    };
-    // The status first: should we be killed during the sweep, it is not lost. The sweep comes even if it cannot be written.
-    if let Err(error) = record.write_exit(&exit) {
-        complain("cannot write the exit status yet", &error);
+    // From here on the trainer runs, and nothing may keep us from watching it. It did not have to wait for the disk.
+    if let Err(error) = record.settle().and_then(|()| record.reserve_exit()) {
+        complain("cannot reserve the space of the exit status", &error);
     }
-    exit.leftovers_killed = Some(watch.sweep(stop));
-    watch.logs.enforce();
+    let own_counter = group.as_ref().and_then(Group::memory_events);
+    let oom = own_counter.map_or(shared_counter, |own| OomCounter::at_the_start(Some(own)));
+    let watch = Watch::new(&record, &launch, signals, Some(trainer), Sight::Child, group.clone(), logs);
+    see_to_the_end(&record, watch, &oom, None, group)
+}
+
+/// Watches a trainer until nobody is left, and writes down how it ended; `known` is what was written down before.
+pub(crate) fn see_to_the_end(
+    record: &RecordDir,
+    mut watch: Watch<'_>,
+    oom: &OomCounter,
+    known: Option<ExitRecord>,
+    group: Option<Group>,
+) -> Result<(), RecorderError> {
+    let mut exit = match known {
+        Some(exit) => exit,
+        None => {
+            let stop = watch.until_trainer_ends();
+            let exit = ExitRecord {
+                ended: watch.how_it_ended(),
+                ended_at: SystemTime::now(),
+                oom_kill: oom.rose(),
+                stop,
+                leftovers_killed: None,
+            };
+            // The status first: should we be killed during the sweep, it is not lost. The sweep comes even if it cannot be
+            // written.
+            if let Err(error) = record.write_exit(&exit) {
+                complain("cannot write the exit status yet", &error);
+            }
+            exit
+        }
+    };
+    exit.leftovers_killed = Some(watch.sweep(exit.stop));
+    watch.enforce_log_cap();
+    if let Some(group) = group {
+        // Our own group goes when we have left it, and the one above belongs to mhtraind.
+        let _by_whoever_comes_next = group.remove();
+    }
     Ok(record.write_exit(&exit)?)
 }
 
-fn this_process() -> Result<ProcessIdentity, RecorderError> {
+/// Returns the group in which the trainer is to run, or runs; `None` where there is none that we may use.
+pub(crate) fn trainers_group(record: &RecordDir, launch: &LaunchRecord) -> Option<Group> {
+    let directory = launch.cgroup.as_ref()?;
+    Some(Cgroup::open(directory, record.path(), record.owner().ok()?)?.trainer())
+}
+
+pub(crate) fn this_process() -> Result<ProcessIdentity, RecorderError> {
     ProcessIdentity::of_this_process().map_err(RecorderError::system("read the recorder's start time"))
 }
 
-fn not_started(message: String) -> ExitRecord {
+pub(crate) fn not_started(message: String) -> ExitRecord {
     ExitRecord {
         ended: Ended::NotStarted(message),
         ended_at: SystemTime::now(),
@@ -179,20 +199,28 @@ fn not_started(message: String) -> ExitRecord {
     }
 }
 
+/// A trainer that was let go.
+struct Started {
+    trainer: ProcessIdentity,
+    logs: LogCap,
+    group: Option<Group>,
+}
+
 /// Starts the trainer behind its gate, writes down who it is, and only then opens the gate.
-fn start(record: &RecordDir, launch: &LaunchRecord) -> Result<(ProcessIdentity, LogCap), RecorderError> {
+fn start(record: &RecordDir, launch: &LaunchRecord, group: Option<Group>) -> Result<Started, RecorderError> {
     let stdout = open_log(&launch.stdout)?;
     let stderr = open_log(&launch.stderr)?;
-    let copies = [stdout.try_clone(), stderr.try_clone()].into_iter().collect::<io::Result<Vec<File>>>();
-    let copies = copies.map_err(RecorderError::system("copy a descriptor"))?;
-    let (pid, mut gate) =
-        spawn_gate(record, stdout, stderr).map_err(RecorderError::system("start the gate"))?;
-    let identity =
-        ProcessIdentity::of(pid).map_err(RecorderError::system("read the trainer's start time"))?;
-    record.write_trainer(&TrainerRecord { identity: identity.clone(), started_at: SystemTime::now() })?;
+    let (pid, mut gate) = spawn_gate(record, &stdout, &stderr, group.as_ref())
+        .map_err(RecorderError::system("start the gate"))?;
+    let trainer = ProcessIdentity::of(pid).map_err(RecorderError::system("read the trainer's start time"))?;
+    // Where it is counts, not where it was to be.
+    let group = group.filter(|group| group.holds(pid));
+    let extent = if group.is_some() { Extent::Cgroup } else { Extent::Subreaper };
+    let started_at = SystemTime::now();
+    record.write_trainer(&TrainerRecord { identity: trainer.clone(), started_at, extent })?;
     // If it cannot be written the gate is dead already, and its end is reported like every trainer's.
     let _gate_already_dead = gate.write_all(b"\n");
-    Ok((identity, LogCap::new(copies, launch.log_cap_bytes)))
+    Ok(Started { trainer, logs: LogCap::new(vec![stdout, stderr], launch.log_cap_bytes), group })
 }
 
 fn open_log(path: &Path) -> Result<File, RecorderError> {
@@ -202,20 +230,30 @@ fn open_log(path: &Path) -> Result<File, RecorderError> {
 }
 
 /// Returns the pid of the gate and the end of the pipe that opens it.
-fn spawn_gate(record: &RecordDir, stdout: File, stderr: File) -> io::Result<(u32, PipeWriter)> {
+fn spawn_gate(
+    record: &RecordDir,
+    stdout: &File,
+    stderr: &File,
+    group: Option<&Group>,
+) -> io::Result<(u32, PipeWriter)> {
     let (word, gate) = io::pipe()?;
-    // Our own executable, even if another version was put at its path since.
-    let mut command = Command::new("/proc/self/exe");
-    command.args([OsStr::new(GATE_VERB), record.path().as_os_str()]).env(ATTEMPT_VARIABLE, record.path());
-    command.stdin(word).stdout(stdout).stderr(stderr);
-    // SAFETY: the closure runs between fork and exec, where only async-signal-safe calls are sound. setsid(2) is one,
-    // and rustix calls it without taking a lock or memory.
-    unsafe {
+    let mut environment: Vec<_> = std::env::vars_os().filter(|(name, _)| name != ATTEMPT_VARIABLE).collect();
+    environment.push((ATTEMPT_VARIABLE.into(), record.path().into()));
+    let start = Start {
+        // Our own executable, even if another version was put at its path since.
+        program: Path::new("/proc/self/exe"),
+        arguments: &[OsStr::new(GATE_VERB), record.path().as_os_str()],
+        environment,
+        stdio: [word.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        group,
+    };
+    // SAFETY: setsid(2) through rustix is a system call and nothing else.
+    let pid = unsafe {
         // A session of its own: a trainer that signals its whole group must not reach its recorder. Before the exec, so
         // that whoever reads trainer.json finds it in that session already.
-        command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
-    }
-    Ok((command.spawn()?.id(), gate))
+        spawn::spawn(start, || rustix::process::setsid().map(drop))
+    }?;
+    Ok((pid.as_raw_nonzero().get().cast_unsigned(), gate))
 }
 
 fn pass_gate(record_dir: &Path) -> Result<(), RecorderError> {
@@ -253,211 +291,4 @@ fn become_trainer(launch: &LaunchRecord) -> Result<std::convert::Infallible, Rec
     let source = Command::new(program).args(arguments).exec();
     let source = io::Error::new(source.kind(), format!("{program}: {source}"));
     Err(RecorderError::System { action: "execute the trainer", source })
-}
-
-/// A recorder at work.
-struct Watch<'a> {
-    record: &'a RecordDir,
-    launch: &'a LaunchRecord,
-    trainer: ProcessIdentity,
-    signals: Signals,
-    logs: LogCap,
-    ended: Option<WaitStatus>,
-    asked_by_signal: bool,
-    /// The text of the last stop request by file.
-    stop_file: Option<String>,
-}
-
-impl Watch<'_> {
-    /// Waits for the trainer's end, and brings it about when asked. Returns what a stop took.
-    fn until_trainer_ends(&mut self) -> Option<StopTook> {
-        loop {
-            self.reap();
-            if self.ended.is_some() {
-                return None;
-            }
-            if let Some(grace) = self.new_stop_request() {
-                return self.stop(grace);
-            }
-            self.pause(LOOK_AGAIN);
-        }
-    }
-
-    /// Stops the trainer: SIGTERM to it alone, so that it can save with its workers alive; after the grace period SIGKILL to
-    /// everything. Returns which of them it took; `None` if it had ended by itself.
-    fn stop(&mut self, grace: Duration) -> Option<StopTook> {
-        let mut until = Instant::now() + grace;
-        if !grace.is_zero() && !self.signal(&self.trainer.clone(), Signal::TERM) {
-            self.reap();
-            return None;
-        }
-        loop {
-            self.reap();
-            if self.ended.is_some() {
-                return Some(StopTook::Polite);
-            }
-            if let Some(shorter) = self.new_stop_request() {
-                until = until.min(Instant::now() + shorter);
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            self.pause(left.min(LOOK_AGAIN));
-        }
-        let mut patience = Patience::new();
-        while self.ended.is_none() {
-            self.signal_descendants(Signal::KILL, &mut BTreeSet::new());
-            self.pause(patience.next());
-            self.reap();
-        }
-        Some(StopTook::Kill)
-    }
-
-    /// Ends everything that outlived the trainer, and returns how many processes that were. There is no time limit: who
-    /// says "gone" too early gives away a device whose memory is still held.
-    fn sweep(&mut self, stop: Option<StopTook>) -> u32 {
-        let grace = if stop == Some(StopTook::Kill) { Duration::ZERO } else { LEFTOVER_GRACE };
-        let until = Instant::now() + grace;
-        let (mut told, mut patience) = (BTreeSet::new(), Patience::new());
-        while self.reap() {
-            if Instant::now() < until {
-                self.signal_descendants(Signal::TERM, &mut told);
-            } else {
-                // Again and again: one may fork between our look and our signal.
-                let mut now = BTreeSet::new();
-                self.signal_descendants(Signal::KILL, &mut now);
-                told.append(&mut now);
-            }
-            self.pause(patience.next());
-        }
-        u32::try_from(told.len()).unwrap_or(u32::MAX)
-    }
-
-    /// Signals everything below us that is not in `told` yet, and notes it there.
-    fn signal_descendants(&self, signal: Signal, told: &mut BTreeSet<ProcessIdentity>) {
-        match descendants(std::process::id()) {
-            Ok(all) => {
-                for process in all {
-                    if told.insert(process.clone()) {
-                        self.signal(&process, signal);
-                    }
-                }
-            }
-            Err(error) => complain("cannot list processes", &error),
-        }
-    }
-
-    /// Returns whether the signal was delivered.
-    fn signal(&self, process: &ProcessIdentity, signal: Signal) -> bool {
-        process.signal(signal).unwrap_or_else(|error| {
-            complain(&format!("cannot signal pid {}", process.pid), &error);
-            false
-        })
-    }
-
-    /// Takes the status of every child that ended, orphans that became ours included. Returns whether any child is left.
-    fn reap(&mut self) -> bool {
-        loop {
-            match rustix::process::wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) => {
-                    if u32::try_from(pid.as_raw_nonzero().get()) == Ok(self.trainer.pid) {
-                        self.ended = Some(status);
-                    }
-                }
-                Ok(None) => return true,
-                Err(Errno::INTR) => {}
-                // ECHILD: nobody is left below a sub-reaper that has no child.
-                Err(_) => return false,
-            }
-        }
-    }
-
-    /// Waits a while, does the chores, and notes a request by signal.
-    fn pause(&mut self, at_most: Duration) {
-        if self.signals.next(at_most) == Heard::Stop {
-            self.asked_by_signal = true;
-        }
-        self.logs.enforce();
-    }
-
-    /// Returns the grace period of a request that was not seen before: a new stop file, or a signal when there is no file.
-    /// A signal beside a file only says that there is one.
-    fn new_stop_request(&mut self) -> Option<Duration> {
-        let usual = seconds(self.launch.grace_s).unwrap_or_default();
-        if let Some(text) = self.record.stop_request() {
-            if self.stop_file.as_ref() == Some(&text) {
-                return None;
-            }
-            let grace = text.trim().parse().ok().and_then(seconds);
-            self.stop_file = Some(text);
-            return Some(grace.unwrap_or(usual));
-        }
-        (std::mem::take(&mut self.asked_by_signal)).then_some(usual)
-    }
-
-    fn how_it_ended(&self) -> Ended {
-        match self.record.start_error() {
-            Ok(Some(message)) => return Ended::NotStarted(message),
-            Ok(None) => {}
-            Err(error) => complain("cannot read why the trainer did not start", &error),
-        }
-        // A wait without WUNTRACED and WCONTINUED reports an exit or a signal and nothing else, see waitpid(2).
-        let status = self.ended;
-        match status.and_then(WaitStatus::terminating_signal) {
-            Some(signal) => Ended::Signal(signal),
-            None => Ended::Code(status.and_then(WaitStatus::exit_status).unwrap_or_default()),
-        }
-    }
-}
-
-/// The time until the next look, growing: the first looks come quickly, and a process that hangs in the kernel costs little.
-struct Patience(Duration);
-
-impl Patience {
-    fn new() -> Patience {
-        Patience(Duration::from_millis(5))
-    }
-
-    fn next(&mut self) -> Duration {
-        let now = self.0;
-        self.0 = (now * 2).min(Duration::from_secs(1));
-        now
-    }
-}
-
-/// Returns a duration of `seconds`; `None` for what is none (negative, not a number, beyond all time).
-fn seconds(seconds: f64) -> Option<Duration> {
-    // An Instant cannot hold every Duration. A year of grace is as good as more.
-    let year = Duration::from_secs(365 * 24 * 3600);
-    Duration::try_from_secs_f64(seconds).ok().map(|duration| duration.min(year))
-}
-
-/// Writes into recorder.log. There is nothing to be done about a failure.
-fn complain(what: &str, error: &dyn std::error::Error) {
-    let _nobody_left_to_tell = writeln!(io::stderr(), "{what}: {}", chain(error));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_text_of_a_stop_file_is_a_panic() {
-        for (given, wanted) in
-            [(0.0, Some(0)), (1.5, Some(1)), (-1.0, None), (f64::NAN, None), (f64::INFINITY, None)]
-        {
-            assert_eq!(seconds(given).map(|duration| duration.as_secs()), wanted);
-        }
-        let forever = Instant::now() + seconds(1e18).unwrap();
-        assert!(forever > Instant::now());
-    }
-
-    #[test]
-    fn patience_grows_to_a_second() {
-        let mut patience = Patience::new();
-        let waits: Vec<_> = (0..12).map(|_| patience.next()).collect();
-        assert!(waits.is_sorted());
-        assert_eq!(waits.last(), Some(&Duration::from_secs(1)));
-    }
 }

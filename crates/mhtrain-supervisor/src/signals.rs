@@ -1,53 +1,54 @@
 //! Which signals does a recorder hear, and which does a trainer inherit?
 //!
-//! A recorder takes its signals one by one from a queue ([`Signals::next`]) and has no handler, so nothing of it runs at an
-//! odd moment. rustix offers no dispositions, masks and `sigtimedwait`, so libc is called here and nowhere else.
+//! A recorder takes its signals from a queue ([`Signals`]) and has no handler, so nothing of it runs at an odd moment. rustix
+//! offers no dispositions, masks and `signalfd`, so libc is called here.
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::time::Duration;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// The signals that a recorder takes from its queue.
 const QUEUED: [libc::c_int; 5] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
 
-/// What a recorder hears.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Heard {
-    /// A child changed its state.
-    Child,
-    /// Somebody asks for a stop.
-    Stop,
-    /// The time is over, or the signal means nothing to us: a recorder has no terminal that could hang up.
-    Nothing,
-}
-
-/// The queue of signals of this process. It must be opened before a second thread exists.
+/// The queue of signals of this process. It must be opened before a second thread exists. Its descriptor is readable while
+/// there is a signal.
+#[derive(Debug)]
 pub(crate) struct Signals {
-    queued: libc::sigset_t,
+    queue: OwnedFd,
 }
 
 impl Signals {
-    /// Holds the recorder's signals back from now on, so that [`Signals::next`] can take them.
+    /// Holds the recorder's signals back from now on, and queues them.
     pub(crate) fn hold() -> io::Result<Signals> {
         let queued = set_of(&QUEUED);
         set_mask(libc::SIG_BLOCK, &queued)?;
-        Ok(Signals { queued })
+        // SAFETY: a live set; -1 asks for a new descriptor.
+        let queue = unsafe { libc::signalfd(-1, &raw const queued, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if queue < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel just made it for us.
+        Ok(Signals { queue: unsafe { OwnedFd::from_raw_fd(queue) } })
     }
 
-    /// Waits at most `at_most` for one signal.
-    pub(crate) fn next(&self, at_most: Duration) -> Heard {
-        let timeout = libc::timespec {
-            tv_sec: libc::time_t::try_from(at_most.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: at_most.subsec_nanos().into(),
-        };
-        // SAFETY: both pointers are to live values of the right type, and a null siginfo is allowed by sigtimedwait(2).
-        match unsafe { libc::sigtimedwait(&raw const self.queued, std::ptr::null_mut(), &raw const timeout) }
-        {
-            libc::SIGCHLD => Heard::Child,
-            libc::SIGTERM | libc::SIGINT | libc::SIGQUIT => Heard::Stop,
-            // -1 is the end of the time, or an interruption by a stop and continue.
-            _ => Heard::Nothing,
+    /// Empties the queue. Returns whether one of its signals asks for a stop. SIGCHLD only wakes, and SIGHUP means nothing: a
+    /// recorder has no terminal that could hang up.
+    pub(crate) fn ask_for_a_stop(&self) -> bool {
+        let mut asked = false;
+        let mut signal = [0; size_of::<libc::signalfd_siginfo>()];
+        while rustix::io::read(&self.queue, &mut signal).is_ok_and(|read| read == signal.len()) {
+            // The number is the first field: signalfd(2).
+            let [a, b, c, d, ..] = signal;
+            let number = u32::from_ne_bytes([a, b, c, d]).cast_signed();
+            asked |= matches!(number, libc::SIGTERM | libc::SIGINT | libc::SIGQUIT);
         }
+        asked
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.queue.as_fd()
     }
 }
 

@@ -1,126 +1,22 @@
 //! Attempts with real processes: what is true on disk, who is alive, who is not.
-//!
-//! No test sleeps and hopes: each waits for a condition, with a bound that only a broken program reaches.
 
 #![expect(clippy::unwrap_used, reason = "the helpers of a test are tests too, which clippy.toml cannot see")]
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+mod lab;
+
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use lab::{BOUND, DETACHED_WORKER, LONG, Lab, exe, exit, marked, recorder, trainer, until, wait_for};
 use mhtrain_supervisor::attempt::StopError;
 use mhtrain_supervisor::record::RecordDir;
-use mhtrain_supervisor::{
-    Attempt, AttemptState, Ended, ExitRecord, LaunchSpec, LogTail, ProcessIdentity, StopTook,
-};
+use mhtrain_supervisor::{Attempt, AttemptState, Ended, LogTail, StopTook};
 use rustix::process::Signal;
-
-/// The longest that anything may take here, on a machine that is busy with something else.
-const BOUND: Duration = Duration::from_secs(60);
-
-/// A grace period that no test can outlast.
-const LONG: Duration = Duration::from_secs(600);
-
-/// One attempt in a directory of its own, which ends with the test whatever happens.
-struct Lab {
-    dir: tempfile::TempDir,
-    spec: LaunchSpec,
-    env: BTreeMap<OsString, OsString>,
-}
-
-impl Lab {
-    /// The trainer is a shell script; `$D` is the directory of the test.
-    fn new(script: &str) -> Lab {
-        let dir = tempfile::tempdir().unwrap();
-        let spec = LaunchSpec {
-            argv: vec!["/bin/sh".into(), "-c".into(), script.into()],
-            cwd: dir.path().to_owned(),
-            stdout: dir.path().join("stdout"),
-            stderr: dir.path().join("stderr"),
-            grace: LONG,
-            umask: None,
-            log_cap_bytes: None,
-        };
-        let mut env = BTreeMap::new();
-        env.insert("PATH".into(), std::env::var_os("PATH").unwrap());
-        env.insert("D".into(), dir.path().into());
-        Lab { dir, spec, env }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn read(&self, name: &str) -> String {
-        fs::read_to_string(self.path(name)).unwrap()
-    }
-
-    fn launch(&self) -> Attempt {
-        Attempt::launch(exe(), &self.path("record"), &self.spec, &self.env).unwrap()
-    }
-
-    /// Waits for a file that a script wrote and renamed or made in one go, and returns the process it names.
-    fn process(&self, name: &str) -> ProcessIdentity {
-        let path = self.path(name);
-        until(&format!("{name} has a pid"), || {
-            fs::read_to_string(&path).is_ok_and(|text| text.ends_with('\n'))
-        });
-        ProcessIdentity::of(self.read(name).trim().parse().unwrap()).unwrap()
-    }
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        if let Ok(attempt) = Attempt::open(&self.path("record")) {
-            let _ = attempt.kill_everything();
-        }
-    }
-}
-
-fn exe() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_recorder-for-tests"))
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + BOUND;
-    while !condition() {
-        assert!(Instant::now() < end, "waited {BOUND:?} in vain until {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn wait_for(attempt: &Attempt, wanted: impl Fn(&AttemptState) -> bool) -> AttemptState {
-    let end = Instant::now() + BOUND;
-    let mut state = attempt.state().unwrap();
-    while !wanted(&state) {
-        assert!(Instant::now() < end, "waited {BOUND:?} in vain, the state is {state:?}");
-        state = attempt.wait_for_change(&state, Duration::from_secs(1)).unwrap();
-    }
-    state
-}
-
-fn exit(attempt: &Attempt) -> ExitRecord {
-    match wait_for(attempt, |state| matches!(state, AttemptState::Exited(_) | AttemptState::Lost { .. })) {
-        AttemptState::Exited(exit) => exit,
-        other => panic!("{other:?}: {}", attempt.record().complaints()),
-    }
-}
-
-fn trainer(attempt: &Attempt) -> ProcessIdentity {
-    match wait_for(attempt, |state| matches!(state, AttemptState::Running { .. })) {
-        AttemptState::Running { trainer } => trainer.identity,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn recorder(attempt: &Attempt) -> ProcessIdentity {
-    attempt.record().recorder().unwrap().unwrap()
-}
 
 #[test]
 fn the_exit_code_is_the_trainers_own() {
@@ -295,10 +191,6 @@ fn garbage_in_the_stop_file_means_the_usual_grace() {
     assert_eq!(exit(&attempt).stop, Some(StopTook::Kill));
 }
 
-/// A worker in a session of its own, whose parent is gone: neither group nor parent lead to it.
-const DETACHED_WORKER: &str =
-    "(setsid sh -c 'trap \"\" TERM HUP; echo $$ > $D/worker; while :; do sleep 0.05; done' &) ; ";
-
 #[test]
 fn what_outlives_the_trainer_is_gone_before_it_counts_as_exited() {
     let lab = Lab::new(&format!("{DETACHED_WORKER} while [ ! -s $D/worker ]; do sleep 0.02; done; exit 3"));
@@ -354,18 +246,6 @@ fn a_recorder_killed_before_the_gate_opens_leaves_nobody() {
         }
     }
     assert!(before > 0, "no recorder was killed before its gate opened in {attempts} attempts");
-}
-
-/// Every process that carries the mark of this attempt.
-fn marked(lab: &Lab) -> Vec<u32> {
-    let mark = format!("MHTRAIND_ATTEMPT={}", lab.path("record").display());
-    let all =
-        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    all.filter(|pid: &u32| {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment.split(|byte| *byte == 0).any(|entry| entry == mark.as_bytes())
-    })
-    .collect()
 }
 
 #[test]
@@ -434,10 +314,11 @@ fn an_attempt_is_adopted_by_a_later_client() {
 #[test]
 fn signals_ignored_by_the_launcher_are_heard_by_the_trainer() {
     // What a shell does for `mhtraind run job.json &`: an `sh` that ignores SIGINT, SIGHUP and SIGTERM starts the recorder.
-    // Of the trainer's own process: a shell that starts another one blocks signals for that moment.
-    let lab = Lab::new("exec grep -E '^Sig(Ign|Blk)' /proc/self/status");
+    // The shell reads its own file: while it starts a `grep`, dash blocks every signal.
+    let lab = Lab::new("while read -r line; do echo \"$line\"; done < /proc/$$/status");
     let attempt = lab.launch();
     exit(&attempt);
+    until("the recorder is gone and its lock free", || !recorder(&attempt).is_alive());
     fs::remove_file(&lab.spec.stdout).unwrap();
     for file in ["recorder.json", "trainer.json", "exit.json"] {
         fs::remove_file(lab.path("record").join(file)).unwrap();

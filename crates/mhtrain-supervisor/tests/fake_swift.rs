@@ -13,7 +13,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use mhtrain_supervisor::{Attempt, AttemptState, Ended, ExitRecord, LaunchSpec, ProcessIdentity, StopTook};
+use mhtrain_supervisor::{
+    Attempt, AttemptState, Ended, ExitRecord, Extent, LaunchSpec, ProcessIdentity, StopTook,
+};
 use serde_json::Value;
 
 const BOUND: Duration = Duration::from_secs(60);
@@ -60,6 +62,8 @@ impl Lab {
             grace: BOUND,
             umask: None,
             log_cap_bytes: None,
+            identity: None,
+            extent: Extent::Cgroup,
         };
         let env = BTreeMap::from([("FAKE_SWIFT_SCENARIO".into(), scenario.into())]);
         let exe = Path::new(env!("CARGO_BIN_EXE_recorder-for-tests"));

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use mhtrain_supervisor::recorder;
+use mhtrain_supervisor::{adopt, recorder};
 
 use crate::failure::Failure;
 
@@ -51,6 +51,7 @@ fn hidden_verb() -> Option<ExitCode> {
     let become_it = match verb.to_str()? {
         recorder::RECORDER_VERB => recorder::recorder_main,
         recorder::GATE_VERB => recorder::gate_main,
+        adopt::ADOPT_VERB => adopt::adopt_main,
         _ => return None,
     };
     let record = words.next()?;

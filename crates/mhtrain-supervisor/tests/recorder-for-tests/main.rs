@@ -1,4 +1,4 @@
-//! The two hidden subcommands of mhtraind, and nothing else: `recorder DIR` and `recorder-gate DIR`.
+//! The hidden subcommands of mhtraind, and nothing else: `recorder DIR`, `recorder-gate DIR` and `recorder-adopt DIR`.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,6 +11,9 @@ fn main() -> ExitCode {
         }
         [verb, dir] if verb == mhtrain_supervisor::recorder::GATE_VERB => {
             mhtrain_supervisor::recorder::gate_main(Path::new(dir))
+        }
+        [verb, dir] if verb == mhtrain_supervisor::adopt::ADOPT_VERB => {
+            mhtrain_supervisor::adopt::adopt_main(Path::new(dir))
         }
         _ => 2,
     };

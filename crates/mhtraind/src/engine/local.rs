@@ -26,7 +26,7 @@ use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
-use mhtrain_supervisor::record::{Ended as TrainerEnd, RecordError};
+use mhtrain_supervisor::record::{Ended as TrainerEnd, Extent, RecordError};
 use mhtrain_swift::checkpoint::{CheckpointFacts, ResumeDecision, ResumeQuestion, choose_resume};
 use mhtrain_swift::command::{AttemptFlags, TrainerStart, dataloader_workers, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
@@ -50,6 +50,9 @@ use crate::failure::{Failure, Status, unreadable, unwritable};
 
 /// How often a running attempt is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How often the recorder of one attempt is replaced. It dies of `kill -9` alone, so more is somebody's intention.
+const TAKE_OVERS_MAX: u32 = 20;
 
 /// How often NVML is asked about a running attempt.
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
@@ -687,9 +690,10 @@ impl<'a> Job<'a> {
             grace: Duration::from_secs(u64::from(self.config.attempt.grace_s)),
             umask: self.origin.umask,
             log_cap_bytes: Some(u64::from(self.config.attempt.log_cap_mib) << 20),
+            identity: None,
+            extent: Extent::Cgroup,
         };
-        let exe = std::env::current_exe().map_err(|e| Failure::new(Status::Bug, "no_exe", e))?;
-        Attempt::launch(&exe, &record, &spec, &env)
+        Attempt::launch(&own_exe()?, &record, &spec, &env)
             .map_err(|e| Failure::failed("cannot_start", chain(&e)).help(e.help()))
     }
 
@@ -718,7 +722,7 @@ impl<'a> Job<'a> {
     async fn follow(&mut self, start: AttemptStart, attempt: &Attempt) -> Result<Gone, Failure> {
         let output_dir = self.directory.attempt(start.attempt);
         let mut follower = Follower::new(&self.output_of(start.attempt), &output_dir);
-        let mut pids = Vec::new();
+        let (mut pids, mut take_overs) = (Vec::new(), 0);
         let mut memory_at: Option<Instant> = None;
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -755,10 +759,19 @@ impl<'a> Job<'a> {
                     if end.leftovers_killed.is_none() {
                         kill_everything(attempt)?;
                     }
+                    // An empty cgroup that stays costs nothing but the look of it.
+                    if let Err(error) = attempt.clean_up() {
+                        tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
+                    }
                     return self.gone(start, follower, pids, Some((&end.ended, end.oom_kill)));
                 }
-                AttemptState::Lost { trainer_alive: true } if self.stop.is_none() => {
-                    self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
+                AttemptState::Lost { .. } if take_overs < TAKE_OVERS_MAX => {
+                    take_overs += 1;
+                    self.screen
+                        .say("the recorder is gone: another one takes its place, the exit status is lost");
+                    if let Err(error) = attempt.take_over(&own_exe()?, None) {
+                        self.screen.say(format!("no other recorder comes up: {}", chain(&error)));
+                    }
                 }
                 AttemptState::Lost { .. } => {
                     kill_everything(attempt)?;
@@ -786,7 +799,7 @@ impl<'a> Job<'a> {
             Some(TrainerEnd::Code(code)) => Exit::Code { code: *code },
             Some(TrainerEnd::Signal(signal)) => Exit::Signal { signal: *signal },
             Some(TrainerEnd::NotStarted(error)) => Exit::SpawnFailed { error: error.clone() },
-            None => Exit::Lost,
+            Some(TrainerEnd::StatusLost) | None => Exit::Lost,
         };
         let facts = ExitFacts {
             code: if let Exit::Code { code } = exit { Some(code) } else { None },
@@ -1117,6 +1130,10 @@ pub fn family(pid: u32) -> Vec<u32> {
     let mut pids = vec![pid];
     pids.extend(descendants(pid).unwrap_or_default().iter().map(|process| process.pid));
     pids
+}
+
+fn own_exe() -> Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|e| Failure::new(Status::Bug, "no_exe", e))
 }
 
 fn no_record(error: RecordError) -> Failure {

@@ -1,0 +1,66 @@
+//! What wakes somebody who waits for an attempt?
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::process::ProcessIdentity;
+
+/// Wakes when a file is put into a directory by a rename: so every file of a record comes there.
+#[derive(Debug)]
+pub(crate) struct Arrivals(OwnedFd);
+
+impl Arrivals {
+    /// Watches from now on. Returns `None` where that cannot be had; somebody who waits must then look by himself. A
+    /// directory on a network file system wakes nobody when another host writes.
+    pub(crate) fn in_directory(path: &Path) -> Option<Arrivals> {
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
+        // `CREATE` for a stop file that somebody writes by hand.
+        let wanted = inotify::WatchFlags::MOVED_TO
+            | inotify::WatchFlags::CREATE
+            | inotify::WatchFlags::CLOSE_WRITE
+            | inotify::WatchFlags::ONLYDIR;
+        inotify::add_watch(&watch, path, wanted).ok()?;
+        Some(Arrivals(watch))
+    }
+
+    /// Forgets what came so far.
+    pub(crate) fn forget(&self) {
+        let mut events = [MaybeUninit::<u8>::uninit(); 4096];
+        while rustix::io::read(&self.0, &mut events).is_ok_and(|(read, _)| !read.is_empty()) {}
+    }
+}
+
+impl AsFd for Arrivals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Returns a descriptor that becomes readable when the process ends; `None` where the kernel has no such thing, and for a
+/// process that is gone.
+pub(crate) fn end_of(process: &ProcessIdentity) -> Option<OwnedFd> {
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw)?;
+    let handle = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    // Only now, while the descriptor pins the process, can its identity be compared.
+    process.is_alive().then_some(handle)
+}
+
+/// Waits until one of the descriptors has what is asked of it, or for `at_most`.
+pub(crate) fn wait(descriptors: &[(BorrowedFd<'_>, PollFlags)], at_most: Duration) {
+    let mut polled: Vec<_> = descriptors
+        .iter()
+        .map(|(descriptor, wanted)| PollFd::from_borrowed_fd(*descriptor, *wanted))
+        .collect();
+    let timeout = Timespec {
+        tv_sec: i64::try_from(at_most.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: at_most.subsec_nanos().into(),
+    };
+    // Interrupted or failed: the caller looks, and waits again.
+    let _looked_at_anyway = poll(&mut polled, Some(&timeout));
+}
