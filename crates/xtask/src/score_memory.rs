@@ -127,8 +127,9 @@ fn print_worst(out: &mut impl Write, points: &[Point], count: usize) -> std::io:
         let row = &point.row;
         writeln!(
             out,
-            "{:+8.3} % {:<24} {:<5} r{} {} {}x{} packing {} padded {} {} gc {} kept {} accum {} {:?} {:.0}",
+            "{:+8.3} % {:+9.2} MiB {:<24} {:<5} r{} {} {}x{} packing {} padded {} {} gc {} kept {} accum {} {:?} {:.0}",
             100.0 * error(point),
+            (point.ours - row.peak_bytes) / 1_048_576.0,
             row.model,
             row.method.to_string(),
             row.rank,
