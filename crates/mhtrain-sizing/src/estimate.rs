@@ -4,11 +4,12 @@
 //! alive), that of the first block (all gradients alive), and the optimizer's step. Each is a sum of what is resident
 //! and of what the blocks keep (`block.rs`). What torch allocates is then turned into what NVML shows.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::block::float;
 use crate::model::{Model, ModelShape, ShapeSource};
 use crate::pass::highest;
+use crate::reserve::{Group, Ratio};
 use crate::units::Bytes;
 use crate::workload::{Dtype, Targets, TrainType, Workload};
 
@@ -50,7 +51,7 @@ impl EstimateError {
 }
 
 /// A predicted peak. Field names are those of the JSON interface of `mhtraind estimate`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// What torch's allocator holds at its peak.
     pub allocated_peak_bytes: Bytes,
@@ -62,6 +63,9 @@ pub struct Estimate {
     pub high_bytes: Bytes,
     /// What the peak is made of.
     pub terms: Terms,
+    /// `allocated_peak_bytes`, and what the end of the forward pass may take beyond it: what the ratio applies to.
+    #[serde(default)]
+    pub torch_peak_bytes: Bytes,
 }
 
 impl Estimate {
@@ -84,6 +88,13 @@ impl Estimate {
         self.quantile(1.0 - oom_risk)
     }
 
+    /// Returns best guess and 90 % interval of what the allocator reserves (no CUDA context) for batches of `group`.
+    pub fn reserved_as(&self, group: Group) -> (Bytes, Bytes, Bytes) {
+        let ratio = group.prior();
+        let times = |ratio: f64| Bytes::from_f64(ratio * self.torch_peak_bytes.as_f64());
+        (times(ratio.guess), times(ratio.low), times(ratio.high))
+    }
+
     /// Returns what is in memory before the first pass, context included: no smaller batch helps against it.
     pub fn resident_bytes(&self) -> Bytes {
         [self.terms.weights, self.terms.adapter, self.terms.optimizer, CONTEXT].into_iter().sum()
@@ -91,7 +102,7 @@ impl Estimate {
 }
 
 /// Parts of the device peak.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Terms {
     /// Base weights.
     pub weights: Bytes,
@@ -141,8 +152,17 @@ fn normal_quantile(p: f64) -> f64 {
 /// # Errors
 /// Numbers of the workload that are zero, or adapters that meet no layer.
 pub fn estimate(model: &Model, work: &Workload) -> Result<Estimate, EstimateError> {
+    estimate_with(model, work, Group::of(work).prior())
+}
+
+/// Returns the predicted peak of one training pass where the ratio of reserved to allocated memory is known better than
+/// from the shape of the pass alone.
+///
+/// # Errors
+/// As [`estimate`].
+pub fn estimate_with(model: &Model, work: &Workload, reserve: Ratio) -> Result<Estimate, EstimateError> {
     check(model, work)?;
-    Ok(on_device(&peak(model, work), work, model.source))
+    Ok(on_device(&peak(model, work), work, model.source, reserve))
 }
 
 fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
@@ -301,60 +321,52 @@ fn requested(bytes: f64) -> f64 {
     (bytes / 512.0).ceil() * 512.0
 }
 
-/// By what the reserved peak differs from the allocated one, and how much of that is luck: median, 5th and 95th
-/// percentile of the ratio on what grows with the batch.
-#[derive(Copy, Clone, Debug, PartialEq)]
-struct Spread {
-    low: f64,
-    guess: f64,
-    high: f64,
-}
-
-impl Spread {
-    /// Returns the spread for one way of forming batches.
-    ///
-    /// Set by judgement, from ratios of published peaks to the formula on the *whole* peak. Rows of one length (packed,
-    /// or the longest row of the set): median 1.05, 10th to 90th percentile 0.98 to 1.28, 14 figures. Rows of unequal
-    /// length on old releases without expandable segments: 1.33, 1.06 to 2.05, 101 figures. Weights are certain, so the
-    /// spread is put on what grows with the batch. Expandable segments, which are on, end the fragmentation that most
-    /// of the second line came from, so unequal rows stand between the two. To be replaced by ratios of own runs.
-    fn of(work: &Workload) -> Spread {
-        if work.packing || !work.padded {
-            Spread { low: 0.92, guess: 1.04, high: 1.35 }
-        } else {
-            Spread { low: 0.88, guess: 1.08, high: 1.6 }
-        }
-    }
-
-    fn widened(self, down: f64, up: f64) -> Spread {
-        Spread { low: self.low * down, guess: self.guess, high: self.high * up }
+/// Returns by what a worse source of the dimensions widens what is resident and what grows with the batch.
+///
+/// Set by judgement: a catalogue's entry can be another revision; the nearest block kind stands in for an unknown one
+/// (measured: up to 22 % off on the whole peak when Llama's list stood for Gemma 2); a name says little.
+fn doubt(source: ShapeSource) -> [Ratio; 2] {
+    let ratio = |low, high| Ratio { low, guess: 1.0, high };
+    match source {
+        ShapeSource::Config => [ratio(1.0, 1.0), ratio(1.0, 1.0)],
+        ShapeSource::Catalogue => [ratio(0.99, 1.01), ratio(0.98, 1.02)],
+        ShapeSource::UnknownBlock => [ratio(0.95, 1.08), ratio(0.8, 1.4)],
+        ShapeSource::Name => [ratio(0.85, 1.2), ratio(0.5, 2.0)],
     }
 }
 
 /// Returns the estimate of what NVML will show.
-fn on_device(peak: &Peak, work: &Workload, source: ShapeSource) -> Estimate {
-    let spread = Spread::of(work);
-    let spread = if work.liger_kernel { spread.widened(0.8, 1.5) } else { spread };
-    // A worse source: what the dimensions are wrong by, on weights and on the rest.
-    let (resident_low, resident_high, spread) = match source {
-        ShapeSource::Config => (1.0, 1.0, spread),
-        ShapeSource::Catalogue => (0.99, 1.01, spread.widened(0.98, 1.02)),
-        ShapeSource::UnknownBlock => (0.95, 1.08, spread.widened(0.8, 1.4)),
-        ShapeSource::Name => (0.85, 1.2, spread.widened(0.5, 2.0)),
-    };
-    let context = CONTEXT.as_f64();
+fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: Ratio) -> Estimate {
     let terms = [peak.weights, peak.adapter, peak.gradients, peak.optimizer, peak.activations, peak.logits];
     let [weights, adapter, gradients, optimizer, activations, logits] = terms.map(Bytes::from_f64);
     let allocated: Bytes = [weights, adapter, gradients, optimizer, activations, logits].into_iter().sum();
-    let reserve = Bytes::from_f64((spread.guess - 1.0) * peak.dynamic() + context);
-    let guess = allocated.saturating_add(reserve);
-    let low = resident_low * peak.resident() + spread.low * peak.dynamic() + 0.6 * context;
-    let high = resident_high * peak.resident() + spread.high * peak.dynamic() + 1.4 * context;
+    let [of_resident, mut of_dynamic] = doubt(source);
+    if work.liger_kernel {
+        // No peak with Liger's loss was measured.
+        of_dynamic = Ratio { low: 0.8 * of_dynamic.low, high: 1.5 * of_dynamic.high, ..of_dynamic };
+    }
+    let (resident, dynamic) = (peak.resident(), peak.dynamic() + peak.forward_excess);
+    let whole = resident + dynamic;
+    let context = CONTEXT.as_f64();
+    let at = |ratio: f64, resident_doubt: f64, dynamic_doubt: f64, context_share: f64| {
+        ratio * (resident_doubt * resident + dynamic_doubt * dynamic) + context_share * context
+    };
+    // Never below what is allocated, and what is resident cannot shrink below itself by luck of the allocator.
+    let guess = Bytes::from_f64(at(reserve.guess, 1.0, 1.0, 1.0)).max(allocated);
     Estimate {
         allocated_peak_bytes: allocated,
         device_peak_bytes: guess,
-        low_bytes: Bytes::from_f64(low).min(guess),
-        high_bytes: Bytes::from_f64(high).max(guess),
-        terms: Terms { weights, adapter, gradients, optimizer, activations, logits, context: reserve },
+        low_bytes: Bytes::from_f64(at(reserve.low, of_resident.low, of_dynamic.low, 0.6)).min(guess),
+        high_bytes: Bytes::from_f64(at(reserve.high, of_resident.high, of_dynamic.high, 1.4)).max(guess),
+        terms: Terms {
+            weights,
+            adapter,
+            gradients,
+            optimizer,
+            activations,
+            logits,
+            context: guess.saturating_sub(allocated),
+        },
+        torch_peak_bytes: Bytes::from_f64(whole),
     }
 }

@@ -1,0 +1,198 @@
+//! Does the next prediction on a machine learn from the last ones?
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use mhtrain_sizing::learn::{Learned, Nearness, learn};
+use mhtrain_sizing::observation::{Fingerprint, Observation, Seen, Versions};
+use mhtrain_sizing::reserve::{Group, Ratio};
+use mhtrain_sizing::units::Bytes;
+use mhtrain_sizing::workload::TrainType;
+use proptest::prelude::*;
+
+/// A small generator with a fixed seed (Marsaglia 2003, xorshift): the same hosts on every run.
+struct Draws(u64);
+
+impl Draws {
+    fn uniform(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        let high = u32::try_from(self.0 >> 32).unwrap();
+        (f64::from(high) + 0.5) / 4_294_967_296.0
+    }
+
+    fn normal(&mut self) -> f64 {
+        (-2.0 * self.uniform().ln()).sqrt() * (std::f64::consts::TAU * self.uniform()).cos()
+    }
+}
+
+fn next(group: Group) -> Fingerprint {
+    Fingerprint {
+        model: "Qwen/Qwen2.5-7B".to_owned(),
+        family: "qwen2".to_owned(),
+        method: TrainType::Lora,
+        group,
+        versions: Versions {
+            torch: Some("2.9.0".to_owned()),
+            transformers: Some("5.19.0".to_owned()),
+            ms_swift: Some("4.6.0".to_owned()),
+            flash_attn: Some("2.8.3".to_owned()),
+        },
+        card: "NVIDIA A100-SXM4-80GB".to_owned(),
+    }
+}
+
+const PREDICTED: Bytes = Bytes::from_gib(20);
+
+fn ran(fingerprint: &Fingerprint, ratio: f64) -> Observation {
+    let reserved = Bytes::from_f64(ratio * PREDICTED.as_f64());
+    let seen = Seen::Peak { allocated: Some(PREDICTED), reserved: Some(reserved), device: None };
+    Observation {
+        name: format!("ratio {ratio:.2}"),
+        fingerprint: fingerprint.clone(),
+        tier: None,
+        predicted: PREDICTED,
+        seen,
+    }
+}
+
+fn died(fingerprint: &Fingerprint, limit: Bytes) -> Observation {
+    Observation {
+        name: "died".to_owned(),
+        fingerprint: fingerprint.clone(),
+        tier: None,
+        predicted: PREDICTED,
+        seen: Seen::MoreThan { limit },
+    }
+}
+
+fn width(ratio: Ratio) -> f64 {
+    (ratio.high / ratio.low).ln()
+}
+
+/// Hosts with ratios from 1.0 to 2.0 and noise of 2 % between runs.
+#[test]
+fn after_three_runs_the_interval_is_a_third_and_still_covers() {
+    let mut draws = Draws(0x9E37_79B9_7F4A_7C15);
+    for group in Group::ALL {
+        let (hosts, mut inside, mut widest) = (4000, 0u32, 0.0f64);
+        for _ in 0..hosts {
+            let ratio = 1.0 + draws.uniform();
+            let mut run = || ratio * (0.02 * draws.normal()).exp();
+            let observations: Vec<Observation> = (0..3).map(|_| ran(&next(group), run())).collect();
+            let learned = learn(group.prior(), &next(group), &observations);
+            widest += width(learned.ratio) / f64::from(hosts);
+            inside += u32::from((learned.ratio.low..=learned.ratio.high).contains(&run()));
+        }
+        let covered = f64::from(inside) / f64::from(hosts);
+        let share = widest / width(group.prior());
+        assert!(covered >= 0.9, "{group}: {covered}");
+        assert!(share <= 1.0 / 3.0, "{group}: {share}");
+    }
+}
+
+#[test]
+fn without_runs_the_prior_stays() {
+    let prior = Group::Equal.prior();
+    let learned = learn(prior, &next(Group::Equal), &[]);
+    assert_eq!(learned, Learned { ratio: prior, prior, evidence: Vec::new() });
+    assert_eq!(learned.sentence(), None);
+}
+
+#[test]
+fn a_new_version_widens_the_interval_again() {
+    let group = Group::Equal;
+    let runs: Vec<Observation> = (0..5).map(|_| ran(&next(group), 1.2)).collect();
+    let same = learn(group.prior(), &next(group), &runs);
+    let mut newer = next(group);
+    newer.versions.torch = Some("2.10.0".to_owned());
+    let other = learn(group.prior(), &newer, &runs);
+    assert!(width(other.ratio) > 2.0 * width(same.ratio), "{other:?} {same:?}");
+    assert!(width(other.ratio) < width(group.prior()));
+    assert_eq!(other.evidence[0].nearness, Nearness::OtherVersions);
+}
+
+#[test]
+fn nearer_runs_count_more() {
+    let group = Group::Equal;
+    let mut relative = next(group);
+    relative.model = "Qwen/Qwen2.5-3B".to_owned();
+    let mut stranger = next(group);
+    stranger.model = "meta-llama/Llama-3.2-3B".to_owned();
+    stranger.family = "llama".to_owned();
+    let guess = |runs: &[Observation]| learn(group.prior(), &next(group), runs).ratio.guess;
+    let [near, family, far] = [next(group), relative, stranger].map(|of| guess(&[ran(&of, 1.25)]));
+    assert!(near > family && family > far && far > group.prior().guess, "{near} {family} {far}");
+}
+
+#[test]
+fn runs_of_other_batches_say_nothing() {
+    let run = ran(&next(Group::Unequal), 1.9);
+    let learned = learn(Group::Equal.prior(), &next(Group::Equal), &[run]);
+    assert_eq!(learned.ratio, Group::Equal.prior());
+}
+
+#[test]
+fn a_death_moves_the_prediction_up_and_never_down() {
+    let group = Group::Equal;
+    let prior = group.prior();
+    let high = learn(prior, &next(group), &[died(&next(group), Bytes::from_gib(25))]);
+    assert!(high.ratio.guess > 1.15, "{high:?}");
+    assert!(high.evidence[0].at_least);
+    let low = learn(prior, &next(group), &[died(&next(group), Bytes::from_gib(15))]);
+    assert!((low.ratio.guess - prior.guess).abs() < 0.005, "{low:?}");
+}
+
+#[test]
+fn the_sentence_names_the_runs() {
+    let group = Group::Equal;
+    let runs = [ran(&next(group), 1.2), ran(&next(group), 1.21)];
+    let sentence = learn(group.prior(), &next(group), &runs).sentence().unwrap();
+    assert!(sentence.contains("ratio 1.20, ratio 1.21 (of this model)"), "{sentence}");
+}
+
+#[test]
+fn observations_are_stored_as_json() {
+    for observation in [ran(&next(Group::Equal), 1.1), died(&next(Group::Expandable), Bytes::from_gib(24))] {
+        let text = serde_json::to_string(&observation).unwrap();
+        assert_eq!(serde_json::from_str::<Observation>(&text).unwrap(), observation, "{text}");
+    }
+}
+
+fn any_observation() -> impl Strategy<Value = Observation> {
+    let bytes = prop_oneof![Just(0u64), any::<u64>(), 1u64 << 20..1 << 40];
+    let group = prop::sample::select(Group::ALL.to_vec());
+    (bytes.clone(), bytes, any::<[bool; 3]>(), group).prop_map(
+        |(predicted, seen, [dead, other, model], group)| {
+            let mut fingerprint = next(group);
+            if other {
+                fingerprint.versions.ms_swift = None;
+            }
+            if model {
+                fingerprint.model = "other".to_owned();
+            }
+            let seen = Bytes::new(seen);
+            let seen = if dead {
+                Seen::MoreThan { limit: seen }
+            } else {
+                Seen::Peak { allocated: None, reserved: None, device: Some(seen) }
+            };
+            Observation {
+                name: "any".to_owned(),
+                fingerprint,
+                tier: None,
+                predicted: Bytes::new(predicted),
+                seen,
+            }
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn the_ratio_stays_sane(observations in prop::collection::vec(any_observation(), 0..20)) {
+        let ratio = learn(Group::Equal.prior(), &next(Group::Equal), &observations).ratio;
+        prop_assert!(ratio.low > 0.0 && ratio.low <= ratio.guess && ratio.guess <= ratio.high, "{ratio:?}");
+        prop_assert!(ratio.high.is_finite() && ratio.high < 50.0, "{ratio:?}");
+    }
+}
