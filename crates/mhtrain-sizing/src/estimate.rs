@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::block::float;
 use crate::model::{Model, ModelShape, ShapeSource};
 use crate::pass::highest;
-use crate::reserve::{Group, Ratio};
+use crate::reserve::{Group, Ratio, Reserve};
 use crate::units::Bytes;
 use crate::workload::{Dtype, Targets, TrainType, Workload};
 
@@ -63,9 +63,6 @@ pub struct Estimate {
     pub high_bytes: Bytes,
     /// What the peak is made of.
     pub terms: Terms,
-    /// `allocated_peak_bytes`, and what the end of the forward pass may take beyond it: what the ratio applies to.
-    #[serde(default)]
-    pub torch_peak_bytes: Bytes,
 }
 
 impl Estimate {
@@ -90,9 +87,16 @@ impl Estimate {
 
     /// Returns best guess and 90 % interval of what the allocator reserves (no CUDA context) for batches of `group`.
     pub fn reserved_as(&self, group: Group) -> (Bytes, Bytes, Bytes) {
-        let ratio = group.prior();
-        let times = |ratio: f64| Bytes::from_f64(ratio * self.torch_peak_bytes.as_f64());
+        let ratio = group.prior(self.resident_share());
+        let times = |ratio: f64| Bytes::from_f64(ratio * self.allocated_peak_bytes.as_f64());
         (times(ratio.guess), times(ratio.low), times(ratio.high))
+    }
+
+    /// Returns the share of weights, adapters and moments in the allocated peak, 0 to 1.
+    pub fn resident_share(&self) -> f64 {
+        let resident: Bytes =
+            [self.terms.weights, self.terms.adapter, self.terms.optimizer].into_iter().sum();
+        resident.as_f64() / self.allocated_peak_bytes.as_f64().max(1.0)
     }
 
     /// Returns what is in memory before the first pass, context included: no smaller batch helps against it.
@@ -152,7 +156,7 @@ fn normal_quantile(p: f64) -> f64 {
 /// # Errors
 /// Numbers of the workload that are zero, or adapters that meet no layer.
 pub fn estimate(model: &Model, work: &Workload) -> Result<Estimate, EstimateError> {
-    estimate_with(model, work, Group::of(work).prior())
+    estimate_with(model, work, &Reserve { group: Group::of(work), history: None })
 }
 
 /// Returns the predicted peak of one training pass where the ratio of reserved to allocated memory is known better than
@@ -160,7 +164,11 @@ pub fn estimate(model: &Model, work: &Workload) -> Result<Estimate, EstimateErro
 ///
 /// # Errors
 /// As [`estimate`].
-pub fn estimate_with(model: &Model, work: &Workload, reserve: Ratio) -> Result<Estimate, EstimateError> {
+pub fn estimate_with(
+    model: &Model,
+    work: &Workload,
+    reserve: &Reserve<'_>,
+) -> Result<Estimate, EstimateError> {
     check(model, work)?;
     Ok(on_device(&peak(model, work), work, model.source, reserve))
 }
@@ -336,7 +344,7 @@ fn doubt(source: ShapeSource) -> [Ratio; 2] {
 }
 
 /// Returns the estimate of what NVML will show.
-fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: Ratio) -> Estimate {
+fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: &Reserve<'_>) -> Estimate {
     let terms = [peak.weights, peak.adapter, peak.gradients, peak.optimizer, peak.activations, peak.logits];
     let [weights, adapter, gradients, optimizer, activations, logits] = terms.map(Bytes::from_f64);
     let allocated: Bytes = [weights, adapter, gradients, optimizer, activations, logits].into_iter().sum();
@@ -346,8 +354,8 @@ fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: Ratio) 
         of_dynamic = Ratio { low: 0.8 * of_dynamic.low, high: 1.5 * of_dynamic.high, ..of_dynamic };
     }
     let (resident, dynamic) = (peak.resident(), peak.dynamic() + peak.forward_excess);
-    let whole = resident + dynamic;
     let context = CONTEXT.as_f64();
+    let reserve = reserve.ratio(resident / (resident + dynamic).max(1.0));
     let at = |ratio: f64, resident_doubt: f64, dynamic_doubt: f64, context_share: f64| {
         ratio * (resident_doubt * resident + dynamic_doubt * dynamic) + context_share * context
     };
@@ -367,6 +375,5 @@ fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: Ratio) 
             logits,
             context: guess.saturating_sub(allocated),
         },
-        torch_peak_bytes: Bytes::from_f64(whole),
     }
 }

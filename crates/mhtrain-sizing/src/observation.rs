@@ -68,7 +68,7 @@ pub struct Observation {
     /// The rung that ran; for explanations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tier: Option<Tier>,
-    /// `torch_peak_bytes` of the estimate for that rung, by the estimator of that day.
+    /// `allocated_peak_bytes` of the estimate for that rung, by the estimator of that day.
     pub predicted: Bytes,
     /// What happened.
     pub seen: Seen,

@@ -42,6 +42,9 @@ fn next(group: Group) -> Fingerprint {
     }
 }
 
+/// Share of resident memory in the allocated peak.
+const HALF: f64 = 0.5;
+
 const PREDICTED: Bytes = Bytes::from_gib(20);
 
 fn ran(fingerprint: &Fingerprint, ratio: f64) -> Observation {
@@ -80,12 +83,12 @@ fn after_three_runs_the_interval_is_a_third_and_still_covers() {
             let ratio = 1.0 + draws.uniform();
             let mut run = || ratio * (0.02 * draws.normal()).exp();
             let observations: Vec<Observation> = (0..3).map(|_| ran(&next(group), run())).collect();
-            let learned = learn(group.prior(), &next(group), &observations);
+            let learned = learn(group.prior(HALF), &next(group), &observations);
             widest += width(learned.ratio) / f64::from(hosts);
             inside += u32::from((learned.ratio.low..=learned.ratio.high).contains(&run()));
         }
         let covered = f64::from(inside) / f64::from(hosts);
-        let share = widest / width(group.prior());
+        let share = widest / width(group.prior(HALF));
         assert!(covered >= 0.9, "{group}: {covered}");
         assert!(share <= 1.0 / 3.0, "{group}: {share}");
     }
@@ -93,7 +96,7 @@ fn after_three_runs_the_interval_is_a_third_and_still_covers() {
 
 #[test]
 fn without_runs_the_prior_stays() {
-    let prior = Group::Equal.prior();
+    let prior = Group::Equal.prior(HALF);
     let learned = learn(prior, &next(Group::Equal), &[]);
     assert_eq!(learned, Learned { ratio: prior, prior, evidence: Vec::new() });
     assert_eq!(learned.sentence(), None);
@@ -103,12 +106,12 @@ fn without_runs_the_prior_stays() {
 fn a_new_version_widens_the_interval_again() {
     let group = Group::Equal;
     let runs: Vec<Observation> = (0..5).map(|_| ran(&next(group), 1.2)).collect();
-    let same = learn(group.prior(), &next(group), &runs);
+    let same = learn(group.prior(HALF), &next(group), &runs);
     let mut newer = next(group);
     newer.versions.torch = Some("2.10.0".to_owned());
-    let other = learn(group.prior(), &newer, &runs);
+    let other = learn(group.prior(HALF), &newer, &runs);
     assert!(width(other.ratio) > 2.0 * width(same.ratio), "{other:?} {same:?}");
-    assert!(width(other.ratio) < width(group.prior()));
+    assert!(width(other.ratio) < width(group.prior(HALF)));
     assert_eq!(other.evidence[0].nearness, Nearness::OtherVersions);
 }
 
@@ -120,22 +123,22 @@ fn nearer_runs_count_more() {
     let mut stranger = next(group);
     stranger.model = "meta-llama/Llama-3.2-3B".to_owned();
     stranger.family = "llama".to_owned();
-    let guess = |runs: &[Observation]| learn(group.prior(), &next(group), runs).ratio.guess;
+    let guess = |runs: &[Observation]| learn(group.prior(HALF), &next(group), runs).ratio.guess;
     let [near, family, far] = [next(group), relative, stranger].map(|of| guess(&[ran(&of, 1.25)]));
-    assert!(near > family && family > far && far > group.prior().guess, "{near} {family} {far}");
+    assert!(near > family && family > far && far > group.prior(HALF).guess, "{near} {family} {far}");
 }
 
 #[test]
 fn runs_of_other_batches_say_nothing() {
     let run = ran(&next(Group::Unequal), 1.9);
-    let learned = learn(Group::Equal.prior(), &next(Group::Equal), &[run]);
-    assert_eq!(learned.ratio, Group::Equal.prior());
+    let learned = learn(Group::Equal.prior(HALF), &next(Group::Equal), &[run]);
+    assert_eq!(learned.ratio, Group::Equal.prior(HALF));
 }
 
 #[test]
 fn a_death_moves_the_prediction_up_and_never_down() {
     let group = Group::Equal;
-    let prior = group.prior();
+    let prior = group.prior(HALF);
     let high = learn(prior, &next(group), &[died(&next(group), Bytes::from_gib(25))]);
     assert!(high.ratio.guess > 1.15, "{high:?}");
     assert!(high.evidence[0].at_least);
@@ -147,7 +150,7 @@ fn a_death_moves_the_prediction_up_and_never_down() {
 fn the_sentence_names_the_runs() {
     let group = Group::Equal;
     let runs = [ran(&next(group), 1.2), ran(&next(group), 1.21)];
-    let sentence = learn(group.prior(), &next(group), &runs).sentence().unwrap();
+    let sentence = learn(group.prior(HALF), &next(group), &runs).sentence().unwrap();
     assert!(sentence.contains("ratio 1.20, ratio 1.21 (of this model)"), "{sentence}");
 }
 
@@ -191,7 +194,7 @@ fn any_observation() -> impl Strategy<Value = Observation> {
 proptest! {
     #[test]
     fn the_ratio_stays_sane(observations in prop::collection::vec(any_observation(), 0..20)) {
-        let ratio = learn(Group::Equal.prior(), &next(Group::Equal), &observations).ratio;
+        let ratio = learn(Group::Equal.prior(HALF), &next(Group::Equal), &observations).ratio;
         prop_assert!(ratio.low > 0.0 && ratio.low <= ratio.guess && ratio.guess <= ratio.high, "{ratio:?}");
         prop_assert!(ratio.high.is_finite() && ratio.high < 50.0, "{ratio:?}");
     }

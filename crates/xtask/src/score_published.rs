@@ -56,6 +56,8 @@ struct Figure {
     group: Group,
     /// Predicted peak of what torch allocates, in bytes.
     allocated: f64,
+    /// Of that, weights, adapters and moments.
+    resident: f64,
     /// Best guess and 90 % interval of the figure, in bytes.
     guess: f64,
     low: f64,
@@ -110,7 +112,7 @@ fn print_figure(out: &mut impl Write, figure: &Figure) -> std::io::Result<()> {
     let row = &figure.row;
     writeln!(
         out,
-        "{:<28} {:<16} {:<26} {:<5} {}x{} gc {} | {:6.2} GiB, allocated {:6.2}, ratio {:.3}, {:.2} to {:.2}, guess {:.2} {}",
+        "{:<28} {:<16} {:<26} {:<5} {}x{} gc {} | {:6.2} GiB, allocated {:6.2} (resident {:6.2}), ratio {:.3}, {:.2} to {:.2}, guess {:.2} {}",
         figure.group.to_string(),
         row.framework,
         row.model,
@@ -120,6 +122,7 @@ fn print_figure(out: &mut impl Write, figure: &Figure) -> std::io::Result<()> {
         row.gc,
         row.peak_gib,
         figure.allocated / GIB,
+        figure.resident / GIB,
         figure.real() / figure.allocated,
         figure.low / GIB,
         figure.high / GIB,
@@ -213,6 +216,7 @@ fn figure(row: Row) -> Result<Figure, &'static str> {
         row,
         group,
         allocated: said.allocated_peak_bytes.as_f64(),
+        resident: said.terms.weights.as_f64() + said.terms.adapter.as_f64() + said.terms.optimizer.as_f64(),
         guess: guess.as_f64(),
         low: low.as_f64(),
         high: high.as_f64(),
