@@ -868,7 +868,8 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         "phi3" | "mixtral" => (None, 0),
         _ => return Ok(None),
     };
-    if fields.object.get("sliding_window").is_some_and(Value::is_null) && every == 0 {
+    let off = fields.flag("use_sliding_window")? == Some(false);
+    if off || fields.object.get("sliding_window").is_some_and(Value::is_null) && every == 0 {
         return Ok(None);
     }
     let window = fields.number(&["sliding_window"], LENGTH_MAX)?.or(default);

@@ -75,7 +75,7 @@ fn measured_peaks_are_met_to_the_byte_but_for_rounding() {
     let errors = errors(is_measured_as_it_runs);
     assert!(errors.len() > 150, "{}", errors.len());
     let (worst, row) = errors.last().unwrap();
-    assert!(*worst < 0.0002, "{worst} {row:?}");
+    assert!(*worst < 0.0003, "{worst} {row:?}");
     let (median, _) = errors[errors.len() / 2];
     assert!(median < 0.000_001, "{median}");
 }
