@@ -453,6 +453,12 @@ impl<'a> Lists<'a> {
             tape.drop(product);
             tape.drop(fused);
             return out;
+        } else if !self.shape.gated_mlp {
+            // No list was recorded for these: up, an activation that keeps its input, down.
+            let wide = self.linear(tape, x, [self.h, width], true, adapted.up);
+            let active = tape.unary(wide, Saved::Input);
+            tape.drop(wide);
+            active
         } else {
             let gate = self.linear(tape, x, [self.h, width], false, adapted.gate);
             let active = tape.unary(gate, Saved::Input);

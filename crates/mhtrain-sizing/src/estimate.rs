@@ -331,8 +331,9 @@ fn requested(bytes: f64) -> f64 {
 
 /// Returns by what a worse source of the dimensions widens what is resident and what grows with the batch.
 ///
-/// Set by judgement: a catalogue's entry can be another revision; the nearest block kind stands in for an unknown one
-/// (measured: up to 22 % off on the whole peak when Llama's list stood for Gemma 2); a name says little.
+/// Set by judgement: a catalogue's entry can be another revision; a name says little. The nearest block kind stands in for
+/// an unknown one: on 95 measured peaks of 19 such kinds (OLMo, Granite, Cohere, Nemotron and others) the median was off
+/// by 0.3 %, 95 of 100 by less than 11 %; `docs/measurements/memory.md` has the table.
 fn doubt(source: ShapeSource) -> [Ratio; 2] {
     let ratio = |low, high| Ratio { low, guess: 1.0, high };
     match source {

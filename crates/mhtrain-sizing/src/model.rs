@@ -749,7 +749,7 @@ impl Traits {
         };
         let moe = Traits { mixture: true, ..llama };
         match model_type {
-            "llama" | "mistral" | "yi" | "ministral" => llama,
+            "llama" | "mistral" | "yi" | "ministral" | "ministral3" | "smollm3" => llama,
             "internlm" => Traits { bias: AttentionBias::All, ..llama },
             "internlm2" | "baichuan" => Traits { fused_qkv: true, ..llama },
             "qwen2" => Traits { bias: AttentionBias::Qkv, ..llama },
@@ -774,11 +774,7 @@ impl Traits {
             "qwen2_moe" => Traits { bias: AttentionBias::Qkv, ..moe },
             "mixtral" => moe,
             "gpt_oss" => Traits { block: BlockKind::GptOss, bias: AttentionBias::All, ..moe },
-            other => Traits {
-                known: false,
-                mixture: other.contains("moe") || other.starts_with("deepseek_v"),
-                ..llama
-            },
+            _ => Traits { known: false, ..llama },
         }
     }
 }
@@ -844,7 +840,10 @@ fn read_shape(
         fused_gate_up: traits.fused_gate_up,
         attention_bias: bias,
         norms_per_block: traits.norms,
-        gated_mlp: true,
+        gated_mlp: !matches!(
+            model_type.as_str(),
+            "arcee" | "nemotron" | "starcoder2" | "phi" | "gpt_neox" | "falcon"
+        ),
         block: traits.block,
         soft_capped_logits: traits.block == BlockKind::Gemma && capped,
         attention_sinks: traits.block == BlockKind::GptOss,
@@ -879,13 +878,25 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
 }
 
 fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Option<Experts>, ShapeError> {
-    if !traits.mixture {
+    const COUNT: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
+    const TOP_K: [&str; 6] = [
+        "num_experts_per_tok",
+        "experts_per_token",
+        "num_experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "moe_top_k",
+    ];
+    // An unknown model is a mixture when its config speaks of experts.
+    let stated = |keys: &[&'static str]| {
+        keys.iter().any(|key| fields.object.get(*key).is_some_and(|value| !value.is_null()))
+    };
+    if !traits.mixture && (traits.known || !stated(&COUNT) || !stated(&TOP_K)) {
         return Ok(None);
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
-    let count = fields.needed(&["num_experts", "num_local_experts", "n_routed_experts"], EXPERTS_MAX)?;
-    let top_k =
-        fields.needed(&["num_experts_per_tok", "experts_per_token", "num_experts_per_token"], EXPERTS_MAX)?;
+    let count = fields.needed(&COUNT, EXPERTS_MAX)?;
+    let top_k = fields.needed(&TOP_K, EXPERTS_MAX)?;
     let intermediate = fields.needed(&["moe_intermediate_size", "intermediate_size"], WIDTH_MAX)?;
     let shared = match fields.number(&["shared_expert_intermediate_size"], WIDTH_MAX)? {
         Some(width) => width,
