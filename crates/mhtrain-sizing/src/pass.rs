@@ -53,8 +53,8 @@ pub(crate) struct Highest {
     pub staged: High,
     /// Of the forward pass too. With many adapters and few tokens, autocast's copies can make the end of the forward
     /// pass the highest moment; without checkpointing, the last block's forward pass can be. The tables miss it, because
-    /// they are drawn out from two shallow copies of the model (measured: up to 1.9 % on 13 of 795 points, and full-depth
-    /// runs of three of them agree with this figure).
+    /// they are drawn out from two shallow copies of the model (by more than 0.1 % on 15 of
+    /// 795 points, by 1.9 % at most; full-depth runs of four of them agree with this figure to 0.0001 %).
     pub overall: f64,
 }
 
