@@ -3,6 +3,7 @@
 
 mod score_diagnosis;
 mod score_memory;
+mod score_plan;
 mod score_published;
 mod test;
 
@@ -21,6 +22,8 @@ enum Command {
     Test(test::TestArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
+    /// Score the plan against an oracle on random simulated hosts
+    ScorePlan(score_plan::ScorePlanArgs),
     /// Score the predicted intervals against published peaks (columns of published.csv)
     ScorePublished(score_published::ScorePublishedArgs),
     /// Score the diagnosis against labelled logs (a folder a kind, labels.csv beside them)
@@ -31,6 +34,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
+        Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),
         Command::ScoreDiagnosis(args) => score_diagnosis::run(&args),
     }
