@@ -349,8 +349,10 @@ fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: &Reserv
     let terms = [peak.weights, peak.adapter, peak.gradients, peak.optimizer, peak.activations, peak.logits];
     let [weights, adapter, gradients, optimizer, activations, logits] = terms.map(Bytes::from_f64);
     let allocated: Bytes = [weights, adapter, gradients, optimizer, activations, logits].into_iter().sum();
-    let [of_resident, mut of_dynamic] = doubt(source);
-    if work.liger_kernel {
+    // Runs of the same model have what its dimensions are wrong by in their ratio.
+    let known = reserve.knows_model();
+    let [of_resident, mut of_dynamic] = doubt(if known { ShapeSource::Config } else { source });
+    if work.liger_kernel && !known {
         // No peak with Liger's loss was measured.
         of_dynamic = Ratio { low: 0.8 * of_dynamic.low, high: 1.5 * of_dynamic.high, ..of_dynamic };
     }

@@ -36,7 +36,7 @@ impl Nearness {
         [Nearness::SameModel, Nearness::SameFamily, Nearness::SameVersions, Nearness::OtherVersions];
 
     /// Returns how near a run is; `None` when it says nothing about the other.
-    fn of(run: &Fingerprint, next: &Fingerprint) -> Option<Nearness> {
+    pub fn of(run: &Fingerprint, next: &Fingerprint) -> Option<Nearness> {
         if run.group != next.group {
             return None;
         }

@@ -351,6 +351,8 @@ impl<'a> Sizing<'a> {
         let estimate = self.estimate(&tier)?;
         let risk = self.request.oom_risk;
         let needed = match rule {
+            // A machine that has seen this model knows its risk, so nothing has to be presumed.
+            Rule::Presumed if self.reserve(&tier).knows_model() => estimate.admission_bytes(risk),
             Rule::Presumed => estimate.device_peak_bytes,
             Rule::Careful => estimate.admission_bytes(risk),
             Rule::Larger { .. } => estimate.admission_bytes(risk * self.book.ladder.larger_risk_share),
@@ -364,9 +366,12 @@ impl<'a> Sizing<'a> {
     }
 
     fn estimate(&self, tier: &Tier) -> Result<Estimate, EstimateError> {
+        estimate_with(&self.request.model, &workload(self.request, tier), &self.reserve(tier))
+    }
+
+    fn reserve(&self, tier: &Tier) -> Reserve<'_> {
         let next = if tier.packing { &self.packed } else { &self.unpacked };
-        let reserve = Reserve { group: next.group, history: Some((next, &self.history.observations)) };
-        estimate_with(&self.request.model, &workload(self.request, tier), &reserve)
+        Reserve { group: next.group, history: Some((next, &self.history.observations)) }
     }
 
     fn rule(&self, micro: u32, length: u32) -> Rule {
@@ -592,7 +597,8 @@ impl<'a> Sizing<'a> {
     fn why(&self, candidate: &Candidate, place: Ordering) -> String {
         let free = self.request.card.free;
         let basis = match candidate.rule {
-            Rule::Presumed => "best guess".to_owned(),
+            Rule::Presumed if !self.reserve(&candidate.tier).knows_model() => "best guess".to_owned(),
+            Rule::Presumed => format!("at {} risk", percent(self.request.oom_risk)),
             Rule::Careful => format!("at {} risk", percent(self.request.oom_risk)),
             Rule::Larger { .. } => {
                 format!("at {} risk", percent(self.request.oom_risk * self.book.ladder.larger_risk_share))

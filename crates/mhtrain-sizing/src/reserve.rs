@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::learn::learn;
+use crate::learn::{Nearness, learn};
 use crate::observation::{Fingerprint, Observation};
 use crate::workload::Workload;
 
@@ -92,6 +92,13 @@ pub struct Reserve<'a> {
 }
 
 impl Reserve<'_> {
+    /// Returns whether earlier runs are of the same model, method, batches and versions.
+    pub fn knows_model(&self) -> bool {
+        self.history.is_some_and(|(next, observations)| {
+            observations.iter().any(|seen| Nearness::of(&seen.fingerprint, next) == Some(Nearness::SameModel))
+        })
+    }
+
     /// Returns the ratio for a pass with this share of resident memory.
     pub fn ratio(&self, resident_share: f64) -> Ratio {
         let prior = self.group.prior(resident_share);

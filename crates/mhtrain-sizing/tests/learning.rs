@@ -199,3 +199,81 @@ proptest! {
         prop_assert!(ratio.high.is_finite() && ratio.high < 50.0, "{ratio:?}");
     }
 }
+
+mod plans {
+    use mhtrain_sizing::gpu::Card;
+    use mhtrain_sizing::ladder::TierBook;
+    use mhtrain_sizing::model::Model;
+    use mhtrain_sizing::plan::{History, Plan, plan, plan_learned};
+    use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
+    use mhtrain_sizing::workload::Targets;
+
+    use super::*;
+
+    fn request(free: Bytes) -> Request {
+        Request {
+            model: Model::resolve("Qwen/Qwen2.5-7B", None, None).unwrap(),
+            card: Card {
+                name: "A100-SXM4-80GB".to_owned(),
+                index: Some(0),
+                total: Bytes::from_gib(80),
+                free,
+                compute_capability: None,
+            },
+            held_by_others: Bytes::ZERO,
+            train_type: TrainType::Lora,
+            lora_rank: 8,
+            targets: Targets::AllLinear,
+            length: Length::Standard,
+            save: Save::Standard,
+            learning: Learning::Standard,
+            min_effective_batch: 32,
+            allow: Allow::default(),
+            pins: Pins::default(),
+            features: TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true },
+            oom_risk: 0.1,
+        }
+    }
+
+    fn history(request: &Request, ratio: f64, runs: usize) -> History {
+        let mut history = History::default();
+        let fingerprint = history.fingerprint(request, true);
+        history.observations = (0..runs).map(|_| ran(&fingerprint, ratio)).collect();
+        history
+    }
+
+    #[test]
+    fn runs_that_needed_more_move_the_plan_down_and_the_plan_says_so() {
+        let request = request(Bytes::from_gib(72));
+        let cold = plan(&request, &TierBook::builtin()).unwrap();
+        let warm = plan_learned(&request, &TierBook::builtin(), &history(&request, 1.4, 3)).unwrap();
+        assert_eq!((cold.chosen_rung().tier.micro_batch, warm.chosen_rung().tier.micro_batch), (8, 4));
+        assert!(warm.notes.iter().any(|note| note.contains("because of ratio 1.40")), "{:?}", warm.notes);
+    }
+
+    #[test]
+    fn a_plan_is_read_back_as_it_was_written() {
+        let plan = plan(&request(Bytes::from_gib(40)), &TierBook::builtin()).unwrap();
+        let text = serde_json::to_string(&plan).unwrap();
+        assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    }
+
+    proptest! {
+        #[test]
+        fn with_any_history_more_memory_never_picks_a_lower_rung(
+            free in 1u64..90_000,
+            more in 0u64..50_000,
+            ratio in 0.4f64..3.0,
+            runs in 0usize..4,
+        ) {
+            let book = TierBook::builtin();
+            let tight = request(Bytes::from_mib(free));
+            let roomy = request(Bytes::from_mib(free + more));
+            let history = history(&tight, ratio, runs);
+            if let Ok(tight) = plan_learned(&tight, &book, &history) {
+                let roomy = plan_learned(&roomy, &book, &history);
+                prop_assert!(roomy.is_ok_and(|roomy| roomy.chosen <= tight.chosen));
+            }
+        }
+    }
+}

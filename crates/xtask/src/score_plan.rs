@@ -1,8 +1,8 @@
 //! Does the plan take the rung that one would take who knew the truth?
 //!
 //! Random jobs on random simulated hosts. The truth is the simulated allocated peak times a ratio of the host (log-normal,
-//! sd 10 %, around 1.1) times the noise of a run (sd 2 %), plus the CUDA context. The oracle takes the first rung of the
-//! same ladder that truly fits. A death costs one minute, and so does each start, against an hour of training at full
+//! sd 10 %, around 1.1) times the noise of a run (sd 2 %), plus the CUDA context. The oracle knows that
+//! product and takes the first rung of the same ladder that fits. A death costs one minute, and so does each start, against an hour of training at full
 //! speed; a pass of T tokens runs at T / (T + 256) of it, the ladder's own cost model.
 
 use std::io::Write;
@@ -223,14 +223,14 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
                 <= case.request.card.free.as_f64()
         };
         let last = whole.rungs.len() - 1;
+        let noise = (0.02 * draws.normal()).exp();
         let oracle =
-            (0..=last).find(|index| (whole.rungs[*index].fits || *index == last) && fits(*index, 1.0));
+            (0..=last).find(|index| (whole.rungs[*index].fits || *index == last) && fits(*index, noise));
         let Some(oracle) = oracle else {
             impossible += 1;
             continue;
         };
         let best = speed(&whole.rungs[oracle].tier);
-        let noise = (0.02 * draws.normal()).exp();
         let history = case.history(&whole, &mut draws);
         for (index, planned) in
             [plan(&case.request, &book), plan_learned(&case.request, &book, &history)].into_iter().enumerate()
