@@ -5,8 +5,8 @@
 //! backwards. A new kind of block is a new list here, made of the parts that are there and of its own; it needs no new
 //! constants.
 //!
-//! Source: `modeling_*.py` of transformers 5.19 (named at each part), `peft/tuners/lora/layer.py` of peft 0.20. Every list
-//! was compared, allocation by allocation, with what `tests/record_blocks.py` records.
+//! Source: `modeling_*.py` of transformers 5.19 (named at each part), `peft/tuners/lora/layer.py` of peft 0.20. They were
+//! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
 
 use crate::model::{AttentionBias, BlockKind, ModelShape, Part};
 use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};

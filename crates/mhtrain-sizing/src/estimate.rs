@@ -1,8 +1,7 @@
 //! How much memory will this need?
 //!
-//! The peak is the largest of a few stages of a step: the loss, the backward pass of the last block (all checkpoints
-//! alive), that of the first block (all gradients alive), and the optimizer's step. Each is a sum of what is resident
-//! and of what the blocks keep (`block.rs`). What torch allocates is then turned into what NVML shows.
+//! What is resident (weights, adapters, moments) is counted parameter by parameter; the highest moment above that comes
+//! from replaying the pass (`pass.rs`). What torch allocates is then turned into what NVML shows (`reserve.rs`).
 
 use serde::{Deserialize, Serialize};
 
@@ -358,17 +357,19 @@ fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: &Reserv
     }
     let (resident, dynamic) = (peak.resident(), peak.dynamic() + peak.forward_excess);
     let context = CONTEXT.as_f64();
-    let reserve = reserve.ratio(resident / (resident + dynamic).max(1.0));
-    let at = |ratio: f64, resident_doubt: f64, dynamic_doubt: f64, context_share: f64| {
-        ratio * (resident_doubt * resident + dynamic_doubt * dynamic) + context_share * context
+    let [resident_ratio, dynamic_ratio] = reserve.parts(resident / (resident + dynamic).max(1.0));
+    let at = |end: fn(Ratio) -> f64, context_share: f64| {
+        end(resident_ratio) * end(of_resident) * resident
+            + end(dynamic_ratio) * end(of_dynamic) * dynamic
+            + context_share * context
     };
     // Never below what is allocated, and what is resident cannot shrink below itself by luck of the allocator.
-    let guess = Bytes::from_f64(at(reserve.guess, 1.0, 1.0, 1.0)).max(allocated);
+    let guess = Bytes::from_f64(at(|ratio| ratio.guess, 1.0)).max(allocated);
     Estimate {
         allocated_peak_bytes: allocated,
         device_peak_bytes: guess,
-        low_bytes: Bytes::from_f64(at(reserve.low, of_resident.low, of_dynamic.low, 0.6)).min(guess),
-        high_bytes: Bytes::from_f64(at(reserve.high, of_resident.high, of_dynamic.high, 1.4)).max(guess),
+        low_bytes: Bytes::from_f64(at(|ratio| ratio.low, 0.6)).min(guess),
+        high_bytes: Bytes::from_f64(at(|ratio| ratio.high, 1.4)).max(guess),
         terms: Terms {
             weights,
             adapter,

@@ -351,7 +351,7 @@ impl Pass<'_> {
             };
             if pass.work.liger_kernel {
                 // Liger's fused loss never has more than one chunk of logits; its sizes are those of
-                // `fused_linear_cross_entropy.py` of liger-kernel 0.6: chunks of T / ceil(V / H) rows.
+                // `fused_linear_cross_entropy.py` of liger-kernel: chunks of T / ceil(V / H) rows.
                 let chunks = (vocab / h).ceil().max(1.0);
                 let chunk = (positions / chunks).ceil().max(1.0);
                 tape.kind = Kind::Logits;

@@ -51,23 +51,28 @@ impl Group {
     /// - `Expandable`: nobody published figures. Expandable segments let blocks grow in place, so what remains is what
     ///   equal rows have and the spread of the longest batch: some way up to `Unequal`, by judgement.
     pub fn prior(self, resident_share: f64) -> Ratio {
-        let (resident, dynamic) = match self {
-            Group::Equal => {
-                (Ratio { low: 0.975, guess: 1.02, high: 1.1 }, Ratio { low: 0.95, guess: 1.15, high: 1.55 })
-            }
-            Group::Expandable => {
-                (Ratio { low: 0.98, guess: 1.01, high: 1.04 }, Ratio { low: 0.95, guess: 1.2, high: 1.9 })
-            }
-            Group::Unequal => {
-                (Ratio { low: 1.0, guess: 1.0, high: 1.0 }, Ratio { low: 1.0, guess: 3.0, high: 4.65 })
-            }
-        };
+        let [resident, dynamic] = self.parts();
         let share = if resident_share.is_nan() { 0.5 } else { resident_share.clamp(0.0, 1.0) };
         let mix = |a: f64, b: f64| share * a + (1.0 - share) * b;
         Ratio {
             low: mix(resident.low, dynamic.low),
             guess: mix(resident.guess, dynamic.guess),
             high: mix(resident.high, dynamic.high),
+        }
+    }
+
+    /// Returns the published ratios of what is resident and of what comes and goes.
+    pub fn parts(self) -> [Ratio; 2] {
+        match self {
+            Group::Equal => {
+                [Ratio { low: 0.975, guess: 1.02, high: 1.1 }, Ratio { low: 0.95, guess: 1.15, high: 1.55 }]
+            }
+            Group::Expandable => {
+                [Ratio { low: 0.98, guess: 1.01, high: 1.04 }, Ratio { low: 0.95, guess: 1.2, high: 1.9 }]
+            }
+            Group::Unequal => {
+                [Ratio { low: 1.0, guess: 1.0, high: 1.0 }, Ratio { low: 1.0, guess: 3.0, high: 4.65 }]
+            }
         }
     }
 }
@@ -99,13 +104,15 @@ impl Reserve<'_> {
         })
     }
 
-    /// Returns the ratio for a pass with this share of resident memory.
-    pub fn ratio(&self, resident_share: f64) -> Ratio {
-        let prior = self.group.prior(resident_share);
-        match self.history {
-            Some((next, observations)) => learn(prior, next, observations).ratio,
-            None => prior,
-        }
+    /// Returns the ratios of what is resident and of what comes and goes in a pass with this share of the first.
+    ///
+    /// Earlier runs show the ratio of the whole, so with them it is that for both.
+    pub fn parts(&self, resident_share: f64) -> [Ratio; 2] {
+        let learned = self
+            .history
+            .map(|(next, observations)| learn(self.group.prior(resident_share), next, observations))
+            .filter(|learned| !learned.evidence.is_empty());
+        learned.map_or_else(|| self.group.parts(), |learned| [learned.ratio; 2])
     }
 }
 
