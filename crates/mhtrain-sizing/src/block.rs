@@ -1,60 +1,16 @@
-//! What does one block of the model keep, and what does it work with?
+//! What does one block of the model take and give back, in order?
 //!
-//! A block's costs are linear forms in the dimensions. Each block kind has its own; a new kind is a new form here
-//! and touches nothing else. Symbols: H hidden, q and k the widths of all query and key heads, A query heads, I width
-//! of the MLP, M of an expert, T tokens of a pass, B rows, S tokens of a row.
+//! Each function below is the list of one part of a block: the operations of its `forward`, in the order of the code,
+//! with the moments at which Python lets go of a value. [`Tape`] turns them into sums of bytes and replays them
+//! backwards. A new kind of block is a new list here, made of the parts that are there and of its own; it needs no new
+//! constants.
 //!
-//! Source of the forms: peaks of transformers 5.19 with peft 0.20 under a tracker of storages on fake tensors. They
-//! count what autograd saves; forms marked *fitted* were read off measured peaks and not off the code.
+//! Source: `modeling_*.py` of transformers 5.19 (named at each part), `peft/tuners/lora/layer.py` of peft 0.20. They were
+//! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
 
-use crate::model::{BlockKind, ModelShape, Part};
-use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
-
-/// Bytes of one block in one pass.
-#[derive(Copy, Clone, Debug, Default, PartialEq)]
-pub(crate) struct BlockCosts {
-    /// Kept from the forward to the backward pass.
-    pub saved: f64,
-    /// Alive at once while the block is recomputed and differentiated, `saved` included.
-    pub working: f64,
-    /// Kept once for all blocks: the mask.
-    pub shared: f64,
-}
-
-/// How the adapters touch a block.
-#[derive(Copy, Clone, Debug, Default, PartialEq)]
-pub(crate) struct Adapted {
-    /// Sum of the inputs of the adapted modules.
-    pub inputs: f64,
-    /// The same for the modules of the MLP.
-    pub mlp_inputs: f64,
-    /// Number of adapted modules.
-    pub modules: f64,
-    /// The down projection is among them.
-    pub down: bool,
-    /// The gate or up projection is among them.
-    pub gate_up: bool,
-    /// Rank.
-    pub rank: f64,
-}
-
-impl Adapted {
-    /// Returns how the adapters of `work` touch one block of `shape`.
-    pub(crate) fn of(shape: &ModelShape, work: &Workload) -> Adapted {
-        let mut adapted = Adapted { rank: f64::from(work.lora_rank), ..Adapted::default() };
-        if work.train_type == TrainType::Full {
-            return adapted;
-        }
-        for linear in shape.adapted(&work.targets) {
-            adapted.inputs += float(linear.input);
-            adapted.mlp_inputs += if linear.part == Part::Attention { 0.0 } else { float(linear.input) };
-            adapted.modules += 1.0;
-            adapted.down |= linear.part == Part::Down;
-            adapted.gate_up |= linear.part == Part::GateUp;
-        }
-        adapted
-    }
-}
+use crate::model::{AttentionBias, BlockKind, ModelShape, Part};
+use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};
+use crate::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
 
 /// Returns a dimension as a number to calculate with; exact below 2^53, and every dimension is below 2^27.
 #[expect(clippy::cast_precision_loss, reason = "dimensions are bounded far below 2^53")]
@@ -62,228 +18,585 @@ pub(crate) fn float(dimension: u64) -> f64 {
     dimension as f64
 }
 
-/// Returns the costs of one block of `shape` in one pass of `work`.
-pub(crate) fn block_costs(shape: &ModelShape, work: &Workload, adapted: &Adapted) -> BlockCosts {
-    let sums = Sums::of(shape, work);
-    let (tokens, mask, scores) = (sums.tokens, sums.mask(), sums.scores());
-    let mlp = sums.norms() / 2.0 + sums.mlp() + sums.mlp_adapters(adapted);
-    let per_token =
-        sums.norms() / 2.0 + sums.attention() + mlp + sums.adapters(adapted) - sums.mlp_adapters(adapted);
-    let saved = tokens * per_token + mask.per_block + scores.saved;
-    // Either the MLP is busy while the scores wait, or attention is, when what the MLP kept is gone.
-    let mlp_busy = saved + tokens * sums.working(adapted);
-    let attention_busy = saved - tokens * mlp + scores.working;
-    let mut working = mlp_busy.max(attention_busy);
-    if work.train_type == TrainType::Qlora {
-        // One weight of the MLP (in a mixture: of attention) is unpacked to bf16 while the activations live.
-        let unpacked = 2.0 * sums.h * if sums.i > 0.0 { sums.i } else { sums.q };
-        working = working.max(saved + tokens * 2.0 * sums.i + unpacked);
-    }
-    BlockCosts { saved, working: working + sums.weight_copies(), shared: mask.shared }
+/// Which linear modules of a block carry adapters.
+#[derive(Copy, Clone, Debug, Default, PartialEq)]
+struct Adapted {
+    q: bool,
+    k: bool,
+    v: bool,
+    qkv: bool,
+    output: bool,
+    gate: bool,
+    up: bool,
+    gate_up: bool,
+    down: bool,
 }
 
-/// Bytes that grow with the square of a row.
-#[derive(Copy, Clone, Debug, Default)]
-struct Scores {
-    saved: f64,
-    working: f64,
+/// What one block is beside its dimensions.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Layer {
+    /// Attention looks back a window only.
+    pub sliding: bool,
+    /// The MLP is dense, whatever the other blocks have.
+    pub dense: bool,
 }
 
-#[derive(Copy, Clone, Debug, Default)]
-struct Mask {
-    per_block: f64,
-    shared: f64,
-}
-
-/// The dimensions as numbers, with the switches that the forms depend on.
-struct Sums<'a> {
+/// A model and a pass as the lists need them.
+#[derive(Debug)]
+pub(crate) struct Lists<'a> {
     shape: &'a ModelShape,
-    work: &'a Workload,
-    tokens: f64,
-    h: f64,
+    /// Rows and tokens of a row, as the kernels see them.
+    pub rows: f64,
+    /// Tokens of a row.
+    pub length: f64,
+    /// Tokens of a pass.
+    pub tokens: f64,
+    /// H.
+    pub h: f64,
     q: f64,
     k: f64,
-    a: f64,
-    i: f64,
+    heads: f64,
+    head_dim: f64,
+    /// Parameters of the model train.
+    pub full: bool,
+    /// 4-bit weights.
+    four_bit: bool,
+    /// Bytes of a weight.
+    pub weight_width: f64,
+    /// Bytes of the residual stream.
+    pub stream_width: f64,
+    /// Matrix products are cast to this width by autocast; `None` without autocast.
+    autocast: Option<f64>,
+    rank: f64,
+    adapted: Adapted,
+    attention: AttnImpl,
+    padded: bool,
 }
 
-impl Sums<'_> {
-    fn of<'a>(shape: &'a ModelShape, work: &'a Workload) -> Sums<'a> {
-        Sums {
+impl<'a> Lists<'a> {
+    pub(crate) fn of(shape: &'a ModelShape, work: &Workload) -> Lists<'a> {
+        let full = work.train_type == TrainType::Full;
+        let tokens = f64::from(work.micro_batch) * f64::from(work.max_length);
+        let (rows, length) = if work.packing {
+            (1.0, tokens)
+        } else {
+            (f64::from(work.micro_batch), f64::from(work.max_length))
+        };
+        // Full fine-tuning in fp16 keeps fp32 weights under fp16 autocast, so the residual stream is fp32. Adapters
+        // are fp32 beside half weights, and accelerate runs the pass under autocast; with fp32 weights there is none.
+        let wide = work.dtype == Dtype::Float32 || (full && work.dtype == Dtype::Float16);
+        let width = if wide { 4.0 } else { 2.0 };
+        Lists {
             shape,
-            work,
-            tokens: f64::from(work.micro_batch) * f64::from(work.max_length),
+            rows,
+            length,
+            tokens,
             h: float(shape.hidden),
             q: float(shape.q_width()),
             k: float(shape.k_width()),
-            a: float(shape.heads),
-            i: match &shape.experts {
-                Some(experts) => float(experts.shared_intermediate),
-                None => float(shape.intermediate),
-            },
+            heads: float(shape.heads),
+            head_dim: float(shape.head_dim),
+            full,
+            four_bit: work.train_type == TrainType::Qlora,
+            weight_width: width,
+            stream_width: width,
+            autocast: (work.dtype != Dtype::Float32).then_some(2.0),
+            rank: f64::from(work.lora_rank),
+            adapted: if full { Adapted::default() } else { Adapted::of(shape, &work.targets) },
+            attention: work.attn_impl,
+            padded: work.padded,
         }
     }
 
-    fn full(&self) -> bool {
-        self.work.train_type == TrainType::Full
+    /// Returns what one number of the RMSNorm scale or another parameter of the block weighs.
+    fn parameter(&self, n: f64) -> Parameter {
+        Parameter { n, width: self.weight_width, trains: self.full }
     }
 
-    /// Bytes of an activation: 2 under autocast and in pure bf16, 4 in float32.
-    fn e(&self) -> f64 {
-        if self.work.dtype == Dtype::Float32 { 4.0 } else { 2.0 }
-    }
-
-    /// Full fine-tuning in fp16 keeps fp32 weights under fp16 autocast, so the residual stream is fp32.
-    fn fp32_stream(&self) -> bool {
-        self.full() && self.work.dtype == Dtype::Float16
-    }
-
-    /// Norms: the input in fp32; when the scale trains also the normalised copy, and, before a linear that trains, the
-    /// result. Gemma normalises wholly in fp32, so its copies take four bytes.
-    fn norms(&self) -> f64 {
-        let heads = if self.shape.qk_norm { self.q + self.k } else { 0.0 };
-        let count = float(self.shape.norms_per_block);
-        if !self.full() {
-            return count * 4.0 * self.h + 4.0 * heads;
-        }
-        // The first two norms stand before linears; further ones (Gemma 2, GLM-4) before the residual sum.
-        let before_linears = count.min(2.0);
-        let normalised =
-            if self.shape.block == BlockKind::Gemma || self.fp32_stream() { 4.0 } else { self.e() };
-        let results = if self.fp32_stream() {
-            // The result is fp32, so each linear that reads it makes its own half copy.
-            let fused = if self.shape.fused_qkv { 2.0 } else { 0.0 }
-                + if self.shape.fused_gate_up { 1.0 } else { 0.0 };
-            (5.0 - fused) * 2.0
+    /// A linear module: product, and beside it the adapter (`Linear.forward` of peft: the input is lifted to the
+    /// adapter's fp32, dropped out, and goes through both factors under autocast).
+    pub(crate) fn linear(
+        &self,
+        tape: &mut Tape,
+        x: Tensor,
+        sizes: [f64; 2],
+        bias: bool,
+        adapted: bool,
+    ) -> Tensor {
+        let [input, output] = sizes;
+        let rows = x.n / input;
+        let base = if self.four_bit {
+            tape.four_bit(x, rows, input, output, self.weight_width)
         } else {
-            before_linears * self.e()
+            self.product(tape, x, sizes, bias, self.full)
         };
-        (count * (4.0 + normalised) + results) * self.h + (4.0 + normalised) * heads
+        if !adapted {
+            return base;
+        }
+        let lifted = tape.cast(x, 4.0);
+        let dropped = tape.dropout(lifted);
+        let narrow = self.factor(tape, dropped, [input, self.rank]);
+        tape.drop(dropped);
+        let product = self.factor(tape, narrow, [self.rank, output]);
+        tape.drop(narrow);
+        let scaled = tape.scale(product);
+        tape.drop(product);
+        let sum = tape.add(base, scaled);
+        tape.drop(scaled);
+        tape.drop(base);
+        tape.drop(lifted);
+        sum
     }
 
-    /// Attention: q, k, v and the result, and the log-sum-exp in fp32. Eager attention keeps its scores instead of the
-    /// last two, but a trained output projection keeps the result all the same.
-    fn attention(&self) -> f64 {
-        let e = self.e();
-        let repeated = self.repeats_heads();
-        let kv = 2.0 * e * if repeated { self.q } else { self.k };
-        let result = match (self.eager(), self.full()) {
-            (true, false) => 0.0,
-            (true, true) => e * self.q,
-            (false, _) => e * self.q + 4.0 * self.a,
+    /// A plain product with a weight of the model.
+    pub(crate) fn product(
+        &self,
+        tape: &mut Tape,
+        x: Tensor,
+        sizes: [f64; 2],
+        bias: bool,
+        trains: bool,
+    ) -> Tensor {
+        let [input, output] = sizes;
+        let width = self.autocast.unwrap_or(self.weight_width);
+        let copy = (width < self.weight_width)
+            .then(|| tape.weight_copy(input * output, self.weight_width, width, trains));
+        let narrow = tape.cast(x, width);
+        let weight = Weight { input, output, width, trains, copy, bias };
+        let out = tape.matrix(narrow, x.n / input, weight);
+        tape.drop(narrow);
+        if let Some(copy) = copy {
+            tape.drop(copy);
+        }
+        out
+    }
+
+    /// One factor of an adapter: fp32, copied to half by autocast.
+    fn factor(&self, tape: &mut Tape, x: Tensor, sizes: [f64; 2]) -> Tensor {
+        let [input, output] = sizes;
+        let width = self.autocast.unwrap_or(4.0);
+        let copy = (width < 4.0).then(|| tape.weight_copy(input * output, 4.0, width, true));
+        let narrow = tape.cast(x, width);
+        let weight = Weight { input, output, width, trains: true, copy, bias: false };
+        let out = tape.matrix(narrow, x.n / input, weight);
+        tape.drop(narrow);
+        if let Some(copy) = copy {
+            tape.drop(copy);
+        }
+        out
+    }
+
+    /// RMSNorm over rows of `size`.
+    pub(crate) fn norm(&self, tape: &mut Tape, x: Tensor, size: f64) -> Tensor {
+        let rows = x.n / size;
+        let lifted = tape.cast(x, 4.0);
+        let squares = tape.square(lifted);
+        let variance = tape.mean(squares, rows);
+        tape.drop(squares);
+        let shifted = tape.plus_number(variance);
+        match self.shape.block {
+            BlockKind::Gemma => {
+                // `modeling_gemma*.py`: (1 + weight) in fp32, the result cast back.
+                tape.drop(variance);
+                let inverse = tape.rsqrt(shifted);
+                tape.drop(shifted);
+                let normal = tape.multiply(lifted, inverse);
+                tape.drop(inverse);
+                tape.drop(lifted);
+                let weight = tape.lifted_parameter(size, self.weight_width, self.full);
+                let raised = tape.plus_number(weight);
+                tape.drop(weight);
+                let scaled = tape.multiply(normal, raised);
+                tape.drop(raised);
+                tape.drop(normal);
+                let out = tape.cast(scaled, x.width);
+                tape.drop(scaled);
+                out
+            }
+            BlockKind::Llama | BlockKind::Glm | BlockKind::GptOss => {
+                let inverse = tape.rsqrt(shifted);
+                tape.drop(shifted);
+                let normal = tape.multiply(lifted, inverse);
+                tape.drop(inverse);
+                tape.drop(lifted);
+                let first = if self.shape.block == BlockKind::GptOss {
+                    // `modeling_gpt_oss.py`: the weight is applied in fp32.
+                    tape.multiply_by_parameter(normal, self.parameter(size))
+                } else {
+                    tape.cast(normal, x.width)
+                };
+                let out = if self.shape.block == BlockKind::GptOss {
+                    tape.cast(first, x.width)
+                } else {
+                    tape.multiply_by_parameter(first, self.parameter(size))
+                };
+                tape.drop(first);
+                tape.drop(normal);
+                tape.drop(variance);
+                out
+            }
+        }
+    }
+
+    /// One block: norms, attention, MLP, and the residual sums (`*DecoderLayer.forward`).
+    pub(crate) fn block(&self, tape: &mut Tape, x: Tensor, layer: Layer, tables: [Tensor; 2]) -> Tensor {
+        let four_norms = self.shape.norms_per_block > 2;
+        let normal = self.norm(tape, x, self.h);
+        let mut attended = self.attention(tape, normal, layer, tables);
+        tape.drop(normal);
+        if four_norms {
+            attended = self.replaced_by_norm(tape, attended);
+        }
+        let middle = tape.add(x, attended);
+        tape.drop(attended);
+        let normal = self.norm(tape, middle, self.h);
+        let mut expanded = match &self.shape.experts {
+            Some(_) if !layer.dense => self.mixture(tape, normal),
+            Some(_) | None => self.mlp(tape, normal, float(self.shape.intermediate), self.adapted),
         };
-        // A fused product is kept alive by v, which is a view of it, unless K and V are repeated.
-        let fused = if self.shape.fused_qkv && !repeated { e * (self.q + self.k) } else { 0.0 };
-        e * self.q + kv + result + fused
+        tape.drop(normal);
+        if four_norms {
+            expanded = self.replaced_by_norm(tape, expanded);
+        }
+        let out = tape.add(middle, expanded);
+        tape.drop(expanded);
+        tape.drop(middle);
+        out
     }
 
-    fn mlp(&self) -> f64 {
-        let Some(experts) = &self.shape.experts else {
-            return self.gated(self.i);
+    fn replaced_by_norm(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+        let normal = self.norm(tape, x, self.h);
+        tape.drop(x);
+        normal
+    }
+
+    fn rotation(&self) -> Rotation {
+        match self.shape.block {
+            BlockKind::Glm => Rotation::Partial(0.5),
+            BlockKind::GptOss => Rotation::Halves,
+            BlockKind::Llama | BlockKind::Gemma if self.shape.model_type == "phi3" => Rotation::WholeJoined,
+            BlockKind::Llama | BlockKind::Gemma => Rotation::Whole,
+        }
+    }
+
+    /// Share of a head that the tables of sine and cosine cover.
+    pub(crate) fn table_share(&self) -> f64 {
+        match self.rotation() {
+            Rotation::Whole | Rotation::WholeJoined => 1.0,
+            Rotation::Partial(part) => part,
+            Rotation::Halves => 0.5,
+        }
+    }
+
+    /// `*Attention.forward`.
+    fn attention(&self, tape: &mut Tape, x: Tensor, layer: Layer, tables: [Tensor; 2]) -> Tensor {
+        let (qkv_bias, out_bias) = match self.shape.attention_bias {
+            AttentionBias::None => (false, false),
+            AttentionBias::Qkv => (true, false),
+            AttentionBias::All => (true, true),
         };
-        let (e, top_k, m) = (self.e(), float(experts.top_k), float(experts.intermediate));
-        // Per routed copy: fused gate and up, the activation, the result before it is weighted; when the experts
-        // train also their inputs.
-        // gpt-oss clamps and scales both halves of its gate, which keeps three more copies.
-        let gate = if self.shape.block == BlockKind::GptOss { 6.0 } else { 3.0 };
-        let routed =
-            top_k * (gate * e * m + e * self.h) + if self.full() { top_k * e * (m + self.h) } else { 0.0 };
-        let shared = if self.i > 0.0 { self.gated(self.i) + e * self.h } else { 0.0 };
-        routed + shared
-    }
-
-    /// Gate, activation of the gate, and up; the product too if the down projection trains.
-    fn gated(&self, width: f64) -> f64 {
-        if self.full() { 4.0 * self.e() * width } else { 3.0 * self.e() * width }
-    }
-
-    /// Adapters: a 1-byte dropout mask and a copy of each input, and the result of the first factor.
-    fn adapters(&self, adapted: &Adapted) -> f64 {
-        (1.0 + self.e()) * adapted.inputs + self.e() * adapted.rank * adapted.modules
-    }
-
-    /// The part of [`Sums::adapters`] that belongs to the MLP.
-    fn mlp_adapters(&self, adapted: &Adapted) -> f64 {
-        (1.0 + self.e()) * adapted.mlp_inputs
-    }
-
-    /// fp32 weights under fp16 autocast: half copies of one block's weights.
-    fn weight_copies(&self) -> f64 {
-        if self.fp32_stream() && self.shape.layers > 0 {
-            2.0 * float(self.shape.linear_weights()) / float(self.shape.layers)
+        let kernel_copies_v = self.gradients_by_head(layer);
+        let mut fused = None;
+        let (mut q, mut k, v);
+        if self.shape.fused_qkv {
+            let product = self.linear(tape, x, [self.h, self.q + 2.0 * self.k], qkv_bias, self.adapted.qkv);
+            let parts = tape.parts(product, [self.q, self.k, self.k].map(|width| self.tokens * width));
+            fused = Some(product);
+            q = self.by_head(tape, parts[0], self.heads);
+            k = self.by_head(tape, parts[1], self.kv_heads());
+            v = if kernel_copies_v { self.by_head(tape, parts[2], self.kv_heads()) } else { parts[2] };
         } else {
-            0.0
+            let early_norm = self.shape.qk_norm && self.shape.block != BlockKind::Gemma;
+            q = self.linear(tape, x, [self.h, self.q], qkv_bias, self.adapted.q);
+            q = self.by_head(tape, q, self.heads);
+            if early_norm {
+                q = self.head_norm(tape, q);
+            }
+            k = self.linear(tape, x, [self.h, self.k], qkv_bias, self.adapted.k);
+            k = self.by_head(tape, k, self.kv_heads());
+            if early_norm {
+                k = self.head_norm(tape, k);
+            }
+            let product = self.linear(tape, x, [self.h, self.k], qkv_bias, self.adapted.v);
+            v = if kernel_copies_v { self.by_head(tape, product, self.kv_heads()) } else { product };
+            if self.shape.qk_norm && !early_norm {
+                q = self.head_norm(tape, q);
+                k = self.head_norm(tape, k);
+            }
         }
-    }
-
-    /// What the busiest moment of a block's backward pass needs beyond what is saved, per token.
-    fn working(&self, adapted: &Adapted) -> f64 {
-        let wide = self.work.dtype == Dtype::Float32;
-        if let Some(experts) = &self.shape.experts {
-            return self.e() / 2.0 * (6.0 * float(experts.top_k) * self.h + 4.0 * self.h + 4.0 * self.i);
+        let rotation = self.rotation();
+        let mut local = tables;
+        if self.shape.block == BlockKind::Glm {
+            // `apply_rotary_pos_emb` of GLM repeats the first half of either table.
+            local = tables.map(|table| tape.plain(table.n, table.width));
         }
-        match (self.full(), adapted.down || adapted.gate_up) {
-            // Fitted on two models.
-            (true, _) if wide => 8.0 * self.i + 0.25 * self.h,
-            (true, _) => 4.0 * self.i + 4.0 * self.h,
-            // Fitted on two models.
-            (false, true) if wide => 6.0 * self.i + 5.0 * self.h + 5.5 * self.k,
-            // The down projection of the recomputed forward: the product, its fp32 copy, its dropped copy.
-            (false, true) => 10.0 * self.i + 6.0 * self.h,
-            // Backward through the gate.
-            (false, false) if wide => 12.0 * self.i + 4.0 * self.h,
-            (false, false) => 6.0 * self.i + 2.0 * self.h,
+        let cuts = [tape.cut(q, rotation), tape.cut(k, rotation)];
+        let turned = [tape.rotate(cuts[0], rotation, local), tape.rotate(cuts[1], rotation, local)];
+        if self.shape.block == BlockKind::Glm {
+            for table in local {
+                tape.drop(table);
+            }
         }
-    }
-
-    fn eager(&self) -> bool {
-        self.work.attn_impl == AttnImpl::Eager
-    }
-
-    /// K and V are repeated to all heads by eager attention, and by sdpa with a mask.
-    fn repeats_heads(&self) -> bool {
-        // A single head is repeated by a view and not by a copy.
-        (2..self.shape.heads).contains(&self.shape.kv_heads) && (self.eager() || self.masked())
-    }
-
-    fn masked(&self) -> bool {
-        !self.work.attn_impl.is_flash() && !self.eager() && self.work.padded
-    }
-
-    fn square(&self) -> f64 {
-        let (rows, length) = if self.work.packing {
-            (1.0, self.tokens)
-        } else {
-            (f64::from(self.work.micro_batch), f64::from(self.work.max_length))
-        };
-        rows * length * length
-    }
-
-    /// sdpa with a mask: one boolean mask, and in each block its bf16 form.
-    fn mask(&self) -> Mask {
-        if self.eager() {
-            Mask { per_block: 0.0, shared: 2.0 * self.square() }
-        } else if self.masked() {
-            Mask { per_block: 2.0 * self.square(), shared: self.square() }
-        } else {
-            Mask::default()
+        tape.drop(q);
+        tape.drop(k);
+        [q, k] = turned;
+        if let Some(width) = self.autocast.filter(|_| q.width > 2.0) {
+            // The kernels take half precision: under autocast q and k are cast to what v is.
+            let narrow = [tape.cast(q, width), tape.cast(k, width)];
+            tape.drop(q);
+            tape.drop(k);
+            [q, k] = narrow;
         }
+        let attended = self.scores(tape, [q, k, v], layer);
+        let out = self.linear(tape, attended, [self.q, self.h], out_bias, self.adapted.output);
+        for tensor in [attended, q, k, v] {
+            tape.drop(tensor);
+        }
+        if let Some(product) = fused {
+            tape.drop(product);
+        }
+        out
     }
 
-    /// Eager attention: the softmax in fp32 and its copy in the type of V are kept for each head. In its backward pass
-    /// as much again lives: the gradient of either, and the product of gradient and softmax.
+    fn kv_heads(&self) -> f64 {
+        float(self.shape.kv_heads)
+    }
+
+    /// A projection seen head by head: its gradient comes transposed and is copied, unless there is one head.
+    fn by_head(&self, tape: &mut Tape, x: Tensor, heads: f64) -> Tensor {
+        if heads < 2.0 {
+            return x;
+        }
+        let copied = tape.copied_back(x);
+        tape.drop(x);
+        copied
+    }
+
+    fn head_norm(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+        let normal = self.norm(tape, x, self.head_dim);
+        tape.drop(x);
+        normal
+    }
+
+    /// Whether the gradients of K and V come head by head: every kernel but FlashAttention's.
+    fn gradients_by_head(&self, layer: Layer) -> bool {
+        self.attention == AttnImpl::Eager || self.is_masked(layer)
+    }
+
+    /// Whether sdpa gets a mask in this layer.
+    pub(crate) fn is_masked(&self, layer: Layer) -> bool {
+        if self.attention.is_flash() || self.attention == AttnImpl::Eager {
+            return false;
+        }
+        self.padded || (layer.sliding && self.shape.window.is_some_and(|window| self.length >= float(window)))
+    }
+
+    /// The attention kernel: FlashAttention (also sdpa without a mask), memory-efficient sdpa, or plain products.
     ///
-    /// Source: `eager_attention_forward` in `modeling_llama.py`, transformers 5.19; the busy moment is measured.
-    fn scores(&self) -> Scores {
-        if !self.eager() {
-            return Scores::default();
+    /// Source: `flash_attn_interface.py` and `flash_api.cpp` of flash-attn 2 (rows up to multiples of 128 and head
+    /// widths of 32 or 64 in the backward pass); `attention_backward.cu` of torch's memory-efficient kernel.
+    fn scores(&self, tape: &mut Tape, [q, k, v]: [Tensor; 3], layer: Layer) -> Tensor {
+        let grouped = self.shape.kv_heads < self.shape.heads;
+        let rows = self.rows * self.heads * self.length;
+        if self.attention == AttnImpl::Eager {
+            let scores = Scores {
+                elements: rows * self.length,
+                rows,
+                masked: true,
+                sinks: self.shape.attention_sinks,
+                capped: self.shape.block == BlockKind::Gemma && self.shape.model_type == "gemma2",
+                lifts: !self.shape.attention_sinks,
+                contiguous_query: self.rotation() == Rotation::Halves,
+            };
+            return tape.eager(q, k, v, scores);
         }
-        let scores = self.a * self.square();
-        if self.shape.attention_sinks {
-            // The softmax is not lifted to fp32 (`modeling_gpt_oss.py`).
-            return Scores { saved: self.e() * scores, working: 2.0 * self.e() * scores };
+        let kernel = if self.is_masked(layer) {
+            let wide = 4.0 * rows * self.head_dim;
+            let summed = if self.head_dim > 128.0 { wide } else { 0.0 };
+            Kernel {
+                sums: 4.0 * self.rows * self.heads * up(self.length, 32.0),
+                bias: q.width * self.rows * self.length * self.length,
+                repeats: grouped && self.shape.kv_heads > 1,
+                spreads: grouped,
+                workspace: [4.0 * rows, wide, summed, summed, 0.0],
+            }
+        } else {
+            let length = up(self.length, 128.0);
+            let head = up(self.head_dim, if self.head_dim <= 128.0 { 32.0 } else { 64.0 });
+            let each = if grouped { q.n * k.width } else { 0.0 };
+            Kernel {
+                sums: 4.0 * rows,
+                workspace: [
+                    4.0 * self.rows * self.heads * length,
+                    4.0 * self.rows * self.heads * length * head,
+                    each,
+                    each,
+                    0.0,
+                ],
+                ..Kernel::default()
+            }
+        };
+        tape.attention(q, k, v, kernel)
+    }
+
+    /// `*MLP.forward`: gate, activation, up, product, down; with a fused first product when the model has one.
+    fn mlp(&self, tape: &mut Tape, x: Tensor, width: f64, adapted: Adapted) -> Tensor {
+        let product = if self.shape.fused_gate_up {
+            let fused = self.linear(tape, x, [self.h, 2.0 * width], false, adapted.gate_up);
+            let [gate, up] = tape.halves(fused);
+            let active = tape.unary(gate, Saved::Input);
+            let product = tape.multiply(up, active);
+            tape.drop(active);
+            tape.drop(gate);
+            tape.drop(up);
+            let out = self.linear(tape, product, [width, self.h], false, adapted.down);
+            tape.drop(product);
+            tape.drop(fused);
+            return out;
+        } else if !self.shape.gated_mlp {
+            // No list was recorded for these: up, an activation that keeps its input, down.
+            let wide = self.linear(tape, x, [self.h, width], true, adapted.up);
+            let active = tape.unary(wide, Saved::Input);
+            tape.drop(wide);
+            active
+        } else {
+            let gate = self.linear(tape, x, [self.h, width], false, adapted.gate);
+            let active = tape.unary(gate, Saved::Input);
+            tape.drop(gate);
+            let up = self.linear(tape, x, [self.h, width], false, adapted.up);
+            let product = tape.multiply(active, up);
+            tape.drop(active);
+            tape.drop(up);
+            product
+        };
+        let out = self.linear(tape, product, [width, self.h], false, adapted.down);
+        tape.drop(product);
+        out
+    }
+
+    /// A mixture of experts: router, sorted rows through grouped products, back in order, summed; the shared expert.
+    ///
+    /// Source: `grouped_mm_experts_forward` in `integrations/moe.py`, `*TopKRouter.forward` of Qwen and gpt-oss.
+    fn mixture(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+        let Some(experts) = &self.shape.experts else { return x };
+        let shared_width = float(experts.shared_intermediate);
+        let shared = (shared_width > 0.0).then(|| self.mlp(tape, x, shared_width, self.adapted));
+        let count = float(experts.count);
+        let top_k = float(experts.top_k);
+        let routes = self.tokens * top_k;
+        let gpt_oss = self.shape.block == BlockKind::GptOss;
+        // Router.
+        let logits = self.product(tape, x, [self.h, count], gpt_oss, self.full);
+        let (scores, places);
+        if gpt_oss {
+            let [values, indices] = tape.top(logits, routes);
+            scores = tape.unary(values, Saved::Output);
+            tape.drop(values);
+            places = indices;
+        } else {
+            let lifted = tape.cast(logits, 4.0);
+            let probabilities = tape.unary(lifted, Saved::Output);
+            tape.drop(lifted);
+            let [mut values, indices] = tape.top(probabilities, routes);
+            if experts.normalises {
+                values = tape.normalised(values, self.tokens);
+            }
+            scores = tape.cast(values, logits.width);
+            tape.drop(values);
+            tape.drop(probabilities);
+            places = indices;
         }
-        let copy = if self.work.dtype == Dtype::Float32 { 0.0 } else { 2.0 };
-        Scores { saved: (4.0 + copy) * scores, working: 6.0 * scores }
+        // Experts.
+        let sorted = tape.plain(routes, 8.0);
+        let order = tape.plain(routes, 8.0);
+        let token = tape.plain(routes, 8.0);
+        let inputs = tape.index(x, routes * self.h, token);
+        tape.drop(token);
+        let weights = tape.index(scores, routes, order);
+        let ids = tape.plain(routes, 4.0);
+        let histogram = tape.plain(count, 4.0);
+        let offsets = tape.plain(count, 4.0);
+        let width = float(experts.intermediate);
+        let all = count * self.h * width;
+        let mut bias = None;
+        if experts.biases {
+            bias = Some(tape.plain(routes * 2.0 * width, inputs.width));
+        }
+        let fused = tape.grouped(inputs, routes * 2.0 * width, self.parameter(2.0 * all), Some(offsets));
+        let product = if gpt_oss {
+            tape.clamped_gate(fused)
+        } else {
+            let [gate, up] = tape.halves(fused);
+            let active = tape.unary(gate, Saved::Input);
+            let product = tape.multiply(active, up);
+            tape.drop(active);
+            tape.drop(gate);
+            tape.drop(up);
+            product
+        };
+        tape.drop(fused);
+        if let Some(old) = bias {
+            bias = Some(tape.plain(routes * self.h, inputs.width));
+            tape.drop(old);
+        }
+        let down = tape.grouped(product, routes * self.h, self.parameter(all), None);
+        tape.drop(product);
+        let weighted = tape.multiply(down, weights);
+        let inverse = tape.plain(routes, 8.0);
+        tape.transient(8.0 * routes);
+        let ordered = tape.index(weighted, routes * self.h, inverse);
+        tape.drop(weighted);
+        let out = tape.sum_over(ordered, top_k);
+        for tensor in [sorted, order, inputs, weights, ids, histogram, offsets, down, ordered, inverse] {
+            tape.drop(tensor);
+        }
+        if let Some(bias) = bias {
+            tape.drop(bias);
+        }
+        let out = match shared {
+            None => out,
+            Some(shared) => {
+                let gate = self.product(tape, x, [self.h, 1.0], false, self.full);
+                let open = tape.unary(gate, Saved::Output);
+                tape.drop(gate);
+                let gated = tape.multiply(open, shared);
+                tape.drop(open);
+                tape.drop(shared);
+                let sum = tape.add(out, gated);
+                tape.drop(out);
+                tape.drop(gated);
+                sum
+            }
+        };
+        for tensor in [logits, scores, places] {
+            tape.drop(tensor);
+        }
+        out
+    }
+}
+
+/// Returns `n` rounded up to a multiple of `multiple`.
+fn up(n: f64, multiple: f64) -> f64 {
+    (n / multiple).ceil() * multiple
+}
+
+impl Adapted {
+    fn of(shape: &ModelShape, targets: &Targets) -> Adapted {
+        let mut adapted = Adapted::default();
+        for linear in shape.adapted(targets) {
+            let place = match linear.part {
+                Part::Query => &mut adapted.q,
+                Part::Key => &mut adapted.k,
+                Part::Value => &mut adapted.v,
+                Part::QueryKeyValue => &mut adapted.qkv,
+                Part::Output => &mut adapted.output,
+                Part::Gate => &mut adapted.gate,
+                Part::Up => &mut adapted.up,
+                Part::GateUp => &mut adapted.gate_up,
+                Part::Down => &mut adapted.down,
+            };
+            *place = true;
+        }
+        adapted
     }
 }

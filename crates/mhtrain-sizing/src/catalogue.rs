@@ -220,6 +220,7 @@ fn mixture_shape(billions: f64, active: f64) -> Option<ModelShape> {
         shared_intermediate: 0,
         dense_layers: 0,
         biases: false,
+        normalises: true,
     };
     Some(ModelShape { model_type: "qwen3_moe".to_owned(), experts: Some(experts), ..dense })
 }
@@ -257,6 +258,8 @@ fn guessed(
         soft_capped_logits: false,
         attention_sinks: false,
         experts,
+        window: None,
+        full_every: 0,
     }
 }
 

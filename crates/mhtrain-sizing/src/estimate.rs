@@ -1,13 +1,14 @@
 //! How much memory will this need?
 //!
-//! The peak is the largest of a few stages of a step: the loss, the backward pass of the last block (all checkpoints
-//! alive), that of the first block (all gradients alive), and the optimizer's step. Each is a sum of what is resident
-//! and of what the blocks keep (`block.rs`). What torch allocates is then turned into what NVML shows.
+//! What is resident (weights, adapters, moments) is counted parameter by parameter; the highest moment above that comes
+//! from replaying the pass (`pass.rs`). What torch allocates is then turned into what NVML shows (`reserve.rs`).
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::{Adapted, BlockCosts, block_costs, float};
+use crate::block::float;
 use crate::model::{Model, ModelShape, ShapeSource};
+use crate::pass::highest;
+use crate::reserve::{Group, Ratio, Reserve};
 use crate::units::Bytes;
 use crate::workload::{Dtype, Targets, TrainType, Workload};
 
@@ -83,6 +84,20 @@ impl Estimate {
         self.quantile(1.0 - oom_risk)
     }
 
+    /// Returns best guess and 90 % interval of what the allocator reserves (no CUDA context) for batches of `group`.
+    pub fn reserved_as(&self, group: Group) -> (Bytes, Bytes, Bytes) {
+        let ratio = group.prior(self.resident_share());
+        let times = |ratio: f64| Bytes::from_f64(ratio * self.allocated_peak_bytes.as_f64());
+        (times(ratio.guess), times(ratio.low), times(ratio.high))
+    }
+
+    /// Returns the share of weights, adapters and moments in the allocated peak, 0 to 1.
+    pub fn resident_share(&self) -> f64 {
+        let resident: Bytes =
+            [self.terms.weights, self.terms.adapter, self.terms.optimizer].into_iter().sum();
+        resident.as_f64() / self.allocated_peak_bytes.as_f64().max(1.0)
+    }
+
     /// Returns what is in memory before the first pass, context included: no smaller batch helps against it.
     pub fn resident_bytes(&self) -> Bytes {
         [self.terms.weights, self.terms.adapter, self.terms.optimizer, CONTEXT].into_iter().sum()
@@ -140,9 +155,21 @@ fn normal_quantile(p: f64) -> f64 {
 /// # Errors
 /// Numbers of the workload that are zero, or adapters that meet no layer.
 pub fn estimate(model: &Model, work: &Workload) -> Result<Estimate, EstimateError> {
+    estimate_with(model, work, &Reserve { group: Group::of(work), history: None })
+}
+
+/// Returns the predicted peak of one training pass where the ratio of reserved to allocated memory is known better than
+/// from the shape of the pass alone.
+///
+/// # Errors
+/// As [`estimate`].
+pub fn estimate_with(
+    model: &Model,
+    work: &Workload,
+    reserve: &Reserve<'_>,
+) -> Result<Estimate, EstimateError> {
     check(model, work)?;
-    let peak = Pass::of(&model.shape, work, model.weight_file_bytes).peak();
-    Ok(on_device(&peak, work, model.source))
+    Ok(on_device(&peak(model, work), work, model.source, reserve))
 }
 
 fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
@@ -194,6 +221,23 @@ fn no_such_target(model: &Model, targets: &Targets) -> EstimateError {
     EstimateError::NoSuchTarget { model: model.name.clone(), targets, layers: layers.join(", ") }
 }
 
+/// Returns what torch has allocated at the busiest moment.
+fn peak(model: &Model, work: &Workload) -> Peak {
+    let resident = resident(&model.shape, work, model.weight_file_bytes);
+    let high = highest(&model.shape, work, resident.gradients);
+    let forward_excess = (high.overall - high.staged.sum).max(0.0);
+    // Half copies of all weights: the end of the forward pass is the highest moment by far, in the tables as well.
+    let copies = work.train_type == TrainType::Full && work.dtype == Dtype::Float16;
+    Peak {
+        gradients: high.staged.gradients,
+        logits: high.staged.logits,
+        activations: (high.staged.sum - high.staged.gradients - high.staged.logits).max(0.0)
+            + if copies { forward_excess } else { 0.0 },
+        forward_excess: if copies { 0.0 } else { forward_excess },
+        ..resident
+    }
+}
+
 /// What torch has allocated at the busiest moment, in bytes.
 #[derive(Copy, Clone, Debug, Default, PartialEq)]
 struct Peak {
@@ -203,160 +247,17 @@ struct Peak {
     optimizer: f64,
     activations: f64,
     logits: f64,
+    /// By what the end of the forward pass exceeds the stages of the backward pass.
+    forward_excess: f64,
 }
 
 impl Peak {
-    fn sum(&self) -> f64 {
-        self.resident() + self.dynamic()
-    }
-
     fn resident(&self) -> f64 {
         self.weights + self.adapter + self.optimizer
     }
 
     fn dynamic(&self) -> f64 {
         self.gradients + self.activations + self.logits
-    }
-}
-
-/// One training pass with everything that its stages are sums of. All in bytes.
-struct Pass {
-    full: bool,
-    checkpointed: bool,
-    tied: bool,
-    resident: Peak,
-    /// G.
-    gradients: f64,
-    /// g: gradients of an earlier pass.
-    earlier: f64,
-    /// One hidden state for all tokens, as checkpoints keep it.
-    stream: f64,
-    layers: f64,
-    block: BlockCosts,
-    /// Vocabulary-wide activations.
-    logits: f64,
-    /// Hidden states that the loss needs beside them.
-    head_states: f64,
-    /// Copies of weights in the type of autocast at the loss.
-    copies: f64,
-    /// The same at the end of the forward pass; 0 where it does not matter.
-    forward_copies: f64,
-    /// Gradient of the vocabulary matrix.
-    table: f64,
-}
-
-impl Pass {
-    fn of(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> Pass {
-        let full = work.train_type == TrainType::Full;
-        let adapted = Adapted::of(shape, work);
-        let resident = resident(shape, work, file_bytes);
-        let gradients = if full { resident.weights } else { resident.adapter };
-        let tokens = f64::from(work.micro_batch) * f64::from(work.max_length);
-        let h = float(shape.hidden);
-        let fp32_stream = work.dtype == Dtype::Float32 || (full && work.dtype == Dtype::Float16);
-        let state = if fp32_stream { 4.0 } else { 2.0 };
-        let positions = (tokens * work.logit_share).round().max(1.0);
-        let table = weight_bytes(work) * float(shape.vocab) * h;
-        Pass {
-            full,
-            checkpointed: work.gradient_checkpointing,
-            tied: shape.tied_embeddings,
-            resident,
-            gradients,
-            earlier: if work.accumulation > 1 { gradients } else { 0.0 },
-            stream: state * tokens * h,
-            layers: float(shape.layers),
-            block: block_costs(shape, work, &adapted),
-            logits: logits(shape, work, positions),
-            head_states: if full { 8.0 } else { 4.0 } * tokens * h,
-            copies: autocast_copies(shape, work, &resident),
-            forward_copies: if full && work.dtype == Dtype::Float16 { resident.weights / 2.0 } else { 0.0 },
-            table: if full { table } else { 0.0 },
-        }
-    }
-
-    /// Returns the busiest moment of the step.
-    fn peak(&self) -> Peak {
-        let stages =
-            [self.forward(), self.loss(), self.top(), self.bottom(), self.after_bottom(), self.step()];
-        stages.into_iter().max_by(|a, b| a.sum().total_cmp(&b.sum())).unwrap_or_default()
-    }
-
-    fn stage(&self, gradients: f64, activations: f64, logits: f64) -> Peak {
-        Peak { gradients, activations, logits, ..self.resident }
-    }
-
-    /// Activations that wait for the backward pass when it begins.
-    fn waiting(&self) -> f64 {
-        self.block.shared
-            + if self.checkpointed {
-                self.stream * self.layers
-            } else {
-                self.stream + self.layers * self.block.saved
-            }
-    }
-
-    /// The loss: its vocabulary-wide activations on top of all that waits.
-    fn loss(&self) -> Peak {
-        self.stage(self.earlier, self.waiting() + self.head_states + self.copies, self.logits)
-    }
-
-    /// The end of the forward pass, when autocast still holds its copies of all weights that train. It matters in
-    /// full fine-tuning in fp16 only; 10 of the 12 bytes a logit live by then.
-    fn forward(&self) -> Peak {
-        if self.forward_copies == 0.0 {
-            return self.loss();
-        }
-        self.stage(
-            self.earlier,
-            self.waiting() + self.head_states + self.forward_copies,
-            self.logits * 10.0 / 12.0,
-        )
-    }
-
-    /// The last block's backward pass.
-    fn top(&self) -> Peak {
-        let busy = if self.checkpointed {
-            self.stream + self.block.working
-        } else {
-            // Without recomputation less is alive at once; the share is fitted over all measured points.
-            self.copies + 0.6 * (self.block.working - self.block.saved).max(0.0)
-        };
-        // The gradient of the head is new unless an earlier pass left one to add to.
-        let head = if self.checkpointed && !self.tied && self.earlier > 0.0 { 0.0 } else { self.table };
-        self.stage(self.earlier + head, self.waiting() + busy, 0.0)
-    }
-
-    /// The first block's backward pass, when nearly all gradients are there.
-    fn bottom(&self) -> Peak {
-        let streams = if self.checkpointed { 2.0 } else { 1.0 };
-        let activations = self.block.shared + streams * self.stream + self.block.working;
-        let again = self.earlier > 0.0;
-        let gradients = match (self.full, self.tied) {
-            (false, _) => self.gradients,
-            (true, false) if again => self.gradients,
-            // The embedding's gradient comes last.
-            (true, false) => self.gradients - self.table,
-            (true, true) => self.gradients + if again { self.table } else { 0.0 },
-        };
-        self.stage(gradients, activations, 0.0)
-    }
-
-    /// The embedding's backward pass.
-    fn after_bottom(&self) -> Peak {
-        if !self.full {
-            return self.step();
-        }
-        let again = if self.earlier > 0.0 { self.table } else { 0.0 };
-        if self.tied {
-            return self.stage(self.gradients + 2.0 * self.table + again, 0.0, 0.0);
-        }
-        self.stage(self.gradients + again, self.stream, 0.0)
-    }
-
-    /// The optimizer's step. AdamW is fused (ms-swift's default), so it makes no temporary copies.
-    fn step(&self) -> Peak {
-        self.stage(self.gradients, 0.0, 0.0)
     }
 }
 
@@ -370,120 +271,113 @@ fn weight_bytes(work: &Workload) -> f64 {
     }
 }
 
-/// Returns what is in memory all the time: weights, adapters and the two moments of AdamW.
+/// Returns what is in memory all the time: weights, adapters and the two moments of AdamW, and in `gradients` what one
+/// set of gradients takes.
 ///
-/// Source: Loshchilov and Hutter 2019, algorithm 2 (moments in the parameter's own type, as `torch/optim/adam.py`
-/// allocates them); Dettmers et al. 2023, section 3 (NF4: 4 bits a weight, an 8-bit scale for 64 of them, an fp32
-/// scale for 256 scales).
+/// Each parameter is a request of its own, so each is rounded up. Source: Loshchilov and Hutter 2019, algorithm 2
+/// (moments in the parameter's own type, as `torch/optim/adam.py` allocates them); Dettmers et al. 2023, section 3
+/// (NF4: 4 bits a weight, an 8-bit scale for 64 of them, an fp32 scale for 256 scales).
 fn resident(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> Peak {
-    let parameters = float(shape.parameters());
-    let linears = float(shape.linear_weights());
-    let each = weight_bytes(work);
-    // The headers of the weight files know better than any count, if they hold two-byte weights.
-    let unpacked = match file_bytes {
-        Some(bytes) if bytes.as_f64() >= 1.6 * parameters => {
-            bytes.as_f64().min(2.2 * parameters) * each / 2.0
-        }
-        Some(_) | None => each * parameters,
-    };
-    let adapter = 4.0 * float(shape.adapter_parameters(work.lora_rank, &work.targets));
-    match work.train_type {
-        TrainType::Lora => Peak { weights: unpacked, adapter, optimizer: 2.0 * adapter, ..Peak::default() },
-        TrainType::Qlora => {
-            let packed = linears * (1.0 / 2.0 + 1.0 / 64.0 + 1.0 / 4096.0);
-            let weights = (unpacked - each * linears).max(0.0) + packed;
-            Peak { weights, adapter, optimizer: 2.0 * adapter, ..Peak::default() }
-        }
-        TrainType::Full => Peak { weights: unpacked, optimizer: 2.0 * unpacked, ..Peak::default() },
-    }
-}
-
-/// Returns the vocabulary-wide bytes at the loss.
-///
-/// 12 bytes a logit: the log-softmax, the gradient of the loss and that of the log-softmax, all in fp32.
-/// Liger's fused loss never holds them all: it works through chunks whose size is that of the hidden states.
-/// Source of the last: `fused_linear_cross_entropy.py` of liger-kernel (chunk = tokens / ceil(V / H), a power of two).
-fn logits(shape: &ModelShape, work: &Workload, positions: f64) -> f64 {
-    let vocab = float(shape.vocab);
-    if work.liger_kernel {
-        let chunks = (vocab / float(shape.hidden)).ceil().max(1.0);
-        let chunk = (positions / chunks).ceil().max(1.0);
-        return 6.0 * 2.0 * chunk * vocab;
-    }
-    // The soft cap keeps the result of its tanh.
-    let each = if shape.soft_capped_logits { 14.0 } else { 12.0 };
-    each * positions * vocab
-}
-
-/// Returns copies of weights in the type of autocast that live at the loss.
-///
-/// Autocast keeps one copy of each fp32 weight that trains until the forward pass is left; without checkpointing
-/// autograd holds on to them, with it only to the head's.
-fn autocast_copies(shape: &ModelShape, work: &Workload, resident: &Peak) -> f64 {
-    let head = 2.0 * float(shape.vocab) * float(shape.hidden);
-    match (work.train_type, work.dtype, work.gradient_checkpointing) {
-        (_, Dtype::Float32, _) | (TrainType::Full, Dtype::Bfloat16, _) => 0.0,
-        (TrainType::Full, Dtype::Float16, false) => resident.weights / 2.0,
-        (TrainType::Full, Dtype::Float16, true) => head,
-        (TrainType::Lora | TrainType::Qlora, _, true) => 0.0,
-        (TrainType::Lora | TrainType::Qlora, _, false) => resident.adapter / 2.0,
-    }
-}
-
-/// By what the reserved peak differs from the allocated one, and how much of that is luck: median, 5th and 95th
-/// percentile of the ratio on what grows with the batch.
-#[derive(Copy, Clone, Debug, PartialEq)]
-struct Spread {
-    low: f64,
-    guess: f64,
-    high: f64,
-}
-
-impl Spread {
-    /// Returns the spread for one way of forming batches.
-    ///
-    /// Set by judgement, from ratios of published peaks to the formula on the *whole* peak. Rows of one length (packed,
-    /// or the longest row of the set): median 1.05, 10th to 90th percentile 0.98 to 1.28, 14 figures. Rows of unequal
-    /// length on old releases without expandable segments: 1.33, 1.06 to 2.05, 101 figures. Weights are certain, so the
-    /// spread is put on what grows with the batch. Expandable segments, which are on, end the fragmentation that most
-    /// of the second line came from, so unequal rows stand between the two. To be replaced by ratios of own runs.
-    fn of(work: &Workload) -> Spread {
-        if work.packing || !work.padded {
-            Spread { low: 0.92, guess: 1.04, high: 1.35 }
+    let width = weight_bytes(work);
+    let four_bit = work.train_type == TrainType::Qlora;
+    let mut weights = 0.0;
+    let mut packed = 0.0;
+    let mut adapter = 0.0;
+    let rank = float(u64::from(work.lora_rank));
+    for linear in shape.linears() {
+        let (input, output, layers) = (float(linear.input), float(linear.output), float(linear.layers));
+        let n = input * output;
+        if four_bit {
+            let parts = requested((n / 2.0).ceil())
+                + requested((n / 64.0).ceil())
+                + requested(4.0 * (n / 16384.0).ceil());
+            packed += layers * parts;
         } else {
-            Spread { low: 0.88, guess: 1.08, high: 1.6 }
+            weights += layers * requested(width * n);
+        }
+        if linear.bias {
+            weights += layers * requested(width * output);
+        }
+        if work.train_type != TrainType::Full && shape.is_adapted(&linear, &work.targets) {
+            adapter += layers * (requested(4.0 * rank * input) + requested(4.0 * rank * output));
         }
     }
+    weights += shape.other_parameters().map(|(n, count)| count * requested(width * n)).sum::<f64>();
+    let counted = width * float(shape.parameters());
+    // The headers of the weight files know better than any count, if they hold two-byte weights.
+    if let Some(bytes) =
+        file_bytes.map(Bytes::as_f64).filter(|bytes| *bytes >= 1.6 / 2.0 * 2.0 * counted / width)
+    {
+        let stated = bytes.min(2.2 * counted / width) * width / 2.0;
+        weights = (weights + stated - counted).max(0.0);
+    }
+    let trained = if work.train_type == TrainType::Full { weights } else { adapter };
+    // Frequencies of the rotary embedding, kept twice.
+    let buffers = shape.rotary_buffers().map(|(n, count)| count * requested(4.0 * n)).sum::<f64>();
+    Peak {
+        weights: weights + packed + buffers,
+        adapter,
+        optimizer: 2.0 * trained,
+        gradients: trained,
+        ..Peak::default()
+    }
+}
 
-    fn widened(self, down: f64, up: f64) -> Spread {
-        Spread { low: self.low * down, guess: self.guess, high: self.high * up }
+/// Returns what torch's caching allocator takes for a request: a multiple of 512 bytes.
+fn requested(bytes: f64) -> f64 {
+    (bytes / 512.0).ceil() * 512.0
+}
+
+/// Returns by what a worse source of the dimensions widens what is resident and what grows with the batch.
+///
+/// Set by judgement: a catalogue's entry can be another revision; a name says little. The nearest block kind stands in for
+/// an unknown one: on 95 measured peaks of 19 such kinds (OLMo, Granite, Cohere, Nemotron and others) the median was off
+/// by 0.3 %, 95 of 100 by less than 11 %; `docs/measurements/memory.md` has the table.
+fn doubt(source: ShapeSource) -> [Ratio; 2] {
+    let ratio = |low, high| Ratio { low, guess: 1.0, high };
+    match source {
+        ShapeSource::Config => [ratio(1.0, 1.0), ratio(1.0, 1.0)],
+        ShapeSource::Catalogue => [ratio(0.99, 1.01), ratio(0.98, 1.02)],
+        ShapeSource::UnknownBlock => [ratio(0.95, 1.08), ratio(0.8, 1.4)],
+        ShapeSource::Name => [ratio(0.85, 1.2), ratio(0.5, 2.0)],
     }
 }
 
 /// Returns the estimate of what NVML will show.
-fn on_device(peak: &Peak, work: &Workload, source: ShapeSource) -> Estimate {
-    let spread = Spread::of(work);
-    let spread = if work.liger_kernel { spread.widened(0.8, 1.5) } else { spread };
-    // A worse source: what the dimensions are wrong by, on weights and on the rest.
-    let (resident_low, resident_high, spread) = match source {
-        ShapeSource::Config => (1.0, 1.0, spread),
-        ShapeSource::Catalogue => (0.99, 1.01, spread.widened(0.98, 1.02)),
-        ShapeSource::UnknownBlock => (0.95, 1.08, spread.widened(0.8, 1.4)),
-        ShapeSource::Name => (0.85, 1.2, spread.widened(0.5, 2.0)),
-    };
-    let context = CONTEXT.as_f64();
+fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: &Reserve<'_>) -> Estimate {
     let terms = [peak.weights, peak.adapter, peak.gradients, peak.optimizer, peak.activations, peak.logits];
     let [weights, adapter, gradients, optimizer, activations, logits] = terms.map(Bytes::from_f64);
     let allocated: Bytes = [weights, adapter, gradients, optimizer, activations, logits].into_iter().sum();
-    let reserve = Bytes::from_f64((spread.guess - 1.0) * peak.dynamic() + context);
-    let guess = allocated.saturating_add(reserve);
-    let low = resident_low * peak.resident() + spread.low * peak.dynamic() + 0.6 * context;
-    let high = resident_high * peak.resident() + spread.high * peak.dynamic() + 1.4 * context;
+    // Runs of the same model have what its dimensions are wrong by in their ratio.
+    let known = reserve.knows_model();
+    let [of_resident, mut of_dynamic] = doubt(if known { ShapeSource::Config } else { source });
+    if work.liger_kernel && !known {
+        // No peak with Liger's loss was measured.
+        of_dynamic = Ratio { low: 0.8 * of_dynamic.low, high: 1.5 * of_dynamic.high, ..of_dynamic };
+    }
+    let (resident, dynamic) = (peak.resident(), peak.dynamic() + peak.forward_excess);
+    let context = CONTEXT.as_f64();
+    let [resident_ratio, dynamic_ratio] = reserve.parts(resident / (resident + dynamic).max(1.0));
+    let at = |end: fn(Ratio) -> f64, context_share: f64| {
+        end(resident_ratio) * end(of_resident) * resident
+            + end(dynamic_ratio) * end(of_dynamic) * dynamic
+            + context_share * context
+    };
+    // Never below what is allocated, and what is resident cannot shrink below itself by luck of the allocator.
+    let guess = Bytes::from_f64(at(|ratio| ratio.guess, 1.0)).max(allocated);
     Estimate {
         allocated_peak_bytes: allocated,
         device_peak_bytes: guess,
-        low_bytes: Bytes::from_f64(low).min(guess),
-        high_bytes: Bytes::from_f64(high).max(guess),
-        terms: Terms { weights, adapter, gradients, optimizer, activations, logits, context: reserve },
+        low_bytes: Bytes::from_f64(at(|ratio| ratio.low, 0.6)).min(guess),
+        high_bytes: Bytes::from_f64(at(|ratio| ratio.high, 1.4)).max(guess),
+        terms: Terms {
+            weights,
+            adapter,
+            gradients,
+            optimizer,
+            activations,
+            logits,
+            context: guess.saturating_sub(allocated),
+        },
     }
 }

@@ -219,6 +219,11 @@ pub struct ModelShape {
     pub attention_sinks: bool,
     /// Mixture of experts; `None` for a dense model.
     pub experts: Option<Experts>,
+    /// Tokens that sliding layers look back; `None` when no layer slides.
+    pub window: Option<u64>,
+    /// Layers slide but for each of this number: 0 when all do, 2 when every second does not (Gemma 2, gpt-oss), 6 in
+    /// Gemma 3.
+    pub full_every: u64,
 }
 
 /// Families of blocks that allocate alike; see `block.rs`.
@@ -262,6 +267,8 @@ pub struct Experts {
     pub dense_layers: u64,
     /// Experts carry biases (gpt-oss).
     pub biases: bool,
+    /// The weights of a token's experts are made to sum to one.
+    pub normalises: bool,
 }
 
 /// Why a config.json gives no shape.
@@ -378,6 +385,7 @@ const HEADS_MAX: u64 = 1 << 14;
 const WIDTH_MAX: u64 = 1 << 24;
 const VOCAB_MAX: u64 = 1 << 26;
 const EXPERTS_MAX: u64 = 1 << 16;
+const LENGTH_MAX: u64 = 1 << 40;
 
 impl ModelShape {
     /// Reads the dimensions from a config.json, and whether its block kind is known to the estimate.
@@ -490,6 +498,48 @@ impl ModelShape {
         })
     }
 
+    /// Returns whether a linear module gets an adapter.
+    pub fn is_adapted(&self, linear: &Linear, targets: &Targets) -> bool {
+        match targets {
+            Targets::AllLinear => linear.adapted_by_all,
+            Targets::Names(names) => names.iter().any(|name| linear.is_called(name)),
+        }
+    }
+
+    /// Returns the parameters that are no linear modules of the blocks: elements of one, and how many there are.
+    pub(crate) fn other_parameters(&self) -> impl Iterator<Item = (f64, f64)> {
+        let float = crate::block::float;
+        let (h, layers) = (float(self.hidden), float(self.layers));
+        let tables = if self.tied_embeddings { 1.0 } else { 2.0 };
+        let head_norms = if self.qk_norm { 2.0 * layers } else { 0.0 };
+        let sinks = if self.attention_sinks { layers } else { 0.0 };
+        let mut all = vec![
+            (float(self.vocab) * h, tables),
+            (h, float(self.norms_per_block) * layers + 1.0),
+            (float(self.head_dim), head_norms),
+            (float(self.heads), sinks),
+        ];
+        if let Some(experts) = &self.experts {
+            let sparse = float(self.layers.saturating_sub(experts.dense_layers));
+            let (count, width) = (float(experts.count), float(experts.intermediate));
+            all.extend([(count * 2.0 * width * h, sparse), (count * width * h, sparse), (count * h, sparse)]);
+            if experts.biases {
+                all.extend([(count * 2.0 * width, sparse), (count * h, sparse), (count, sparse)]);
+            }
+            if experts.shared_intermediate > 0 {
+                all.push((h, sparse));
+            }
+        }
+        all.into_iter()
+    }
+
+    /// Returns the buffers of the rotary embedding: elements of one, and how many there are.
+    pub(crate) fn rotary_buffers(&self) -> impl Iterator<Item = (f64, f64)> {
+        let partial = if self.block == BlockKind::Glm { 0.5 } else { 1.0 };
+        let kinds = if self.model_type.starts_with("gemma3") { 2.0 } else { 1.0 };
+        [(crate::block::float(self.head_dim) * partial / 2.0, 2.0 * kinds)].into_iter()
+    }
+
     /// Returns the linear modules of the blocks. Fused experts and routers are none.
     pub fn linears(&self) -> Vec<Linear> {
         let (h, q, k) = (self.hidden, self.q_width(), self.k_width());
@@ -507,13 +557,19 @@ impl ModelShape {
         };
         let mut all = Vec::with_capacity(8);
         if self.fused_qkv {
-            all.push(linear(names.qkv, Part::Attention, h, q.saturating_add(k.saturating_mul(2)), qkv_bias));
+            all.push(linear(
+                names.qkv,
+                Part::QueryKeyValue,
+                h,
+                q.saturating_add(k.saturating_mul(2)),
+                qkv_bias,
+            ));
         } else {
-            all.push(linear("q_proj", Part::Attention, h, q, qkv_bias));
-            all.push(linear("k_proj", Part::Attention, h, k, qkv_bias));
-            all.push(linear("v_proj", Part::Attention, h, k, qkv_bias));
+            all.push(linear("q_proj", Part::Query, h, q, qkv_bias));
+            all.push(linear("k_proj", Part::Key, h, k, qkv_bias));
+            all.push(linear("v_proj", Part::Value, h, k, qkv_bias));
         }
-        all.push(linear(names.output, Part::Attention, q, h, o_bias));
+        all.push(linear(names.output, Part::Output, q, h, o_bias));
         match &self.experts {
             None => all.extend(self.mlp(self.intermediate, self.layers, true)),
             Some(experts) => {
@@ -551,9 +607,9 @@ impl ModelShape {
             all.push(linear(names.gate_up, Part::GateUp, h, width.saturating_mul(2)));
         } else {
             if self.gated_mlp {
-                all.push(linear(names.gate, Part::GateUp, h, width));
+                all.push(linear(names.gate, Part::Gate, h, width));
             }
-            all.push(linear(names.up, Part::GateUp, h, width));
+            all.push(linear(names.up, Part::Up, h, width));
         }
         all.push(linear(names.down, Part::Down, width, h));
         all
@@ -592,9 +648,21 @@ pub struct Linear {
 /// Where a linear module sits.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Query, key, value or output of attention.
-    Attention,
-    /// Gate or up projection of the MLP.
+    /// Query projection of attention.
+    Query,
+    /// Key projection.
+    Key,
+    /// Value projection.
+    Value,
+    /// All three in one.
+    QueryKeyValue,
+    /// Output projection of attention.
+    Output,
+    /// Gate of the MLP.
+    Gate,
+    /// Up projection of the MLP.
+    Up,
+    /// Both in one.
     GateUp,
     /// Down projection of the MLP.
     Down,
@@ -681,7 +749,7 @@ impl Traits {
         };
         let moe = Traits { mixture: true, ..llama };
         match model_type {
-            "llama" | "mistral" | "yi" | "ministral" => llama,
+            "llama" | "mistral" | "yi" | "ministral" | "ministral3" | "smollm3" => llama,
             "internlm" => Traits { bias: AttentionBias::All, ..llama },
             "internlm2" | "baichuan" => Traits { fused_qkv: true, ..llama },
             "qwen2" => Traits { bias: AttentionBias::Qkv, ..llama },
@@ -706,11 +774,7 @@ impl Traits {
             "qwen2_moe" => Traits { bias: AttentionBias::Qkv, ..moe },
             "mixtral" => moe,
             "gpt_oss" => Traits { block: BlockKind::GptOss, bias: AttentionBias::All, ..moe },
-            other => Traits {
-                known: false,
-                mixture: other.contains("moe") || other.starts_with("deepseek_v"),
-                ..llama
-            },
+            _ => Traits { known: false, ..llama },
         }
     }
 }
@@ -761,6 +825,7 @@ fn read_shape(
         Some(_) => false,
         None => model_type == "gemma2",
     };
+    let window = read_window(fields, &model_type)?;
     Ok(ModelShape {
         hidden,
         layers,
@@ -775,23 +840,63 @@ fn read_shape(
         fused_gate_up: traits.fused_gate_up,
         attention_bias: bias,
         norms_per_block: traits.norms,
-        gated_mlp: true,
+        gated_mlp: !matches!(
+            model_type.as_str(),
+            "arcee" | "nemotron" | "starcoder2" | "phi" | "gpt_neox" | "falcon"
+        ),
         block: traits.block,
         soft_capped_logits: traits.block == BlockKind::Gemma && capped,
         attention_sinks: traits.block == BlockKind::GptOss,
         experts,
+        window: window.map(|(window, _)| window),
+        full_every: window.map_or(0, |(_, every)| every),
         model_type,
     })
 }
 
+/// Returns the window of sliding layers, and which layers do not slide.
+///
+/// Source: `configuration_*.py` of transformers 5.19: defaults of `sliding_window`, `sliding_window_pattern` and
+/// `layer_types`.
+fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64)>, ShapeError> {
+    let (default, every) = match model_type {
+        "mistral" => (Some(4096), 0),
+        "gemma2" => (Some(4096), 2),
+        "gemma3" | "gemma3_text" => (Some(4096), 6),
+        "gpt_oss" => (Some(128), 2),
+        "phi3" | "mixtral" => (None, 0),
+        _ => return Ok(None),
+    };
+    let off = fields.flag("use_sliding_window")? == Some(false);
+    if off || fields.object.get("sliding_window").is_some_and(Value::is_null) && every == 0 {
+        return Ok(None);
+    }
+    let window = fields.number(&["sliding_window"], LENGTH_MAX)?.or(default);
+    let every =
+        fields.number(&["sliding_window_pattern", "_sliding_window_pattern"], LAYERS_MAX)?.unwrap_or(every);
+    Ok(window.map(|window| (window, every)))
+}
+
 fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Option<Experts>, ShapeError> {
-    if !traits.mixture {
+    const COUNT: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
+    const TOP_K: [&str; 6] = [
+        "num_experts_per_tok",
+        "experts_per_token",
+        "num_experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "moe_top_k",
+    ];
+    // An unknown model is a mixture when its config speaks of experts.
+    let stated = |keys: &[&'static str]| {
+        keys.iter().any(|key| fields.object.get(*key).is_some_and(|value| !value.is_null()))
+    };
+    if !traits.mixture && (traits.known || !stated(&COUNT) || !stated(&TOP_K)) {
         return Ok(None);
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
-    let count = fields.needed(&["num_experts", "num_local_experts", "n_routed_experts"], EXPERTS_MAX)?;
-    let top_k =
-        fields.needed(&["num_experts_per_tok", "experts_per_token", "num_experts_per_token"], EXPERTS_MAX)?;
+    let count = fields.needed(&COUNT, EXPERTS_MAX)?;
+    let top_k = fields.needed(&TOP_K, EXPERTS_MAX)?;
     let intermediate = fields.needed(&["moe_intermediate_size", "intermediate_size"], WIDTH_MAX)?;
     let shared = match fields.number(&["shared_expert_intermediate_size"], WIDTH_MAX)? {
         Some(width) => width,
@@ -808,6 +913,10 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
         shared_intermediate: shared,
         dense_layers: listed.saturating_add(leading).min(layers),
         biases: gpt_oss,
+        normalises: match fields.flag("norm_topk_prob")? {
+            Some(flag) => flag,
+            None => fields.object.get("model_type").and_then(Value::as_str) == Some("mixtral"),
+        },
     }))
 }
 

@@ -5,11 +5,14 @@ use std::cmp::Ordering;
 use serde::{Deserialize, Serialize};
 
 pub use crate::correct::after_oom;
-use crate::estimate::{Estimate, EstimateError, estimate};
+use crate::estimate::{Estimate, EstimateError, estimate_with};
 use crate::gpu::ComputeCapability;
 use crate::ladder::{Class, TierBook, Values};
+use crate::learn::{Learned, learn};
 use crate::model::ShapeSource;
+use crate::observation::{Fingerprint, Observation, Versions};
 use crate::request::{Learning, Length, Request};
+use crate::reserve::{Group, Reserve};
 use crate::tier::{Profile, Tier};
 use crate::units::Bytes;
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
@@ -145,7 +148,46 @@ impl PlanError {
 /// # Errors
 /// Pins or wishes that exclude each other, and models that do not fit.
 pub fn plan(request: &Request, book: &TierBook) -> Result<Plan, PlanError> {
-    let sizing = Sizing::of(request, book)?;
+    plan_learned(request, book, &History::default())
+}
+
+/// What earlier attempts on this machine showed, and what is installed now.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct History {
+    /// Earlier attempts, in any order.
+    pub observations: Vec<Observation>,
+    /// Installed versions.
+    pub versions: Versions,
+}
+
+impl History {
+    /// Returns what an attempt of `request` on packed or unpacked rows has in common with others.
+    pub fn fingerprint(&self, request: &Request, packing: bool) -> Fingerprint {
+        Fingerprint {
+            model: request.model.name.clone(),
+            family: request.model.shape.model_type.clone(),
+            method: request.train_type,
+            // The daemon switches expandable segments on; unpacked rows differ in length even in batches of one.
+            group: if packing { Group::Equal } else { Group::Expandable },
+            versions: self.versions.clone(),
+            card: request.card.name.clone(),
+        }
+    }
+
+    /// Returns the ratio of reserved to allocated memory for a rung of `request`, and which observations moved it.
+    pub fn learned(&self, request: &Request, tier: &Tier, estimate: &Estimate) -> Learned {
+        let next = self.fingerprint(request, tier.packing);
+        learn(next.group.prior(estimate.resident_share()), &next, &self.observations)
+    }
+}
+
+/// Returns the plan as [`plan`] does, with predictions corrected by earlier attempts.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Result<Plan, PlanError> {
+    let sizing = Sizing::of(request, book, history)?;
     let candidates = sizing.candidates()?;
     let chosen = sizing.choose(&candidates)?;
     let rungs = sizing.rungs(&candidates, chosen);
@@ -205,6 +247,10 @@ struct Sizing<'a> {
     attention: Attention,
     dtype: Dtype,
     liger: bool,
+    history: &'a History,
+    /// What packed and unpacked rungs have in common with earlier attempts.
+    packed: Fingerprint,
+    unpacked: Fingerprint,
     notes: Vec<String>,
 }
 
@@ -238,7 +284,7 @@ struct Attention {
 }
 
 impl<'a> Sizing<'a> {
-    fn of(request: &'a Request, book: &'a TierBook) -> Result<Sizing<'a>, PlanError> {
+    fn of(request: &'a Request, book: &'a TierBook, history: &'a History) -> Result<Sizing<'a>, PlanError> {
         check_numbers(request)?;
         let class = book.class_of(&request.model);
         let mut notes = request.model.notes.clone();
@@ -252,7 +298,23 @@ impl<'a> Sizing<'a> {
         if request.learning == Learning::Fast {
             notes.extend(book.learning.fast.note.clone());
         }
-        Ok(Sizing { request, book, class, effective_batch, batches, lengths, attention, dtype, liger, notes })
+        let packed = history.fingerprint(request, true);
+        let unpacked = history.fingerprint(request, false);
+        Ok(Sizing {
+            history,
+            request,
+            book,
+            class,
+            effective_batch,
+            batches,
+            lengths,
+            attention,
+            dtype,
+            liger,
+            packed,
+            unpacked,
+            notes,
+        })
     }
 
     /// Returns every rung in order, with its prediction.
@@ -286,9 +348,11 @@ impl<'a> Sizing<'a> {
     }
 
     fn candidate(&self, tier: Tier, rule: Rule) -> Result<Candidate, PlanError> {
-        let estimate = estimate(&self.request.model, &workload(self.request, &tier))?;
+        let estimate = self.estimate(&tier)?;
         let risk = self.request.oom_risk;
         let needed = match rule {
+            // A machine that has seen this model knows its risk, so nothing has to be presumed.
+            Rule::Presumed if self.reserve(&tier).knows_model() => estimate.admission_bytes(risk),
             Rule::Presumed => estimate.device_peak_bytes,
             Rule::Careful => estimate.admission_bytes(risk),
             Rule::Larger { .. } => estimate.admission_bytes(risk * self.book.ladder.larger_risk_share),
@@ -299,6 +363,15 @@ impl<'a> Sizing<'a> {
         };
         let admitted = worth_it && needed <= self.request.card.free;
         Ok(Candidate { tier, rule, estimate, needed, admitted })
+    }
+
+    fn estimate(&self, tier: &Tier) -> Result<Estimate, EstimateError> {
+        estimate_with(&self.request.model, &workload(self.request, tier), &self.reserve(tier))
+    }
+
+    fn reserve(&self, tier: &Tier) -> Reserve<'_> {
+        let next = if tier.packing { &self.packed } else { &self.unpacked };
+        Reserve { group: next.group, history: Some((next, &self.history.observations)) }
     }
 
     fn rule(&self, micro: u32, length: u32) -> Rule {
@@ -470,8 +543,7 @@ impl<'a> Sizing<'a> {
     }
 
     fn cost(&self, tier: &Tier, text: &str, released: &Tier) -> Option<String> {
-        let need =
-            |tier| Some(estimate(&self.request.model, &workload(self.request, tier)).ok()?.device_peak_bytes);
+        let need = |tier| Some(self.estimate(tier).ok()?.device_peak_bytes);
         let saved = need(tier)?.checked_sub(need(released)?)?;
         (saved > Bytes::ZERO).then(|| format!("{text} (pinned) costs {saved}"))
     }
@@ -525,7 +597,8 @@ impl<'a> Sizing<'a> {
     fn why(&self, candidate: &Candidate, place: Ordering) -> String {
         let free = self.request.card.free;
         let basis = match candidate.rule {
-            Rule::Presumed => "best guess".to_owned(),
+            Rule::Presumed if !self.reserve(&candidate.tier).knows_model() => "best guess".to_owned(),
+            Rule::Presumed => format!("at {} risk", percent(self.request.oom_risk)),
             Rule::Careful => format!("at {} risk", percent(self.request.oom_risk)),
             Rule::Larger { .. } => {
                 format!("at {} risk", percent(self.request.oom_risk * self.book.ladder.larger_risk_share))
@@ -553,6 +626,7 @@ impl<'a> Sizing<'a> {
     fn notes(&self, candidates: &[Candidate], chosen: usize) -> Vec<String> {
         let mut notes = self.notes.clone();
         let Some(taken) = candidates.get(chosen) else { return notes };
+        notes.extend(self.history.learned(self.request, &taken.tier, &taken.estimate).sentence());
         let free = self.request.card.free;
         let first = candidates.iter().find(|candidate| candidate.rule == Rule::Presumed);
         if let Some(first) = first.filter(|first| first.tier != taken.tier) {
@@ -577,7 +651,7 @@ impl<'a> Sizing<'a> {
             return None;
         }
         let with = Tier { liger_kernel: true, ..tier.clone() };
-        let need = estimate(&self.request.model, &workload(self.request, &with)).ok()?.device_peak_bytes;
+        let need = self.estimate(&with).ok()?.device_peak_bytes;
         (need <= self.request.card.free).then(|| {
             format!("with `allow.liger` {tier} would need {need} and fit, because Liger never holds all logits at once")
         })

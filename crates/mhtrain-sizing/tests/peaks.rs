@@ -71,13 +71,13 @@ fn is_measured_as_it_runs(row: &Row) -> bool {
 }
 
 #[test]
-fn measured_peaks_are_met_within_one_percent() {
+fn measured_peaks_are_met_to_the_byte_but_for_rounding() {
     let errors = errors(is_measured_as_it_runs);
     assert!(errors.len() > 150, "{}", errors.len());
     let (worst, row) = errors.last().unwrap();
-    assert!(*worst < 0.01, "{worst} {row:?}");
+    assert!(*worst < 0.0003, "{worst} {row:?}");
     let (median, _) = errors[errors.len() / 2];
-    assert!(median < 0.0015, "{median}");
+    assert!(median < 0.000_001, "{median}");
 }
 
 fn qwen() -> Model {

@@ -1,7 +1,10 @@
-//! The developers' commands: `cargo xtask test`, `cargo xtask score-memory`, `cargo xtask score-diagnosis`.
+//! The developers' commands: `cargo xtask test`, `cargo xtask score-memory`, `cargo xtask
+//! score-published`, `cargo xtask score-diagnosis`.
 
 mod score_diagnosis;
 mod score_memory;
+mod score_plan;
+mod score_published;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -19,6 +22,10 @@ enum Command {
     Test(test::TestArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
+    /// Score the plan against an oracle on random simulated hosts
+    ScorePlan(score_plan::ScorePlanArgs),
+    /// Score the predicted intervals against published peaks (columns of published.csv)
+    ScorePublished(score_published::ScorePublishedArgs),
     /// Score the diagnosis against labelled logs (a folder a kind, labels.csv beside them)
     ScoreDiagnosis(score_diagnosis::ScoreDiagnosisArgs),
 }
@@ -27,6 +34,8 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
+        Command::ScorePlan(args) => score_plan::run(&args),
+        Command::ScorePublished(args) => score_published::run(&args),
         Command::ScoreDiagnosis(args) => score_diagnosis::run(&args),
     }
 }

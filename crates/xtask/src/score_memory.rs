@@ -98,8 +98,8 @@ const GROUPINGS: [Grouping; 4] = [
 
 fn heading() -> String {
     format!(
-        "{:<28} {:>6} {:>9} {:>9} {:>9} {:>10} {:>10}",
-        "", "points", "median", "p95", "max", "fits right", "under >1%"
+        "{:<28} {:>6} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
+        "", "points", "median", "p95", "max", "fits right", "near card", "under >1%"
     )
 }
 
@@ -127,8 +127,9 @@ fn print_worst(out: &mut impl Write, points: &[Point], count: usize) -> std::io:
         let row = &point.row;
         writeln!(
             out,
-            "{:+8.3} % {:<24} {:<5} r{} {} {}x{} packing {} padded {} {} gc {} kept {} accum {} {:?} {:.0}",
+            "{:+8.3} % {:+9.2} MiB {:<24} {:<5} r{} {} {}x{} packing {} padded {} {} gc {} kept {} accum {} {:?} {:.0}",
             100.0 * error(point),
+            (point.ours - row.peak_bytes) / 1_048_576.0,
             row.model,
             row.method.to_string(),
             row.rank,
@@ -156,6 +157,8 @@ struct Score {
     p95: f64,
     max: f64,
     fits_right: f64,
+    /// The same where the measured peak is within 15 % of the card; `None` without such a point.
+    near_card_right: Option<f64>,
     under: f64,
 }
 
@@ -172,6 +175,17 @@ impl Score {
                 CARDS_GIB.iter().filter(|card| (*said <= **card * GIB) == (*measured <= **card * GIB)).count()
             })
             .sum();
+        let near: Vec<bool> = pairs
+            .iter()
+            .flat_map(|(said, measured)| {
+                CARDS_GIB
+                    .iter()
+                    .map(|card| card * GIB)
+                    .filter(move |card| (measured / card - 1.0).abs() <= 0.15)
+                    .map(move |card| (*said <= card) == (*measured <= card))
+            })
+            .collect();
+        let near_right = near.iter().filter(|right| **right).count();
         let under = pairs.iter().filter(|(said, measured)| said / measured < 0.99).count();
         let count = pairs.len().max(1) as f64;
         Score {
@@ -180,6 +194,7 @@ impl Score {
             p95: quantile(&errors, 95),
             max: quantile(&errors, 100),
             fits_right: right as f64 / (count * CARDS_GIB.len() as f64),
+            near_card_right: (!near.is_empty()).then(|| near_right as f64 / near.len() as f64),
             under: under as f64 / count,
         }
     }
@@ -189,12 +204,13 @@ impl std::fmt::Display for Score {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{:>6} {:>7.3} % {:>7.3} % {:>7.3} % {:>8.2} % {:>8.2} %",
+            "{:>6} {:>8.4} % {:>8.4} % {:>8.4} % {:>8.2} % {:>10} {:>8.2} %",
             self.points,
             100.0 * self.median,
             100.0 * self.p95,
             100.0 * self.max,
             100.0 * self.fits_right,
+            self.near_card_right.map_or("-".to_owned(), |share| format!("{:.2} %", 100.0 * share)),
             100.0 * self.under
         )
     }

@@ -1,0 +1,108 @@
+//! What does a run leave behind for the next prediction?
+
+use serde::{Deserialize, Serialize};
+
+use crate::reserve::Group;
+use crate::tier::Tier;
+use crate::units::Bytes;
+use crate::workload::TrainType;
+
+/// Versions of what decides about memory; `None` where a part is not installed or not known.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Versions {
+    /// torch: allocator, autograd, kernels of sdpa.
+    pub torch: Option<String>,
+    /// transformers: the models' code.
+    pub transformers: Option<String>,
+    /// ms-swift: batches, loss, defaults.
+    pub ms_swift: Option<String>,
+    /// flash-attn: workspaces.
+    pub flash_attn: Option<String>,
+}
+
+/// What a run has in common with others.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// Hub id or path.
+    pub model: String,
+    /// `model_type` of its config.json.
+    pub family: String,
+    /// What is trained.
+    pub method: TrainType,
+    /// How batches are formed.
+    pub group: Group,
+    /// What was installed.
+    pub versions: Versions,
+    /// Product name of the card.
+    pub card: String,
+}
+
+/// What an attempt showed.
+#[derive(Copy, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Seen {
+    /// It ran: peaks from the trainer's log, its companion, or NVML. At least one of the last two is given.
+    Peak {
+        /// What torch had allocated (`max_memory_allocated`).
+        allocated: Option<Bytes>,
+        /// What its allocator had reserved (`max_memory_reserved`).
+        reserved: Option<Bytes>,
+        /// What NVML showed for its processes, CUDA context included.
+        device: Option<Bytes>,
+    },
+    /// It ran out of memory: it needed more than this on the device, CUDA context included.
+    MoreThan {
+        /// What it could have had.
+        limit: Bytes,
+    },
+}
+
+/// One attempt as later predictions use it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Observation {
+    /// Name for explanations, for example `job 12, attempt 1`.
+    pub name: String,
+    /// What it has in common with others.
+    pub fingerprint: Fingerprint,
+    /// The rung that ran; for explanations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tier: Option<Tier>,
+    /// `allocated_peak_bytes` of the estimate for that rung, by the estimator of that day.
+    pub predicted: Bytes,
+    /// What happened.
+    pub seen: Seen,
+}
+
+/// A ratio of what was reserved to what was predicted.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub enum Reading {
+    /// It was this.
+    Exactly(f64),
+    /// It was more than this.
+    MoreThan(f64),
+}
+
+impl Observation {
+    /// Returns the ratio of reserved to predicted memory that it shows; `None` when it shows none, or an absurd one
+    /// (a peak of another process, a prediction of another model).
+    ///
+    /// The allocator's own figure goes before NVML's, which is lessened by the usual CUDA context.
+    pub fn reading(&self) -> Option<Reading> {
+        let context = crate::estimate::CONTEXT;
+        let reading = match self.seen {
+            Seen::Peak { reserved: Some(reserved), .. } => Reading::Exactly(self.ratio(reserved)?),
+            Seen::Peak { device: Some(device), .. } => {
+                Reading::Exactly(self.ratio(device.saturating_sub(context))?)
+            }
+            Seen::Peak { .. } => return None,
+            Seen::MoreThan { limit } => Reading::MoreThan(self.ratio(limit.saturating_sub(context))?),
+        };
+        let (Reading::Exactly(ratio) | Reading::MoreThan(ratio)) = reading;
+        (0.3..=6.0).contains(&ratio).then_some(reading)
+    }
+
+    fn ratio(&self, bytes: Bytes) -> Option<f64> {
+        (self.predicted > Bytes::ZERO).then(|| bytes.as_f64() / self.predicted.as_f64())
+    }
+}
