@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diagnosis::Diagnosis;
-use crate::event::{Exit, Resume, ResumeKind};
+use crate::event::{AttemptStart, Exit, JobEvent, Record, Resume, ResumeKind};
 use crate::rerun::Adjustment;
+use crate::state::JobState;
 
 /// Version of the receipt that is written.
 pub const RECEIPT_VERSION: u32 = 1;
@@ -148,6 +149,26 @@ impl From<&Rung> for RungNote {
     }
 }
 
+impl AttemptNote {
+    /// Returns the note of an attempt that is about to start.
+    pub fn begun(start: &AttemptStart, at: String) -> AttemptNote {
+        AttemptNote {
+            attempt: start.attempt,
+            tier: start.tier.clone(),
+            adjustments: start.adjustments.clone(),
+            resume: start.resume.clone(),
+            started_at: at,
+            ended_at: None,
+            exit: None,
+            diagnosis: None,
+            last_step: None,
+            max_steps: None,
+            peak_bytes: None,
+            then: None,
+        }
+    }
+}
+
 impl Receipt {
     /// Returns the receipt of a job that was just accepted.
     pub fn new(job: Value, submitted_at: String) -> Receipt {
@@ -171,6 +192,65 @@ impl Receipt {
             proof_facts: None,
             rows_dropped: None,
             warnings: Vec::new(),
+        }
+    }
+
+    /// Returns the receipt that a job's events tell. What only the process knew that followed it (warnings, measured
+    /// peaks) is not among them.
+    pub fn from_events(id: Option<u64>, records: &[Record]) -> Receipt {
+        let (job, submitted_at) = match records.first() {
+            Some(Record { event: JobEvent::Submitted { spec }, at, .. }) => (spec.clone(), at.clone()),
+            Some(record) => (Value::Null, record.at.clone()),
+            None => (Value::Null, String::new()),
+        };
+        let mut receipt = Receipt::new(job, submitted_at);
+        receipt.id = id;
+        for record in records {
+            receipt.add(record);
+        }
+        if let Ok(state) = JobState::fold(records.iter().map(|record| &record.event)) {
+            receipt.state = state.name().to_owned();
+            receipt.reason = state.reason();
+            if state.is_final() {
+                receipt.ended_at = records.last().map(|record| record.at.clone());
+            }
+        }
+        receipt
+    }
+
+    /// Adds what one event tells about the attempts.
+    fn add(&mut self, record: &Record) {
+        match &record.event {
+            JobEvent::AttemptStarting(start) => {
+                self.attempts.push(AttemptNote::begun(start, record.at.clone()));
+            }
+            JobEvent::AttemptEnded { exit, diagnosis, last_step, .. } => {
+                if let Some(note) = self.attempts.last_mut() {
+                    note.ended_at = Some(record.at.clone());
+                    note.exit = Some(exit.clone());
+                    note.diagnosis = Some(diagnosis.as_ref().clone());
+                    note.last_step = *last_step;
+                }
+            }
+            JobEvent::RerunDecided(rerun) => self.then(&rerun.reason),
+            JobEvent::Succeeded { .. } => self.then("success was proven"),
+            JobEvent::Failed { reason, help } => {
+                self.then(reason);
+                self.help.clone_from(help);
+            }
+            JobEvent::Submitted { .. }
+            | JobEvent::Planned { .. }
+            | JobEvent::Waiting { .. }
+            | JobEvent::Started { .. }
+            | JobEvent::StopRequested { .. }
+            | JobEvent::Cancelled { .. } => {}
+        }
+    }
+
+    /// Notes what was decided after the last attempt.
+    pub fn then(&mut self, what: &str) {
+        if let Some(note) = self.attempts.last_mut() {
+            note.then = Some(what.to_owned());
         }
     }
 

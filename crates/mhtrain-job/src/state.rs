@@ -285,6 +285,10 @@ impl JobState {
         }
     }
 
+    /// Every name that [`JobState::name`] returns, in the order of a job's life.
+    pub const NAMES: [&str; 8] =
+        ["queued", "waiting", "starting", "running", "recovering", "succeeded", "failed", "cancelled"];
+
     /// Returns the name of the state, as in the JSON interface.
     pub fn name(&self) -> &'static str {
         match self {
@@ -331,6 +335,11 @@ impl JobState {
             | JobState::Recovering { stop, .. } => stop.as_deref(),
             JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled { .. } => None,
         }
+    }
+
+    /// Returns whether the state of this name is final; false for what is no state.
+    pub fn is_final_name(name: &str) -> bool {
+        matches!(name, "succeeded" | "failed" | "cancelled")
     }
 
     /// Returns whether nothing more can happen.

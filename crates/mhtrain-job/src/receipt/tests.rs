@@ -128,3 +128,41 @@ fn only_the_chosen_rung_is_marked() {
         render(&receipt).lines().filter(|line| line.starts_with('>')).map(str::to_owned).collect();
     assert!(marked.len() == 1 && marked[0].contains("standard 2x16"), "{marked:?}");
 }
+
+#[test]
+fn a_receipt_can_be_made_of_the_events_alone() {
+    let plan = plan();
+    let start = |attempt, rung: usize| AttemptStart {
+        attempt,
+        rung,
+        tier: plan.rungs[rung].tier.clone(),
+        resume: None,
+        adjustments: Vec::new(),
+    };
+    let ended = |attempt, kind| JobEvent::AttemptEnded {
+        attempt,
+        exit: Exit::Code { code: 1 },
+        diagnosis: Box::new(diagnosis(kind)),
+        last_step: Some(7),
+    };
+    let events = [
+        JobEvent::Submitted { spec: json!({"name": "m-sft"}) },
+        JobEvent::AttemptStarting(start(1, 0)),
+        ended(1, Kind::DeviceOom),
+        JobEvent::AttemptStarting(start(2, 1)),
+        ended(2, Kind::DiskFull),
+        JobEvent::Failed { reason: "the disk is full".to_owned(), help: Some("make room".to_owned()) },
+    ];
+    let at = |minute| format!("2026-01-02T03:{minute:02}:00Z");
+    let records: Vec<_> =
+        events.into_iter().enumerate().map(|(n, event)| Record::new(at(n), event)).collect();
+    let receipt = Receipt::from_events(Some(7), &records);
+    assert_eq!((receipt.id, receipt.state.as_str()), (Some(7), "failed"));
+    assert_eq!(receipt.reason.as_deref(), Some("the disk is full"));
+    assert_eq!(receipt.help.as_deref(), Some("make room"));
+    assert_eq!((receipt.submitted_at, receipt.ended_at), (at(0), Some(at(5))));
+    let kinds = receipt.attempts.iter().map(|note| note.diagnosis.as_ref().unwrap().kind);
+    assert_eq!(kinds.collect::<Vec<_>>(), [Kind::DeviceOom, Kind::DiskFull]);
+    assert_eq!(receipt.attempts[1].started_at, at(3));
+    assert_eq!(receipt.attempts[1].then.as_deref(), Some("the disk is full"));
+}

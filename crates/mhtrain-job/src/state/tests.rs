@@ -291,3 +291,30 @@ proptest! {
         let _ = read_journal(&text);
     }
 }
+
+#[test]
+fn every_name_of_a_state_is_listed_and_final_ones_are_known_by_name() {
+    let events = [
+        planned(),
+        waiting(),
+        starting(1),
+        started(1),
+        ended(1),
+        decided(),
+        stop(),
+        succeeded(),
+        failed(),
+        cancelled(),
+    ];
+    let mut states = vec![JobState::begin(&submitted()).unwrap()];
+    let mut seen = std::collections::BTreeSet::new();
+    while let Some(state) = states.pop() {
+        if !seen.insert(state.name()) {
+            continue;
+        }
+        assert!(JobState::NAMES.contains(&state.name()));
+        assert_eq!(JobState::is_final_name(state.name()), state.is_final());
+        states.extend(events.iter().filter_map(|event| state.next(event).ok()));
+    }
+    assert_eq!(seen.len(), JobState::NAMES.len(), "{seen:?}");
+}

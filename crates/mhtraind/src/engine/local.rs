@@ -240,7 +240,7 @@ impl<'a> Job<'a> {
                 after: Vec::new(),
             }));
         }
-        self.rebuild_notes();
+        self.receipt.attempts = Receipt::from_events(None, self.journal.records()).attempts;
         if let Some(cause) = self.stop
             && !self.journal.state().has_live_attempt()
         {
@@ -448,20 +448,7 @@ impl<'a> Job<'a> {
         };
         self.announce(&start);
         self.journal.record(JobEvent::AttemptStarting(start.clone()))?;
-        self.receipt.attempts.push(AttemptNote {
-            attempt: number,
-            tier: start.tier.clone(),
-            adjustments: start.adjustments.clone(),
-            resume: start.resume.clone(),
-            started_at: now(),
-            ended_at: None,
-            exit: None,
-            diagnosis: None,
-            last_step: None,
-            max_steps: None,
-            peak_bytes: None,
-            then: None,
-        });
+        self.receipt.attempts.push(AttemptNote::begun(&start, now()));
         match self.spawn(&start, checkpoint) {
             Ok(attempt) => {
                 self.save_receipt()?;
@@ -923,7 +910,7 @@ impl<'a> Job<'a> {
         match decide(&history, diagnosis, &self.prepared.plan, &self.policy) {
             Decision::Rerun(rerun) => {
                 self.screen.say(format!("next: {}", rerun.reason));
-                self.note_then(&rerun.reason);
+                self.receipt.then(&rerun.reason);
                 self.journal.record(JobEvent::RerunDecided(rerun.clone()))?;
                 let Rerun { rung, adjustments, wait, resume: wish, .. } = rerun;
                 Ok(Step::Start(Next { rung, adjustments, wish, wait, after }))
@@ -1001,14 +988,14 @@ impl<'a> Job<'a> {
             checkpoint: chosen.display().to_string(),
         });
         self.receipt.rows_dropped = Some(follower.watch.rows_dropped());
-        self.note_then("success was proven");
+        self.receipt.then("success was proven");
         self.journal.record(JobEvent::Succeeded { proof: value })?;
         self.over("succeeded", None, None);
         Ok(Step::Over(Status::Done))
     }
 
     fn failed(&mut self, reason: String, help: Option<String>) -> Result<Step, Failure> {
-        self.note_then(&reason);
+        self.receipt.then(&reason);
         self.journal.record(JobEvent::Failed { reason: reason.clone(), help: help.clone() })?;
         self.over("failed", Some(reason), help);
         Ok(Step::Over(Status::Failed))
@@ -1048,48 +1035,6 @@ impl<'a> Job<'a> {
             note.last_step = Some(glance.step).filter(|step| *step > 0);
             note.max_steps = glance.max_steps;
             note.peak_bytes = follower.peak.filter(|peak| *peak > Bytes::ZERO);
-        }
-    }
-
-    fn note_then(&mut self, then: &str) {
-        if let Some(note) = self.receipt.attempts.last_mut() {
-            note.then = Some(then.to_owned());
-        }
-    }
-
-    /// Fills in the attempts that an earlier process made, from the journal.
-    fn rebuild_notes(&mut self) {
-        for record in self.journal.records() {
-            match &record.event {
-                JobEvent::AttemptStarting(start) => self.receipt.attempts.push(AttemptNote {
-                    attempt: start.attempt,
-                    tier: start.tier.clone(),
-                    adjustments: start.adjustments.clone(),
-                    resume: start.resume.clone(),
-                    started_at: record.at.clone(),
-                    ended_at: None,
-                    exit: None,
-                    diagnosis: None,
-                    last_step: None,
-                    max_steps: None,
-                    peak_bytes: None,
-                    then: None,
-                }),
-                JobEvent::AttemptEnded { exit, diagnosis, last_step, .. } => {
-                    if let Some(note) = self.receipt.attempts.last_mut() {
-                        note.ended_at = Some(record.at.clone());
-                        note.exit = Some(exit.clone());
-                        note.diagnosis = Some(diagnosis.as_ref().clone());
-                        note.last_step = *last_step;
-                    }
-                }
-                JobEvent::RerunDecided(rerun) => {
-                    if let Some(note) = self.receipt.attempts.last_mut() {
-                        note.then = Some(rerun.reason.clone());
-                    }
-                }
-                _ => {}
-            }
         }
     }
 
