@@ -390,6 +390,82 @@ fn bad_jobs_are_refused_and_nothing_is_kept() {
 }
 
 #[test]
+fn what_cannot_be_is_refused_at_submit_and_asked_for_in_json() {
+    let served = Served::new();
+    served.host.job(json!({"after": [4711]}));
+    let ran = served.run(&["submit", "job.json"]).expect(2);
+    assert!(ran.stderr.contains("4711"), "{}", ran.stderr);
+    served.host.job(json!({"output_dir": served.host.env.path("state/jobs/1")}));
+    let ran = served.run(&["submit", "job.json"]).expect(2);
+    assert!(ran.stderr.contains("state directory"), "{}", ran.stderr);
+    served.host.job(json!({"output_dir": "/dev/null"}));
+    served.run(&["submit", "job.json"]).expect(2);
+    assert_eq!(served.run(&["status", "--json"]).expect(0).json()["jobs"], json!([]));
+    let ran = served.run(&["status", "--limit", "0"]).expect(2);
+    assert!(ran.stderr.contains("1000") && ran.stderr.contains('0'), "{}", ran.stderr);
+    let ran = served.run(&["status", "--state", "runing"]).expect(2);
+    assert!(ran.stderr.contains("running"), "{}", ran.stderr);
+    for (method, path) in [
+        ("GET", "/v1/jobs/abc"),
+        ("GET", "/v1/jobs?bogus=1"),
+        ("PUT", "/v1/jobs"),
+        ("GET", "/v1/jobs/7/series?attempt=-1"),
+    ] {
+        let (status, body) = ask(&served, method, path, "");
+        assert!((400..500).contains(&status), "{method} {path}: {status}");
+        let error: Value = serde_json::from_str(&body).unwrap();
+        assert!(error["error"]["message"].as_str().is_some_and(|message| !message.is_empty()), "{body}");
+    }
+}
+
+#[test]
+fn a_job_whose_output_directory_is_gone_can_be_cancelled_and_gives_its_card_back() {
+    let mut served = Served::new();
+    let id = served.submit(json!({"output_dir": "a"}), &json!({"step_seconds": 1}));
+    served.wait_until("a step", |served| served.job(&id)["progress"]["step"].as_u64() >= Some(1));
+    let record = served.host.env.path(&format!("state/jobs/{id}/attempt-1/trainer.json"));
+    let trainer: Value = serde_json::from_str(&std::fs::read_to_string(record).unwrap()).unwrap();
+    served.daemon.kill().unwrap();
+    let out = served.host.env.path("a");
+    std::fs::rename(&out, served.host.env.path("elsewhere")).unwrap();
+    std::fs::write(&out, "no directory").unwrap();
+    served.kill_and_restart();
+    served.wait_until("the daemon to see it", |served| {
+        std::fs::read_to_string(served.host.env.path("daemon.log")).unwrap().contains("cannot be followed")
+    });
+    assert_eq!(served.state(&id), "running", "the trainer does not notice");
+    served.run(&["cancel", &id]).expect(0);
+    served.run(&["wait", &id, "--timeout", "40"]).expect(1);
+    assert_eq!(served.state(&id), "cancelled");
+    assert!(!std::path::Path::new(&format!("/proc/{}", trainer["pid"])).exists(), "nobody is left");
+    let next = served.submit(json!({"output_dir": "b"}), &json!({}));
+    served.run(&["wait", &next, "--timeout", "60"]).expect(0);
+}
+
+#[test]
+fn what_a_job_makes_has_the_submitters_umask_and_the_receipt_the_probe() {
+    use std::os::unix::fs::PermissionsExt;
+    let served = Served::new();
+    served.host.job(json!({"output_dir": "deep/out"}));
+    let job: Value =
+        serde_json::from_slice(&std::fs::read(served.host.env.path("job.json")).unwrap()).unwrap();
+    let cwd = served.host.env.path(".").canonicalize().unwrap();
+    let (status, body) =
+        ask(&served, "POST", "/v1/jobs", &json!({"job": job, "cwd": cwd, "umask": 0o027}).to_string());
+    assert_eq!(status, 201, "{body}");
+    served.run(&["wait", "1", "--timeout", "60"]).expect(0);
+    for dir in ["deep", "deep/out", "deep/out/attempt-1"] {
+        let mode = std::fs::metadata(served.host.env.path(dir)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o750, "{dir}");
+    }
+    let receipt = served.receipt("1");
+    assert_eq!(receipt["probe"]["gpus"]["devices"][0]["uuid"], CARD);
+    assert!(receipt["proof"].is_string() && receipt["ended_at"].is_string(), "{receipt}");
+    let again = served.run(&["submit", "job.json"]).expect(0);
+    assert!(again.stderr.contains("previous-"), "{}", again.stderr);
+}
+
+#[test]
 fn without_a_daemon_clients_end_with_3() {
     let host = FakeHost::with_card(80 * GIB);
     host.job(json!({}));

@@ -1,5 +1,6 @@
 //! How does a command end, and what does it say when it fails?
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde_json::json;
@@ -35,7 +36,7 @@ pub struct Failure {
     /// How the process ends.
     pub status: Status,
     /// A short word for scripts.
-    pub code: &'static str,
+    pub code: Cow<'static, str>,
     /// What failed, with the numbers and names that matter.
     pub message: String,
     /// What the reader can do about it.
@@ -45,7 +46,7 @@ pub struct Failure {
 impl Failure {
     /// Returns a failure without help.
     pub fn new(status: Status, code: &'static str, message: impl fmt::Display) -> Failure {
-        Failure { status, code, message: message.to_string(), help: None }
+        Failure { status, code: Cow::Borrowed(code), message: message.to_string(), help: None }
     }
 
     /// Returns a failure caused by bad usage or a bad input file.
@@ -81,9 +82,12 @@ impl Failure {
             Some(70) => Status::Bug,
             _ => Status::Failed,
         };
-        // Codes are few and live as long as the process, which ends with this failure.
-        let code = Box::leak(text("code")?.into_boxed_str());
-        Some(Failure { status, code, message: text("message")?, help: text("help") })
+        Some(Failure {
+            status,
+            code: Cow::Owned(text("code")?),
+            message: text("message")?,
+            help: text("help"),
+        })
     }
 
     /// Returns the failure as people see it: `error: …` and, where there is something to do, `help: …`.

@@ -80,14 +80,14 @@ impl Client {
         path: &str,
         mut take: impl FnMut(&[u8]) -> Result<ReadOn, Failure>,
     ) -> Result<(), Failure> {
-        self.wait_for_end(path, None, &mut take)
+        self.stream_for(path, None, &mut take)
     }
 
     /// Reads a stream until it ends or the time is up, whichever comes first.
     ///
     /// # Errors
     /// As [`Client::stream`].
-    pub fn wait_for_end(
+    pub fn stream_for(
         &self,
         path: &str,
         limit: Option<Duration>,

@@ -1,9 +1,11 @@
 //! What travels between the daemon and its clients?
 
+use std::collections::BTreeMap;
+
+use mhtrain_job::state::JobState;
 use mhtrain_sizing::tier::Tier;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
 
 /// A job that is handed in, with what its trainer gets from the submitter.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,6 +54,13 @@ pub struct Progress {
     pub vram_bytes: Option<u64>,
 }
 
+impl Progress {
+    /// Returns `step/max_steps`.
+    pub fn steps(&self) -> String {
+        self.max_steps.map_or_else(|| format!("{}/?", self.step), |max| format!("{}/{max}", self.step))
+    }
+}
+
 /// A job, as listings show it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobView {
@@ -85,6 +94,13 @@ pub struct JobView {
     pub labels: Value,
     /// Where everything goes.
     pub output_dir: String,
+}
+
+impl JobView {
+    /// Returns whether nothing more happens to it.
+    pub fn is_over(&self) -> bool {
+        JobState::is_final_name(&self.state)
+    }
 }
 
 /// A page of jobs.

@@ -36,7 +36,7 @@ pub fn run(args: &FollowArgs, config: &Config) -> Result<Status, Failure> {
 /// # Errors
 /// There is no such job, or the daemon is gone.
 pub fn follow(client: &Client, id: u64, as_json: bool) -> Result<Status, Failure> {
-    let mut view = View { screen: Screen::new(Sentences::ToStdout), attempt: 0, last: None };
+    let mut view = View { screen: Screen::terminal(Sentences::ToStdout), attempt: 0, last: None };
     let mut buffer = Vec::new();
     client.stream(&format!("/v1/jobs/{id}/follow"), |bytes| {
         buffer.extend_from_slice(bytes);
@@ -67,7 +67,7 @@ pub fn follow(client: &Client, id: u64, as_json: bool) -> Result<Status, Failure
 pub fn ended(job: &JobView) -> Result<Status, Failure> {
     match job.state.as_str() {
         "succeeded" => Ok(Status::Done),
-        "failed" | "cancelled" => Ok(Status::Failed),
+        _ if job.is_over() => Ok(Status::Failed),
         _ => Err(Failure::new(
             Status::NoDaemon,
             "daemon_lost",

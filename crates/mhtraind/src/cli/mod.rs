@@ -13,10 +13,13 @@ pub mod explain;
 pub mod follow;
 pub mod import;
 pub mod install_trainer;
+pub mod jobs;
 pub mod log;
 pub mod output;
 pub mod plan;
 pub mod probe;
+pub mod retry;
+pub mod rm;
 pub mod run;
 pub mod schema;
 pub mod serve;
@@ -120,10 +123,10 @@ pub enum Command {
     Wait(wait::WaitArgs),
     /// Stop jobs
     #[command(after_help = "Examples:\n  mhtraind cancel 7\n  mhtraind cancel 7 8 9")]
-    Cancel(cancel::JobsArgs),
+    Cancel(jobs::JobsArgs),
     /// Hand failed or cancelled jobs in again, from their last checkpoint; prints the new ids
     #[command(after_help = "Example:\n  mhtraind retry 7")]
-    Retry(cancel::JobsArgs),
+    Retry(jobs::JobsArgs),
     /// Show what was chosen for a job, why, and what was retried
     Explain(explain::ExplainArgs),
     /// Start no new jobs; running ones go on
@@ -134,7 +137,7 @@ pub enum Command {
     Undrain(drain::DrainArgs),
     /// Forget jobs that are over; their output directories stay
     #[command(name = "rm", after_help = "Example:\n  mhtraind rm 7 8")]
-    Remove(cancel::JobsArgs),
+    Remove(jobs::JobsArgs),
 }
 
 /// Runs a parsed command line.
@@ -156,12 +159,12 @@ pub fn dispatch(cli: &Cli) -> Result<Status, Failure> {
         Command::Follow(args) => follow::run(args, &cli.global.load_config()?),
         Command::Log(args) => log::run(args, &cli.global.load_config()?),
         Command::Wait(args) => wait::run(args, &cli.global.load_config()?),
-        Command::Cancel(args) => cancel::cancel(args, &cli.global.load_config()?),
-        Command::Retry(args) => cancel::retry(args, &cli.global.load_config()?),
+        Command::Cancel(args) => cancel::run(args, &cli.global.load_config()?),
+        Command::Retry(args) => retry::run(args, &cli.global.load_config()?),
         Command::Explain(args) => explain::run(args, &cli.global.load_config()?),
         Command::Drain(args) => drain::drain(args, &cli.global.load_config()?),
         Command::Undrain(args) => drain::undrain(args, &cli.global.load_config()?),
-        Command::Remove(args) => cancel::remove(args, &cli.global.load_config()?),
+        Command::Remove(args) => rm::run(args, &cli.global.load_config()?),
     }
 }
 

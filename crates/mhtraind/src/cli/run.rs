@@ -132,7 +132,7 @@ pub fn start(
         journal,
         earlier: from,
         origin,
-        screen: Screen::new(sentences),
+        screen: Screen::terminal(sentences),
     })
 }
 

@@ -52,7 +52,7 @@ pub fn run(args: &WaitArgs, config: &Config) -> Result<Status, Failure> {
     let path = format!("/v1/jobs/{}", args.id);
     loop {
         let job: JobView = client.get(&path)?;
-        if matches!(job.state.as_str(), "succeeded" | "failed" | "cancelled") {
+        if job.is_over() {
             if args.json {
                 output::json(&job)?;
             } else if let Some(reason) = job.reason.as_ref().filter(|_| job.state != "succeeded") {
@@ -66,7 +66,7 @@ pub fn run(args: &WaitArgs, config: &Config) -> Result<Status, Failure> {
             return Err(Failure::new(Status::WaitRanOut, "wait_ran_out", what)
                 .help(format!("it goes on; `mhtraind follow {}` shows it", job.id)));
         }
-        client.wait_for_end(&format!("{path}/follow"), left, |_| Ok(ReadOn::Yes))?;
+        client.stream_for(&format!("{path}/follow"), left, |_| Ok(ReadOn::Yes))?;
     }
 }
 

@@ -3,239 +3,66 @@
 //! In a thread of its own, by the same loop as a foreground run. The thread may die with the daemon at any moment:
 //! what it did is in the store, what it started needs nobody.
 
-use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::Duration;
 
-use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::event::{Exit, JobEvent, Record};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
 use mhtrain_sizing::tier::Tier;
-use mhtrain_store::{JobId, Sample};
-use serde::{Deserialize, Serialize};
+use mhtrain_store::JobId;
+use mhtrain_supervisor::Attempt;
+use rustix::fs::Mode;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
-use tokio::sync::mpsc;
 
-use super::store::{StoreHandle, StoreSink};
-use super::{Account, Daemon};
-use crate::api::types::Progress;
-use crate::config::Config;
+use super::live::{Followers, LiveJob};
+use super::store::StoreSink;
+use super::{Daemon, Submission};
 use crate::engine::directory::JobDirectory;
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
-use crate::engine::local::{self, LocalRun};
-use crate::engine::origin::Origin;
-use crate::engine::prepare;
-use crate::engine::screen::{Audience, Glance, Screen};
-use crate::engine::secrets::Sources;
-use crate::engine::signals::{StopCause, StopSignals};
+use crate::engine::local::{self, LocalRun, interrupted};
+use crate::engine::prepare::{self, chain};
+use crate::engine::screen::Screen;
+use crate::engine::signals::StopSignals;
 use crate::failure::{Failure, Status};
-
-/// Sentences about a job that are kept for those who begin to follow it.
-const SAID_MAX: usize = 200;
-
-/// How often progress is kept.
-const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 
 /// The time until a job is taken up again after something outside of it went wrong.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
-/// What a submitter leaves behind, beside the job itself.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Submission {
-    /// Working directory.
-    pub cwd: PathBuf,
-    /// Variables that the trainer gets.
-    pub env: std::collections::BTreeMap<String, String>,
-    /// Umask.
-    pub umask: u32,
-    /// The wished card, as it was when the job came: its index can change.
-    pub device_uuid: Option<String>,
-    /// The job that this one goes on with.
-    pub retry_of: Option<u64>,
-}
-
-impl Submission {
-    /// Returns what the trainer of `account` gets.
-    pub fn origin(&self, account: &Account, config: &Config) -> Origin {
-        let mut env = account.base_environment();
-        env.extend(self.env.iter().map(|(name, value)| (name.into(), value.into())));
-        let env_file = match config.secrets.env_file.as_str() {
-            "" => account.home.join(".config/mhtraind/secrets.env"),
-            path => PathBuf::from(path),
-        };
-        Origin {
-            cwd: self.cwd.clone(),
-            env,
-            umask: Some(self.umask),
-            secrets: Sources {
-                credentials: std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from),
-                env_file: Some(env_file),
-                own_environment: false,
-            },
-            cache: Some(account.home.join(".cache/mhtraind")),
-        }
-    }
-}
-
-/// A job that has a device.
-#[derive(Debug)]
-pub struct LiveJob {
-    /// Its id.
-    pub id: u64,
-    /// UUID of its device.
-    pub device_uuid: Option<String>,
-    /// Its device for people.
-    pub device: String,
-    /// Where everything of it goes.
-    pub output_dir: String,
-    stop: Mutex<mpsc::UnboundedSender<StopCause>>,
-    told: Mutex<Told>,
-    store: StoreHandle,
-}
-
-/// What the job's thread told.
-#[derive(Debug, Default)]
-struct Told {
-    progress: Option<Progress>,
-    said: VecDeque<(u64, String)>,
-    said_count: u64,
-    attempt: u32,
-    sampled_at: Option<Instant>,
-}
-
-impl LiveJob {
-    /// Asks the job to end: politely, and at once the second time.
-    pub fn stop(&self) {
-        // A thread that is gone needs no stop; one that begins again finds the request in the store.
-        let _over = self.stop.lock().unwrap_or_else(PoisonError::into_inner).send(StopCause::Cancel);
-    }
-
-    /// Returns where this try of the job's thread hears stop requests.
-    fn listen(&self) -> mpsc::UnboundedReceiver<StopCause> {
-        let (stop, requests) = mpsc::unbounded_channel();
-        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = stop;
-        requests
-    }
-
-    /// Returns how far the running attempt is.
-    pub fn progress(&self) -> Option<Progress> {
-        self.told().progress.clone()
-    }
-
-    /// Returns the sentences after the first `seen`, and how many there were in all.
-    pub fn said_since(&self, seen: u64) -> (Vec<String>, u64) {
-        let told = self.told();
-        let new = told.said.iter().filter(|(number, _)| *number > seen).map(|(_, text)| text.clone());
-        (new.collect(), told.said_count)
-    }
-
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Audience for LiveJob {
-    fn hear(&self, sentence: &str) {
-        let mut told = self.told();
-        told.said_count += 1;
-        let number = told.said_count;
-        told.said.push_back((number, sentence.to_owned()));
-        if told.said.len() > SAID_MAX {
-            told.said.pop_front();
-        }
-        drop(told);
-        self.store.tell();
-    }
-
-    fn see(&self, attempt: u32, glance: &Glance) {
-        let progress = Progress {
-            step: glance.step,
-            max_steps: glance.max_steps,
-            loss: glance.loss,
-            eta_s: glance.eta_s,
-            vram_bytes: glance.vram_used.map(mhtrain_sizing::units::Bytes::get),
-        };
-        let mut told = self.told();
-        let news = told.progress.as_ref() != Some(&progress) || told.attempt != attempt;
-        let due = told.sampled_at.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY);
-        told.attempt = attempt;
-        told.progress = Some(progress.clone());
-        if news && due {
-            told.sampled_at = Some(Instant::now());
-        }
-        drop(told);
-        if news {
-            self.store.tell();
-        }
-        if news && due {
-            self.keep(attempt, &progress);
-        }
-    }
-}
-
-impl LiveJob {
-    /// Keeps a point of the time series. It may be lost: it is no event.
-    fn keep(&self, attempt: u32, progress: &Progress) {
-        let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        let sample = Sample {
-            at_ms: i64::try_from(at_ms).unwrap_or(i64::MAX),
-            step: progress.step,
-            loss: progress.loss,
-            vram_bytes: progress.vram_bytes,
-            ..Sample::default()
-        };
-        if let Some(id) = JobId::new(self.id) {
-            self.store.cast(id, attempt, sample);
-        }
-    }
-}
+/// How often that is done while its trainer may run, before the trainer is ended and the job fails: two minutes, for a
+/// disk that is mounted again or is given room.
+const TRIES_MAX: u32 = 24;
 
 /// Starts the thread of a job. When it is over, `daemon` is woken and the job is no longer among the live ones.
 pub fn start(daemon: &Arc<Daemon>, id: JobId, spec: JobSpec, submission: Submission, sized: Sized) {
-    let (stop, _nobody_listens_yet) = mpsc::unbounded_channel();
-    let live = Arc::new(LiveJob {
-        id: id.get(),
-        device_uuid: sized.device().map(str::to_owned),
-        device: sized.device_name(),
-        output_dir: spec.output_dir.clone(),
-        stop: Mutex::new(stop),
-        told: Mutex::default(),
-        store: daemon.store.clone(),
-    });
-    daemon.live().insert(id.get(), Arc::clone(&live));
+    let live = Arc::new(LiveJob::new(id, spec.output_dir.clone(), &sized, daemon.store.clone()));
+    daemon.live().insert(id, Arc::clone(&live));
     let worker = Worker { daemon: Arc::clone(daemon), id, spec, submission, sized, live };
     let started = std::thread::Builder::new().name(format!("job-{id}")).spawn(move || {
-        let _over = Over { daemon: Arc::clone(&worker.daemon), id: id.get() };
+        let _over = Over { daemon: Arc::clone(&worker.daemon), id };
         worker.run();
     });
     if let Err(error) = started {
-        // Nothing was started: the job is taken up again with the next daemon, or when threads can be had.
+        // Nothing was started: the next daemon takes the job up again.
         tracing::error!(job = id.get(), %error, "no thread for the job");
-        daemon.live().remove(&id.get());
+        daemon.live().remove(&id);
     }
-}
-
-/// Returns the id of the job whose files were moved to `aside`: its receipt says it.
-fn receipt_id(aside: &Path) -> Option<u64> {
-    let receipt: Value = serde_json::from_slice(&std::fs::read(aside.join("receipt.json")).ok()?).ok()?;
-    receipt.get("id")?.as_u64()
 }
 
 /// Takes a job off the live ones when its thread ends, however that comes.
 struct Over {
     daemon: Arc<Daemon>,
-    id: u64,
+    id: JobId,
 }
 
 impl Drop for Over {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            tracing::error!(
-                job = self.id,
-                "the thread of the job has panicked: a bug; the next daemon goes on with it"
-            );
+            let what = "the thread of the job has panicked: a bug; the next daemon goes on with it";
+            tracing::error!(job = self.id.get(), what);
         }
         self.daemon.live().remove(&self.id);
         self.daemon.store.tell();
@@ -252,15 +79,25 @@ struct Worker {
     live: Arc<LiveJob>,
 }
 
+/// What becomes of a job after something outside of it went wrong.
+enum After {
+    Over,
+    TryAgain,
+}
+
 impl Worker {
     /// Runs the job to its end, over everything that goes wrong outside of it.
     fn run(&self) {
-        loop {
+        take_umask(self.submission.umask);
+        for tries in 1.. {
             let Err(failure) = self.attempt_to_run() else { return };
             tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
-            match self.after_failure(&failure) {
-                Ok(true) => return,
-                Ok(false) => std::thread::sleep(TRY_AGAIN),
+            match self.after(&failure, tries) {
+                Ok(After::Over) => return,
+                Ok(After::TryAgain) => {
+                    self.live.say(&format!("{}; it is tried again", failure.message));
+                    std::thread::sleep(TRY_AGAIN);
+                }
                 Err(failure) => {
                     tracing::error!(job = self.id.get(), error = failure.message, "the job is left as it is");
                     return;
@@ -280,7 +117,7 @@ impl Worker {
         let config = &self.daemon.config;
         let origin = self.submission.origin(&self.daemon.account, config);
         let records = self.records()?;
-        let own = self.daemon.job_dir(self.id.get());
+        let own = self.daemon.job_dir(self.id);
         super::make_private_dir(&own)?;
         let directory = JobDirectory::open_beside(&prepare::output_dir(&self.spec, &origin.cwd), own)?;
         let begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
@@ -290,18 +127,18 @@ impl Worker {
         if journal.state().is_final() {
             return Ok(());
         }
+        let probe = self.sized.probe().clone();
         let (prepared, environment) = self.sized.clone().prepared(self.spec.clone(), &origin);
-        let audience: Arc<dyn Audience> = Arc::<LiveJob>::clone(&self.live);
         let run = LocalRun {
             prepared,
             environment,
-            probe: Value::Null,
+            probe,
             directory,
             id: Some(self.id.get()),
             journal: Some(journal),
             earlier,
             origin,
-            screen: Screen::told_to(audience),
+            screen: Screen::told_to(Followers(Arc::clone(&self.live))),
         };
         local::run_until(run, config, || Ok(StopSignals::Requests(requests))).map(drop)
     }
@@ -311,22 +148,20 @@ impl Worker {
     fn make_room(&self, directory: &JobDirectory) -> Result<Vec<(PathBuf, Tier)>, Failure> {
         if directory.holds_a_job() {
             let aside = directory.set_earlier_job_aside()?;
-            self.live.note(&format!("what an earlier job left was moved to {}", aside.display()));
+            self.live.say(&format!("what an earlier job left was moved to {}", aside.display()));
         }
         let asides = directory.asides();
         let mut attempts = Vec::new();
-        let mut next = self.submission.retry_of;
-        // The job that this one goes on with may have gone on with another.
-        while let Some(id) = next.and_then(JobId::new) {
-            next = None;
-            let job = match self.daemon.store.call_blocking(move |store| store.job(id)) {
-                Ok(job) => job,
+        let mut next = self.submission.retry_of.and_then(JobId::new);
+        // The job that this one goes on with may itself have gone on with another.
+        while let Some(id) = next {
+            let read = self.daemon.store.call_blocking(move |store| Ok((store.job(id)?, store.events(id)?)));
+            let (job, records) = match read {
+                Ok(read) => read,
                 Err(failure) if failure.status == Status::NotFound => break,
                 Err(failure) => return Err(failure),
             };
-            let own = asides.iter().filter(|aside| receipt_id(aside) == Some(id.get()));
-            let records = self.daemon.store.call_blocking(move |store| store.events(id))?;
-            for aside in own {
+            for aside in asides.iter().filter(|aside| receipt_id(aside) == Some(id.get())) {
                 attempts.extend(records.iter().filter_map(|record| match &record.event {
                     JobEvent::AttemptStarting(start) => {
                         Some((aside.join(format!("attempt-{}", start.attempt)), start.tier.clone()))
@@ -334,39 +169,78 @@ impl Worker {
                     _ => None,
                 }));
             }
-            if let Ok(submission) = serde_json::from_value::<Submission>(job.context) {
-                // An earlier job has the smaller number: so this ends.
-                next = submission.retry_of.filter(|earlier| *earlier < id.get());
-            }
+            let submission: Option<Submission> = serde_json::from_value(job.context).ok();
+            // An earlier job has the smaller number: so this ends.
+            next = submission.and_then(|it| JobId::new(it.retry_of?)).filter(|earlier| *earlier < id);
         }
         Ok(attempts)
     }
 
-    /// Returns whether the job is over. One without a trainer fails; one with a trainer is taken up again.
-    fn after_failure(&self, failure: &Failure) -> Result<bool, Failure> {
+    /// Decides what becomes of the job. While its trainer may run, it is taken up again, within a bound: what is in the
+    /// way may pass, and the trainer does not notice. After that, or when somebody asked for the end, it is ended.
+    fn after(&self, failure: &Failure, tries: u32) -> Result<After, Failure> {
         let records = self.records()?;
         let state = JobState::fold(records.iter().map(|record| &record.event))
             .map_err(|e| Failure::new(Status::Bug, "bug", e))?;
         if state.is_final() {
-            return Ok(true);
+            return Ok(After::Over);
         }
-        if state.has_live_attempt() {
-            return Ok(false);
+        if let JobState::Starting { attempt, .. } | JobState::Running { attempt, .. } = &state {
+            if tries < TRIES_MAX && state.stop().is_none() {
+                return Ok(After::TryAgain);
+            }
+            self.end_attempt(attempt.number)?;
         }
-        let event = match state.stop() {
-            // A start was refused because somebody had asked for the end.
+        self.append(match state.stop() {
             Some(by) => JobEvent::Cancelled { reason: by.to_owned() },
             None => JobEvent::Failed { reason: failure.message.clone(), help: failure.help.clone() },
-        };
+        })?;
+        Ok(After::Over)
+    }
+
+    /// Ends everything of an attempt by its record alone, which lies beside the store and not in the output directory.
+    fn end_attempt(&self, number: u32) -> Result<(), Failure> {
+        match Attempt::open(&self.daemon.job_dir(self.id).join(format!("attempt-{number}"))) {
+            Ok(attempt) => {
+                let stop = |e: &mhtrain_supervisor::attempt::StopError| {
+                    Failure::failed("cannot_stop", chain(e)).help(e.help())
+                };
+                attempt.kill_everything().map_err(|e| stop(&e))?;
+            }
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(Failure::failed("no_record", chain(&error)).help(error.help())),
+        }
+        self.append(JobEvent::AttemptEnded {
+            attempt: number,
+            exit: Exit::Lost,
+            diagnosis: Box::new(interrupted()),
+            last_step: None,
+        })
+    }
+
+    fn append(&self, event: JobEvent) -> Result<(), Failure> {
         let (id, record) = (self.id, Record::new(now(), event));
         self.daemon.store.call_blocking(move |store| store.append(id, &record))?;
         self.daemon.store.tell();
-        Ok(true)
+        Ok(())
     }
 }
 
-impl LiveJob {
-    fn note(&self, sentence: &str) {
-        Audience::hear(self, sentence);
+/// Gives this thread the submitter's umask: what it makes in the output directory is as if the submitter had made it.
+fn take_umask(umask: u32) {
+    // SAFETY: CLONE_FS gives the calling thread its own copy of umask, root and working directory (unshare(2)) and touches
+    // neither memory nor descriptors. Nothing here relies on threads sharing a umask.
+    match unsafe { unshare_unsafe(UnshareFlags::FS) } {
+        Ok(()) => {
+            rustix::process::umask(Mode::from_raw_mode(umask));
+        }
+        // Some sandboxes forbid it. The daemon's own umask must not change for all threads.
+        Err(error) => tracing::debug!(%error, "the submitter's umask holds for the trainer alone"),
     }
+}
+
+/// Returns the id of the job whose files were moved to `aside`: its receipt says it.
+fn receipt_id(aside: &Path) -> Option<u64> {
+    let receipt: Value = serde_json::from_slice(&std::fs::read(aside.join("receipt.json")).ok()?).ok()?;
+    receipt.get("id")?.as_u64()
 }

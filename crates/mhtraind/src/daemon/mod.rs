@@ -13,78 +13,86 @@
 
 mod accounts;
 mod job;
+mod live;
 mod queue;
 pub mod store;
+mod submission;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::Leases;
+use mhtrain_sizing::ladder::TierBook;
 use mhtrain_store::JobId;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
 
 pub use accounts::{Account, Peer};
-pub use job::{LiveJob, Submission};
+pub use live::LiveJob;
 pub use queue::{QueuedEntry, examined};
+pub use submission::Submission;
 
 use crate::api::routes;
 use crate::config::Config;
 use crate::engine::journal::now;
+use crate::engine::prepare::tier_book;
 use crate::engine::signals::{StopCause, StopSignals};
 use crate::failure::{Failure, Status, unwritable};
 use store::StoreHandle;
 
 /// The flag of the store that says that nothing new may start.
-pub const DRAINED: &str = "drained";
+const DRAINED: &str = "drained";
 
 /// What the daemon's tasks share.
 #[derive(Debug)]
 pub struct Daemon {
     /// The settings.
     pub config: Config,
+    /// The site's tiers.
+    pub book: TierBook,
     /// The store.
     pub store: StoreHandle,
     /// Who runs the daemon.
     pub account: Account,
     /// Jobs that have a device.
-    live: Mutex<BTreeMap<u64, Arc<LiveJob>>>,
+    live: Mutex<BTreeMap<JobId, Arc<LiveJob>>>,
     /// Jobs that wait for one.
-    queued: Mutex<BTreeMap<u64, QueuedEntry>>,
+    queued: Mutex<BTreeMap<JobId, QueuedEntry>>,
     /// Wakes the scheduler.
     wake: Notify,
     /// Whether nothing new may start.
-    drained: Mutex<bool>,
+    drained: AtomicBool,
 }
 
 impl Daemon {
     /// Returns the jobs that have a device.
-    pub fn live(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<LiveJob>>> {
+    pub fn live(&self) -> MutexGuard<'_, BTreeMap<JobId, Arc<LiveJob>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the jobs that wait.
-    pub fn queued(&self) -> MutexGuard<'_, BTreeMap<u64, QueuedEntry>> {
+    pub fn queued(&self) -> MutexGuard<'_, BTreeMap<JobId, QueuedEntry>> {
         self.queued.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns what the jobs with a device have.
     pub fn leases(&self) -> Leases {
         let live = self.live();
-        let device = |live: &Arc<LiveJob>| Some((live.device_uuid.clone()?, live.id));
+        let device = |live: &Arc<LiveJob>| Some((live.device_uuid.clone()?, live.id.get()));
         Leases {
             devices: live.values().filter_map(device).collect(),
-            output_dirs: live.values().map(|live| (live.output_dir.clone(), live.id)).collect(),
+            output_dirs: live.values().map(|live| (live.output_dir.clone(), live.id.get())).collect(),
         }
     }
 
     /// Returns whether nothing new may start.
     pub fn is_drained(&self) -> bool {
-        *self.drained.lock().unwrap_or_else(PoisonError::into_inner)
+        self.drained.load(Ordering::Relaxed)
     }
 
     /// Stops or lets the starting of jobs; durable.
@@ -93,7 +101,7 @@ impl Daemon {
     /// The store cannot be written.
     pub async fn set_drained(&self, drained: bool) -> Result<(), Failure> {
         self.store.call(move |store| store.set_flag(DRAINED, drained.then_some("yes"))).await?;
-        *self.drained.lock().unwrap_or_else(PoisonError::into_inner) = drained;
+        self.drained.store(drained, Ordering::Relaxed);
         self.wake();
         Ok(())
     }
@@ -108,8 +116,7 @@ impl Daemon {
     /// # Errors
     /// The store cannot be written.
     pub async fn cancel(&self, id: JobId) -> Result<bool, Failure> {
-        let raw = id.get();
-        let live = self.live().get(&raw).cloned();
+        let live = self.live().get(&id).cloned();
         if let Some(live) = live {
             // On disk before it is answered: should we die now, the next daemon ends the job.
             let by = StopCause::Cancel.to_string();
@@ -117,18 +124,18 @@ impl Daemon {
             live.stop();
             return Ok(true);
         }
-        if !self.queued().contains_key(&raw) {
+        if !self.queued().contains_key(&id) {
             return Ok(false);
         }
         // Off the queue only when it is on disk: a job whose end cannot be written still waits.
         let reason = StopCause::Cancel.to_string();
         self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
-        self.queued().remove(&raw);
+        self.queued().remove(&id);
         Ok(true)
     }
 
     /// Returns where a job's own files lie.
-    pub fn job_dir(&self, id: u64) -> PathBuf {
+    pub fn job_dir(&self, id: JobId) -> PathBuf {
         self.config.state_dir().join("jobs").join(id.to_string())
     }
 }
@@ -151,19 +158,21 @@ pub fn serve(config: Config) -> Result<Status, Failure> {
 async fn run(config: Config) -> Result<Status, Failure> {
     let mut signals = StopSignals::listen()?;
     let account = Account::of_this_process()?;
+    let book = tier_book(&config)?;
     let state_dir = config.state_dir();
     make_private_dir(&state_dir)?;
-    let store = StoreHandle::open(&state_dir)?;
+    let (store, store_ended) = StoreHandle::open(&state_dir)?;
     make_private_dir(&state_dir.join("jobs"))?;
     let drained = store.call(|store| store.get_flag(DRAINED)).await?.is_some();
     let daemon = Arc::new(Daemon {
         config,
+        book,
         store,
         account,
         live: Mutex::default(),
         queued: Mutex::default(),
         wake: Notify::new(),
-        drained: Mutex::new(drained),
+        drained: AtomicBool::new(drained),
     });
     let jobs = queue::take_up(&daemon).await?;
     let socket = daemon.config.socket();
@@ -177,6 +186,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
         cause = signals.next() => cause,
         ended = scheduler => return Err(ended_early("the scheduler", ended.err())),
         ended = server => return Err(ended_early("the server", ended.err())),
+        _ = store_ended => return Err(ended_early("the store", None)),
     };
     watchdog.abort();
     tell_service_manager(&[sd_notify::NotifyState::Stopping]);

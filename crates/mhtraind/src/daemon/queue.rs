@@ -13,13 +13,11 @@ use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::nvml::Gpus;
-use mhtrain_sizing::ladder::TierBook;
 use mhtrain_store::{JobId, UnfinishedJob};
 
 use super::{Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
-use crate::engine::prepare::tier_book;
 use crate::failure::{Failure, Status};
 
 /// How often NVML is asked while a job waits.
@@ -30,6 +28,9 @@ const EXAMINE_AGAIN: Duration = Duration::from_secs(15);
 
 /// How often that is tried before the job fails.
 const EXAMINED_MAX: u32 = 20;
+
+/// What each job would start with on each device, by UUID.
+type Plans = BTreeMap<(JobId, String), Sized>;
 
 /// A job that waits for a device.
 #[derive(Clone, Debug)]
@@ -42,7 +43,8 @@ pub struct QueuedEntry {
     pub examined: Option<Arc<Examined>>,
     /// Why it does not start.
     pub reason: String,
-    recorded: bool,
+    /// Whether the store knows that it waits.
+    told: bool,
     tries: u32,
     try_at: Instant,
 }
@@ -51,7 +53,8 @@ impl QueuedEntry {
     /// Returns a job that has just come.
     pub fn new(spec: JobSpec, submission: Submission, examined: Option<Arc<Examined>>) -> QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
-        QueuedEntry { spec, submission, examined, reason, recorded: false, tries: 0, try_at: Instant::now() }
+        let try_at = Instant::now();
+        QueuedEntry { spec, submission, examined, reason, told: false, tries: 0, try_at }
     }
 }
 
@@ -88,7 +91,8 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
                 job::start(daemon, id, spec, submission, sized);
             }
             _ => {
-                daemon.queued().insert(id.get(), QueuedEntry::new(spec, submission, None));
+                let told = matches!(state, JobState::Waiting { .. });
+                daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(spec, submission, None) });
             }
         }
     }
@@ -132,19 +136,22 @@ async fn look(daemon: &Arc<Daemon>, gpus: &Arc<Mutex<Gpus>>) -> Result<(), Failu
     }
     examine_new(daemon).await?;
     let report = ask_nvml(gpus).await?;
-    let book = tier_book(&daemon.config)?;
-    let entries: Vec<(u64, QueuedEntry)> =
+    let entries: Vec<(JobId, QueuedEntry)> =
         daemon.queued().iter().map(|(id, entry)| (*id, entry.clone())).collect();
     let (mut queue, mut plans) = (Vec::new(), BTreeMap::new());
     for (id, entry) in &entries {
         let Some(examined) = &entry.examined else { continue };
-        let offers = offers(*id, entry, examined, &report, &book, daemon, &mut plans);
+        let offers = offers(*id, entry, examined, &report, daemon, &mut plans);
         let after = dependencies(daemon, &entry.spec).await?;
         let output_dir = entry.spec.output_dir.clone();
-        queue.push(QueuedJob { id: *id, priority: entry.spec.priority, output_dir, after, offers });
+        queue.push(QueuedJob { id: id.get(), priority: entry.spec.priority, output_dir, after, offers });
     }
     for (id, verdict) in decide(&queue, &daemon.leases(), daemon.is_drained()) {
-        carry_out(daemon, id, verdict, &mut plans, &report).await?;
+        let Some(id) = JobId::new(id) else { continue };
+        // One job that cannot be started or told must not keep the others waiting.
+        if let Err(failure) = carry_out(daemon, id, verdict, &mut plans, &report).await {
+            tracing::error!(job = id.get(), error = failure.message, "the queue cannot go on with the job");
+        }
     }
     Ok(())
 }
@@ -159,7 +166,7 @@ async fn ask_nvml(gpus: &Arc<Mutex<Gpus>>) -> Result<GpuReport, Failure> {
 
 /// Reads what is not known yet about queued jobs, their files above all.
 async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
-    let new: Vec<(u64, QueuedEntry)> = {
+    let new: Vec<(JobId, QueuedEntry)> = {
         let queued = daemon.queued();
         let due =
             queued.iter().filter(|(_, entry)| entry.examined.is_none() && entry.try_at <= Instant::now());
@@ -209,13 +216,12 @@ pub async fn examined(
 
 /// Returns what each device that the job may take offers it.
 fn offers(
-    id: u64,
+    id: JobId,
     entry: &QueuedEntry,
     examined: &Examined,
     report: &GpuReport,
-    book: &TierBook,
     daemon: &Daemon,
-    plans: &mut BTreeMap<(u64, String), Sized>,
+    plans: &mut Plans,
 ) -> Vec<Offer> {
     let wished = |gpu: &&GpuState| match (&entry.submission.device_uuid, &entry.spec.device) {
         (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
@@ -227,14 +233,16 @@ fn offers(
     for gpu in report.devices().iter().filter(wished) {
         let Some(device) = gpu.uuid.clone() else { continue };
         let name = device_name(Some(gpu.index), Some(&device));
-        match examined.fit(gpu, book, &daemon.config) {
+        match examined.fit(gpu, &daemon.book, &daemon.config) {
             Ok((fit, sized)) => {
                 if let Some(sized) = sized {
                     plans.insert((id, device.clone()), sized);
                 }
                 offers.push(Offer { device, name, fit });
             }
-            Err(failure) => tracing::error!(job = id, error = failure.message, "the job cannot be sized"),
+            Err(failure) => {
+                tracing::error!(job = id.get(), error = failure.message, "the job cannot be sized")
+            }
         }
     }
     offers
@@ -263,15 +271,15 @@ async fn dependencies(daemon: &Daemon, spec: &JobSpec) -> Result<Vec<Dependency>
 
 async fn carry_out(
     daemon: &Arc<Daemon>,
-    id: u64,
+    id: JobId,
     verdict: Verdict,
-    plans: &mut BTreeMap<(u64, String), Sized>,
+    plans: &mut Plans,
     report: &GpuReport,
 ) -> Result<(), Failure> {
     match verdict {
         Verdict::Start { device } => {
             let Some(sized) = plans.remove(&(id, device)) else { return Ok(()) };
-            begin(daemon, id, sized).await
+            begin(daemon, id, sized.with_probe(report.clone())).await
         }
         Verdict::Fail { reason, help } => fail(daemon, id, reason, help).await,
         Verdict::Wait { reason } => {
@@ -287,7 +295,7 @@ async fn carry_out(
                 if changed {
                     daemon.store.tell();
                 }
-                !std::mem::replace(&mut entry.recorded, true)
+                !std::mem::replace(&mut entry.told, true)
             };
             // The numbers change every second; the event only says since when it waits, and why at first.
             if first {
@@ -299,7 +307,7 @@ async fn carry_out(
 }
 
 /// Gives a job its device.
-async fn begin(daemon: &Arc<Daemon>, id: u64, sized: Sized) -> Result<(), Failure> {
+async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Failure> {
     let Some(entry) = daemon.queued().get(&id).cloned() else { return Ok(()) };
     let plan = sized.plan();
     let event = JobEvent::Planned {
@@ -309,24 +317,22 @@ async fn begin(daemon: &Arc<Daemon>, id: u64, sized: Sized) -> Result<(), Failur
         sized: Some(serde_json::to_value(&sized).map_err(|e| Failure::new(Status::Bug, "not_json", e))?),
     };
     append(daemon, id, event).await?;
-    let Some(job_id) = JobId::new(id) else { return Ok(()) };
     let device = sized.device_name();
-    daemon.store.call(move |store| store.set_device(job_id, Some(&device))).await?;
+    daemon.store.call(move |store| store.set_device(id, Some(&device))).await?;
     // Cancelled while the plan was written: then it is in the queue no more.
     if daemon.queued().remove(&id).is_none() {
         return Ok(());
     }
-    job::start(daemon, job_id, entry.spec, entry.submission, sized);
+    job::start(daemon, id, entry.spec, entry.submission, sized);
     Ok(())
 }
 
-async fn fail(daemon: &Daemon, id: u64, reason: String, help: Option<String>) -> Result<(), Failure> {
+async fn fail(daemon: &Daemon, id: JobId, reason: String, help: Option<String>) -> Result<(), Failure> {
     append(daemon, id, JobEvent::Failed { reason, help }).await?;
     daemon.queued().remove(&id);
     Ok(())
 }
 
-async fn append(daemon: &Daemon, id: u64, event: JobEvent) -> Result<(), Failure> {
-    let Some(job) = JobId::new(id) else { return Ok(()) };
-    daemon.store.append(job, Record::new(now(), event)).await.map(drop)
+async fn append(daemon: &Daemon, id: JobId, event: JobEvent) -> Result<(), Failure> {
+    daemon.store.append(id, Record::new(now(), event)).await.map(drop)
 }

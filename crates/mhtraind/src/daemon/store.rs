@@ -3,6 +3,7 @@
 //! The store has one connection, used by one thread. Whoever wants something sends it there. Events that arrive
 //! together are written together: one fsync serves them all.
 
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use crate::failure::{Failure, Status};
 /// Most events that are written in one transaction.
 const BATCH_MAX: usize = 64;
 
-/// Seconds until an event that could not be written is tried again.
+/// The time until an event that could not be written is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 type Reply = Box<dyn FnOnce(Result<JobState, StoreError>) + Send>;
@@ -38,18 +39,23 @@ pub struct StoreHandle {
 }
 
 impl StoreHandle {
-    /// Opens the store and starts its thread.
+    /// Opens the store and starts its thread. The receiver ends when that thread does, which is a bug: nothing can be
+    /// acknowledged any more.
     ///
     /// # Errors
     /// The store cannot be opened.
-    pub fn open(state_dir: &Path) -> Result<StoreHandle, Failure> {
+    pub fn open(state_dir: &Path) -> Result<(StoreHandle, oneshot::Receiver<Infallible>), Failure> {
         let store = Store::open(state_dir).map_err(failure)?;
         let (work, requests) = mpsc::channel();
+        let (alive, ended) = oneshot::channel();
         std::thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || serve(store, &requests))
+            .spawn(move || {
+                let _dropped_with_the_thread = alive;
+                serve(store, &requests);
+            })
             .map_err(|e| Failure::failed("no_thread", e))?;
-        Ok(StoreHandle { work, happened: watch::Sender::new(0) })
+        Ok((StoreHandle { work, happened: watch::Sender::new(0) }, ended))
     }
 
     /// Does something with the store and returns its answer.
@@ -61,11 +67,8 @@ impl StoreHandle {
         what: impl FnOnce(&mut Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Failure> {
         let (reply, answer) = oneshot::channel();
-        let call = Box::new(move |store: &mut Store| {
-            // Whoever asked may be gone: a client that hung up.
-            let _nobody_waits = reply.send(what(store));
-        });
-        self.work.send(Work::Call(call)).map_err(|_| gone())?;
+        // Whoever asked may be gone, here and below: a client that hung up.
+        self.send(Work::Call(Box::new(move |store| drop(reply.send(what(store))))))?;
         answer.await.map_err(|_| gone())?.map_err(failure)
     }
 
@@ -78,22 +81,19 @@ impl StoreHandle {
         what: impl FnOnce(&mut Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Failure> {
         let (reply, answer) = mpsc::channel();
-        let call = Box::new(move |store: &mut Store| {
-            let _nobody_waits = reply.send(what(store));
-        });
-        self.work.send(Work::Call(call)).map_err(|_| gone())?;
+        self.send(Work::Call(Box::new(move |store| drop(reply.send(what(store))))))?;
         answer.recv().map_err(|_| gone())?.map_err(failure)
     }
 
     /// Keeps a point of a job's time series, some time soon. It may be lost.
-    pub fn cast(&self, id: JobId, attempt: u32, sample: Sample) {
-        let call = Box::new(move |store: &mut Store| {
+    pub fn note_sample(&self, id: JobId, attempt: u32, sample: Sample) {
+        let note = Work::Call(Box::new(move |store| {
             if let Err(error) = store.note_samples(id, attempt, &[sample]) {
                 tracing::debug!(job = id.get(), error = chain(&error), "progress is not kept");
             }
-        });
+        }));
         // A store that is gone keeps no progress.
-        let _gone = self.work.send(Work::Call(call));
+        let _gone = self.send(note);
     }
 
     /// Records an event. When this returns it is on disk.
@@ -102,10 +102,7 @@ impl StoreHandle {
     /// What the store said.
     pub async fn append(&self, id: JobId, record: Record) -> Result<JobState, Failure> {
         let (reply, answer) = oneshot::channel();
-        let reply: Reply = Box::new(move |result| {
-            let _nobody_waits = reply.send(result);
-        });
-        self.work.send(Work::Append(id, Box::new(record), reply)).map_err(|_| gone())?;
+        self.send(Work::Append(id, Box::new(record), Box::new(move |result| drop(reply.send(result)))))?;
         let state = answer.await.map_err(|_| gone())?.map_err(failure)?;
         self.tell();
         Ok(state)
@@ -114,6 +111,10 @@ impl StoreHandle {
     /// Returns a watch that changes whenever something happened to a job.
     pub fn happenings(&self) -> watch::Receiver<u64> {
         self.happened.subscribe()
+    }
+
+    fn send(&self, work: Work) -> Result<(), Failure> {
+        self.work.send(work).map_err(|_| gone())
     }
 
     /// Tells followers that something changed.
@@ -211,13 +212,8 @@ impl EventSink for StoreSink {
         let mut told = false;
         loop {
             let (reply, answer) = mpsc::channel();
-            let reply: Reply = Box::new(move |result| {
-                let _nobody_waits = reply.send(result);
-            });
-            self.store
-                .work
-                .send(Work::Append(self.id, Box::new(record.clone()), reply))
-                .map_err(|_| gone())?;
+            let reply: Reply = Box::new(move |result| drop(reply.send(result)));
+            self.store.send(Work::Append(self.id, Box::new(record.clone()), reply))?;
             match answer.recv().map_err(|_| gone())? {
                 Ok(_) => {
                     self.store.tell();

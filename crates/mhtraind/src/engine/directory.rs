@@ -96,9 +96,7 @@ impl JobDirectory {
 
     /// Returns whether a job was run here before.
     pub fn holds_a_job(&self) -> bool {
-        self.root.join("receipt.json").exists()
-            || self.root.join("attempt-1").exists()
-            || self.root.join(".mhtraind/journal.jsonl").exists()
+        holds_a_job(&self.root)
     }
 
     /// Returns the journal's path.
@@ -175,6 +173,11 @@ impl JobDirectory {
         let path = self.private.join(relative);
         write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))
     }
+}
+
+/// Returns whether a job was run in an output directory before.
+pub fn holds_a_job(output_dir: &Path) -> bool {
+    ["receipt.json", "attempt-1", ".mhtraind/journal.jsonl"].iter().any(|name| output_dir.join(name).exists())
 }
 
 /// Locks a file. A process that has just died may have left the lock to a child that it was about to execute, so it is

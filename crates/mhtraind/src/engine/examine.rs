@@ -5,7 +5,9 @@
 
 use mhtrain_job::queue::{Fit, Rank};
 use mhtrain_job::spec::JobSpec;
-use mhtrain_probe::gpu::GpuState;
+use mhtrain_probe::gpu::{GpuReport, GpuState};
+use mhtrain_probe::host::probe_host;
+use mhtrain_probe::probe::{ProbeReport, TrainerReport};
 use mhtrain_probe::trainer_environment::trainer_environment;
 use mhtrain_sizing::ladder::TierBook;
 use mhtrain_sizing::model::Model;
@@ -15,6 +17,7 @@ use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::origin::Origin;
 use super::prepare::{Candidate, Datasets, LARGE_MODEL_PARAMETERS, Prepared, chain, find_files};
@@ -49,6 +52,8 @@ pub struct Sized {
     cores: u32,
     large_model: bool,
     notes: Vec<String>,
+    /// What was probed, for the receipt.
+    probe: Value,
 }
 
 /// Reads what a job needs: its files, its trainer, its secrets.
@@ -123,6 +128,7 @@ impl Examined {
             cores: self.cores,
             large_model: self.model.parameters() >= LARGE_MODEL_PARAMETERS,
             notes: self.notes.clone(),
+            probe: Value::Null,
         }
     }
 }
@@ -131,6 +137,24 @@ impl Sized {
     /// Returns the plan.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Returns the sized job with what was probed for it.
+    #[must_use]
+    pub fn with_probe(self, gpus: GpuReport) -> Sized {
+        let report = ProbeReport {
+            gpus,
+            host: probe_host(),
+            disk: None,
+            trainer: TrainerReport::Ready(self.environment.clone()),
+        };
+        // A report that is no JSON would be a bug of serde; the receipt does without.
+        Sized { probe: serde_json::to_value(report).unwrap_or_default(), ..self }
+    }
+
+    /// Returns what was probed.
+    pub fn probe(&self) -> &Value {
+        &self.probe
     }
 
     /// Returns the UUID of the card.

@@ -1095,7 +1095,8 @@ fn free_port() -> Option<u16> {
     Some(listener.local_addr().ok()?.port())
 }
 
-fn interrupted() -> Diagnosis {
+/// Returns the diagnosis of an attempt that nobody saw end.
+pub fn interrupted() -> Diagnosis {
     Diagnosis {
         kind: Kind::Interrupted,
         fatal: true,

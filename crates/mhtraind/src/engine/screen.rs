@@ -4,7 +4,6 @@
 //! of progress now and then.
 
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -24,12 +23,16 @@ pub enum Sentences {
     ToStderr,
 }
 
-/// Who is told instead of a terminal.
-pub trait Audience: std::fmt::Debug + Send + Sync {
+/// Who is told about a job: a terminal, or the daemon that serves its followers.
+pub trait Audience: std::fmt::Debug + Send {
     /// A sentence for people.
     fn hear(&self, sentence: &str);
-    /// How far an attempt is.
-    fn see(&self, attempt: u32, glance: &Glance);
+    /// An attempt begins.
+    fn attempt_begins(&mut self, attempt: u32);
+    /// How far the attempt is.
+    fn see(&mut self, glance: &Glance);
+    /// The attempt is over.
+    fn attempt_ends(&mut self);
 }
 
 /// One look at a running attempt.
@@ -77,59 +80,75 @@ pub fn clock(seconds: f64) -> String {
     }
 }
 
-/// The terminal, or what stands in for it.
+/// Where a job shows itself.
 #[derive(Debug)]
-pub struct Screen {
+pub struct Screen(Box<dyn Audience>);
+
+impl Screen {
+    /// Returns a screen that is this process's terminal, or what stands in for it.
+    pub fn terminal(sentences: Sentences) -> Screen {
+        Screen::told_to(Terminal::new(sentences))
+    }
+
+    /// Returns a screen that tells everything to `audience`.
+    pub fn told_to(audience: impl Audience + 'static) -> Screen {
+        Screen(Box::new(audience))
+    }
+
+    /// Says a sentence (or a block of lines).
+    pub fn say(&self, text: impl std::fmt::Display) {
+        self.0.hear(&text.to_string());
+    }
+
+    /// Starts to show an attempt.
+    pub fn start_bar(&mut self, attempt: u32) {
+        self.0.attempt_begins(attempt);
+    }
+
+    /// Shows how far the attempt is.
+    pub fn glance(&mut self, glance: &Glance) {
+        self.0.see(glance);
+    }
+
+    /// Ends the showing of the attempt.
+    pub fn end_bar(&mut self) {
+        self.0.attempt_ends();
+    }
+}
+
+/// A terminal with one live bar below the sentences; elsewhere lines.
+#[derive(Debug)]
+struct Terminal {
     sentences: Sentences,
-    audience: Option<Arc<dyn Audience>>,
     bar: ProgressBar,
     interactive: bool,
     last_line: Option<Instant>,
     last_step: u64,
-    attempt: u32,
 }
 
-impl Screen {
-    /// Returns a screen with no bar on it yet.
-    pub fn new(sentences: Sentences) -> Screen {
+impl Terminal {
+    fn new(sentences: Sentences) -> Terminal {
         let interactive = std::io::stderr().is_terminal();
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        Screen { sentences, audience: None, bar, interactive, last_line: None, last_step: 0, attempt: 0 }
+        Terminal { sentences, bar: no_bar(), interactive, last_line: None, last_step: 0 }
     }
+}
 
-    /// Returns a screen that is no terminal: everything is told to `audience`.
-    pub fn told_to(audience: Arc<dyn Audience>) -> Screen {
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        let audience = Some(audience);
-        Screen {
-            sentences: Sentences::ToStderr,
-            audience,
-            bar,
-            interactive: false,
-            last_line: None,
-            last_step: 0,
-            attempt: 0,
-        }
-    }
+fn no_bar() -> ProgressBar {
+    ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden())
+}
 
-    /// Says a sentence (or a block of lines) above the bar.
-    ///
+impl Audience for Terminal {
     /// A standard output that cannot be written is no reason to end a training: the receipt tells all the same.
-    pub fn say(&self, text: impl std::fmt::Display) {
-        if let Some(audience) = &self.audience {
-            return audience.hear(&text.to_string());
-        }
+    fn hear(&self, sentence: &str) {
         self.bar.suspend(|| match self.sentences {
             Sentences::ToStdout => {
-                let _ = output::line(&text);
+                let _ = output::line(sentence);
             }
-            Sentences::ToStderr => output::note(&text),
+            Sentences::ToStderr => output::note(sentence),
         });
     }
 
-    /// Starts the bar of one attempt.
-    pub fn start_bar(&mut self, attempt: u32) {
-        self.attempt = attempt;
+    fn attempt_begins(&mut self, attempt: u32) {
         self.last_line = None;
         self.last_step = 0;
         if !self.interactive {
@@ -146,11 +165,7 @@ impl Screen {
         self.bar.enable_steady_tick(Duration::from_millis(250));
     }
 
-    /// Shows how far the attempt is.
-    pub fn glance(&mut self, glance: &Glance) {
-        if let Some(audience) = &self.audience {
-            return audience.see(self.attempt, glance);
-        }
+    fn see(&mut self, glance: &Glance) {
         if self.interactive {
             if let Some(max) = glance.max_steps {
                 self.bar.set_length(max);
@@ -163,16 +178,15 @@ impl Screen {
         let ended = glance.max_steps == Some(glance.step);
         if glance.step > self.last_step && (due || ended) {
             let max = glance.max_steps.map_or("?".to_owned(), |max| max.to_string());
-            self.say(format!("  step {}/{max}  {}", glance.step, glance.details()));
+            self.hear(&format!("  step {}/{max}  {}", glance.step, glance.details()));
             self.last_line = Some(Instant::now());
             self.last_step = glance.step;
         }
     }
 
-    /// Takes the bar away.
-    pub fn end_bar(&mut self) {
+    fn attempt_ends(&mut self) {
         self.bar.finish_and_clear();
-        self.bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        self.bar = no_bar();
     }
 }
 

@@ -1,0 +1,207 @@
+//! How does a job come in?
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::StatusCode;
+use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::secrets::is_secret_name;
+use mhtrain_job::spec::{DeviceWish, JobSpec, SpecError};
+use mhtrain_probe::nvml::probe_gpus;
+use mhtrain_store::{JobId, NewJob, Owner};
+use serde_json::{Value, json};
+
+use super::routes::{Answer, Id, to_the_end};
+use super::types::{SubmitAnswer, SubmitRequest};
+use crate::daemon::{Daemon, QueuedEntry, Submission, examined};
+use crate::engine::directory::holds_a_job;
+use crate::engine::journal::now;
+use crate::engine::prepare;
+use crate::failure::{Failure, Status};
+
+type Accepted = Answer<(StatusCode, Json<SubmitAnswer>)>;
+
+/// Takes a new job.
+pub(super) async fn submit(State(daemon): State<Arc<Daemon>>, body: Bytes) -> Accepted {
+    let request: SubmitRequest = serde_json::from_slice(&body)
+        .map_err(|e| Failure::bad_input("bad_request", format!("the request cannot be understood: {e}")))?;
+    let mut spec = JobSpec::from_value(&request.job).map_err(bad_job)?;
+    if request.smoke {
+        spec = JobSpec::from_value(&smoke(spec.to_json())).map_err(bad_job)?;
+    }
+    spec.check_supported().map_err(bad_job)?;
+    let cwd = PathBuf::from(&request.cwd);
+    if !cwd.is_absolute() || !cwd.is_dir() {
+        let what = format!("the working directory `{}` is no absolute path of a directory", request.cwd);
+        return Err(Failure::bad_input("bad_cwd", what).into());
+    }
+    // Relative paths are the submitter's: stored absolute, they mean the same wherever they are read.
+    let output_dir = prepare::output_dir(&spec, &cwd);
+    check_output_dir(&output_dir, &daemon.config.state_dir())?;
+    spec.output_dir = output_dir.display().to_string();
+    let config = &daemon.config;
+    let passes = |name: &String| config.trainer.passes(name) && !is_secret_name(name);
+    let submission = Submission {
+        cwd,
+        env: request.env.into_iter().filter(|(name, _)| passes(name)).collect(),
+        umask: request.umask & 0o777,
+        device_uuid: device_uuid(&spec.device, config.nvml_library()).await?,
+        retry_of: None,
+    };
+    to_the_end(async move { accept(&daemon, spec, submission, request.key).await }).await
+}
+
+/// Takes a failed or cancelled job once more, as a new one that goes on where it ended.
+pub(super) async fn retry(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Accepted {
+    let old = daemon.store.call(move |store| store.job(id)).await?;
+    if !matches!(old.row.state.as_str(), "failed" | "cancelled") {
+        let what = format!("job {id} is {}: only failed and cancelled jobs are tried again", old.row.state);
+        return Err(Failure::failed("not_over", what).into());
+    }
+    let spec = JobSpec::from_value(&old.row.spec).map_err(bad_job)?;
+    let mut submission: Submission =
+        serde_json::from_value(old.context).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
+    submission.retry_of = Some(id.get());
+    to_the_end(async move { accept(&daemon, spec, submission, None).await }).await
+}
+
+fn bad_job(error: SpecError) -> Failure {
+    Failure::bad_input(error.code(), &error).help(error.help())
+}
+
+/// Accepts a job: when this returns without an error the job is on disk.
+async fn accept(
+    daemon: &Arc<Daemon>,
+    spec: JobSpec,
+    submission: Submission,
+    key: Option<String>,
+) -> Accepted {
+    for id in &spec.after {
+        must_exist(daemon, *id).await?;
+    }
+    let known = examined(daemon, spec.clone(), &submission).await?;
+    let notes = notes(&spec, &submission);
+    let account = &daemon.account;
+    let new = NewJob {
+        owner: Owner { uid: account.uid, gid: account.gid, name: account.name.clone() },
+        key,
+        record: Record::new(now(), JobEvent::Submitted { spec: spec.to_json() }),
+        name: spec.name.clone(),
+        priority: i64::from(spec.priority),
+        context: serde_json::to_value(&submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
+    };
+    let submitted = daemon.store.call(move |store| store.submit(&new)).await?;
+    let id = submitted.id.get();
+    if submitted.existed {
+        return Ok((StatusCode::OK, Json(SubmitAnswer { id, existing: true, notes: Vec::new() })));
+    }
+    daemon.queued().insert(submitted.id, QueuedEntry::new(spec, submission, Some(Arc::new(known))));
+    daemon.store.tell();
+    daemon.wake();
+    Ok((StatusCode::CREATED, Json(SubmitAnswer { id, existing: false, notes })))
+}
+
+async fn must_exist(daemon: &Daemon, id: u64) -> Result<(), Failure> {
+    let unknown =
+        || Failure::bad_input("no_such_job", format!("there is no job {id} that it could wait for"));
+    let job = JobId::new(id).ok_or_else(unknown)?;
+    match daemon.store.call(move |store| store.state(job)).await {
+        Ok(_) => Ok(()),
+        Err(failure) if failure.status == Status::NotFound => Err(unknown()),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// Returns what the submitter should know.
+fn notes(spec: &JobSpec, submission: &Submission) -> Vec<String> {
+    let taken = submission.retry_of.is_none() && holds_a_job(Path::new(&spec.output_dir));
+    let note = || {
+        format!(
+            "{} holds an earlier job: it is moved into previous-N there when this one starts",
+            spec.output_dir
+        )
+    };
+    taken.then(note).into_iter().collect()
+}
+
+/// Results do not go where the daemon keeps its own files.
+fn check_output_dir(output_dir: &Path, state_dir: &Path) -> Result<(), Failure> {
+    if output_dir.starts_with(state_dir) {
+        let what = format!("the output_dir {} is in the daemon's state directory", output_dir.display());
+        return Err(Failure::bad_input("bad_output_dir", what).help("choose another one".to_owned()));
+    }
+    if output_dir.exists() && !output_dir.is_dir() {
+        let what = format!("the output_dir {} is no directory", output_dir.display());
+        return Err(Failure::bad_input("bad_output_dir", what).help("choose another one".to_owned()));
+    }
+    Ok(())
+}
+
+/// Returns the UUID of the wished card; `None` where any will do, or NVML does not answer now.
+async fn device_uuid(wish: &DeviceWish, library: Option<PathBuf>) -> Result<Option<String>, Failure> {
+    let index = match wish {
+        DeviceWish::Auto => return Ok(None),
+        DeviceWish::Uuid(uuid) => return Ok(Some(uuid.clone())),
+        DeviceWish::Index(index) => *index,
+    };
+    let report = tokio::task::spawn_blocking(move || probe_gpus(library.as_deref()))
+        .await
+        .map_err(|e| Failure::new(Status::Bug, "nvml_thread", e))?;
+    let count = report.devices().len();
+    if count == 0 {
+        return Ok(None);
+    }
+    let card = report.devices().iter().find(|gpu| gpu.index == index);
+    let card = card.ok_or_else(|| {
+        let what = format!("there is no GPU {index}: this machine has {count}, numbered from 0");
+        Failure::failed("no_device", what).help("`mhtraind probe` lists the cards".to_owned())
+    })?;
+    Ok(card.uuid.clone())
+}
+
+/// Returns the job cut down to two steps, a save and an evaluation on 64 rows, in a directory of its own.
+fn smoke(mut job: Value) -> Value {
+    for (name, value) in [("max_steps", 2), ("save_steps", 2), ("logging_steps", 1)] {
+        job["args"][name] = json!(value);
+    }
+    if !job["validation"].is_null() {
+        job["args"]["eval_steps"] = json!(2);
+    }
+    for dataset in job["dataset"].as_array_mut().into_iter().flatten() {
+        let name = dataset.as_str().unwrap_or_default();
+        let name = name.rsplit_once('#').map_or(name, |(name, _)| name);
+        *dataset = json!(format!("{name}#64"));
+    }
+    let output_dir = job["output_dir"].as_str().unwrap_or_default().trim_end_matches('/').to_owned();
+    job["output_dir"] = json!(format!("{output_dir}-smoke"));
+    job
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_do_not_go_into_the_state_directory_or_over_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        for wrong in [state.clone(), state.join("jobs/1"), dir.path().join("file")] {
+            assert_eq!(check_output_dir(&wrong, &state).unwrap_err().code, "bad_output_dir");
+        }
+        check_output_dir(&dir.path().join("out"), &state).unwrap();
+    }
+
+    #[test]
+    fn a_smoke_job_is_two_steps_on_64_rows_of_each_data_set() {
+        let job = json!({"dataset": ["a.jsonl#500", "b"], "validation": 0.1, "output_dir": "out/", "args": {"lr": 1}});
+        let small = smoke(job);
+        assert_eq!(small["dataset"], json!(["a.jsonl#64", "b#64"]));
+        assert_eq!(small["output_dir"], "out-smoke");
+        let args = json!({"lr": 1, "max_steps": 2, "save_steps": 2, "logging_steps": 1, "eval_steps": 2});
+        assert_eq!(small["args"], args);
+    }
+}
