@@ -318,7 +318,9 @@ fn a_cancel_outlives_the_daemon_that_heard_it() {
     let mut served = Served::new();
     let id = served.submit(json!({}), &json!({"step_seconds": 0.5, "on_sigterm": "ignore"}));
     served.wait_until("a step", |served| !served.host.trained(1).is_empty());
-    served.run(&["cancel", &id]).expect(0);
+    // The answer says what is on disk: it must be there before it is given.
+    let answer = served.run(&["cancel", &id, "--json"]).expect(0).json();
+    assert_eq!(answer["reason"], "stopping: cancel");
     served.kill_and_restart();
     served.run(&["wait", &id, "--timeout", "40"]).expect(1);
     assert_eq!(served.state(&id), "cancelled");
@@ -347,7 +349,9 @@ fn a_drained_daemon_starts_nothing_until_it_may_again() {
     served.wait_until("a reason", |served| {
         served.job(&id)["reason"].as_str().is_some_and(|reason| reason.contains("drained"))
     });
-    served.run(&["wait", &id, "--timeout", "0.3"]).expect(75);
+    let about: Value = serde_json::from_str(&ask(&served, "GET", "/v1/daemon", "").1).unwrap();
+    assert_eq!(about["drained"], true, "the next daemon knows it too");
+    served.run(&["wait", &id, "--timeout", "1.5"]).expect(75);
     served.run(&["undrain"]).expect(0);
     served.run(&["wait", &id, "--timeout", "60"]).expect(0);
 }
