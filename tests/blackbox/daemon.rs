@@ -122,6 +122,19 @@ fn a_submitted_job_is_run_proven_and_explained() {
 }
 
 #[test]
+fn a_job_that_is_over_has_its_whole_receipt() {
+    let served = Served::new();
+    for number in 0..12 {
+        let id = served.submit(json!({"output_dir": format!("out{number}")}), &json!({}));
+        served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+        let receipt = served.receipt(&id);
+        assert_eq!(receipt["proof"], "rows", "job {id} just after its end");
+        served.run(&["rm", &id]).expect(0);
+        assert!(!served.host.env.path(&format!("state/jobs/{id}")).exists(), "nothing of job {id} stays");
+    }
+}
+
+#[test]
 fn an_oom_is_recovered_and_followed() {
     let served = Served::new();
     let oom = json!({"oom": {"capacity_gib": 24, "base_gib": 8, "per_sample_gib": 3, "at_step": 5}});
@@ -618,6 +631,12 @@ fn a_secret_reaches_the_trainers_environment_and_no_file_or_answer() {
     std::fs::set_permissions(&secrets, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let oom = json!({"oom": {"capacity_gib": 24, "base_gib": 8, "per_sample_gib": 3, "at_step": 3},
         "step_seconds": 0.2});
+    // One that comes with the submitter's environment is not kept, whatever pass_env says of its name.
+    let job = json!({"model": "./model", "dataset": "train.jsonl", "output_dir": "token"});
+    let cwd = served.host.env.path(".").canonicalize().unwrap();
+    let token =
+        json!({"job": job, "cwd": cwd, "umask": 18, "env": {"HF_TOKEN": canary, "HF_HOME": "/nowhere"}});
+    assert_eq!(ask(&served, "POST", "/v1/jobs", &token.to_string()).0, 201);
     let id = served.submit(json!({"secrets": ["SWANLAB_API_KEY"]}), &oom);
     let seen = std::cell::Cell::new(false);
     served.wait_until("the end", |served| {

@@ -57,6 +57,28 @@ fn a_run_without_trouble_is_proven_by_its_rows() {
 }
 
 #[test]
+fn an_end_that_nobody_judged_is_judged_by_the_next_process() {
+    let host = host();
+    host.job(json!({}));
+    let oom = json!({"oom": {"capacity_gib": 24, "base_gib": 8, "per_sample_gib": 3, "at_step": 5}});
+    host.run(&["run", "job.json"], oom.clone()).expect(0);
+    // As a process leaves it that was killed between the end of an attempt and the decision about it.
+    let path = host.env.path("out/.mhtraind/journal.jsonl");
+    let journal = std::fs::read_to_string(&path).unwrap();
+    let end = journal.find("\"attempt_ended\"").unwrap();
+    let end = end + journal[end..].find('\n').unwrap() + 1;
+    std::fs::write(&path, &journal[..end]).unwrap();
+    for left in ["attempt-2", ".mhtraind/attempt-2"] {
+        std::fs::remove_dir_all(host.env.path("out").join(left)).unwrap();
+    }
+    host.run(&["run", "job.json", "--continue"], oom).expect(0);
+    let receipt = host.receipt();
+    let tiers: Vec<_> =
+        receipt["attempts"].as_array().unwrap().iter().map(|note| &note["tier"]["micro_batch"]).collect();
+    assert_eq!(tiers, [8, 4], "the rung that ran out of memory is not tried again");
+}
+
+#[test]
 fn an_oom_goes_one_rung_down_and_on_from_the_saved_step() {
     let host = host();
     host.job(json!({}));

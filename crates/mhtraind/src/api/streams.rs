@@ -49,10 +49,14 @@ fn streamed(kind: &'static str, stream: mpsc::Receiver<Chunk>) -> Response {
 async fn send_happenings(daemon: &Arc<Daemon>, id: JobId, lines: &mpsc::Sender<Chunk>) -> Option<()> {
     let mut happenings = daemon.store.happenings();
     let (mut events, mut said, mut shown) = (0, 0, None);
+    let mut live = None;
     loop {
         happenings.mark_unchanged();
-        // Asked first: what a live job says and does is read after it, and nothing follows on the end of its thread.
-        let live = daemon.live().get(&id).cloned();
+        // Asked first: what a live job says and does is read after it, and nothing follows on the end of its thread. What
+        // it said last is read from the job that was live before.
+        let now = daemon.live().get(&id).cloned();
+        let is_live = now.is_some();
+        live = now.or(live);
         let (view, records) = look(daemon, id).await.ok()?;
         if let Some(live) = &live {
             let (new, count) = live.said_since(said);
@@ -69,7 +73,7 @@ async fn send_happenings(daemon: &Arc<Daemon>, id: JobId, lines: &mpsc::Sender<C
             send(lines, &FollowLine::Event { record: serde_json::to_value(record).ok()? }).await?;
         }
         events = count;
-        let over = view.is_over() && live.is_none();
+        let over = view.is_over() && !is_live;
         if shown.as_ref() != Some(&view) {
             shown = Some(view.clone());
             send(lines, &FollowLine::Job { job: Box::new(view) }).await?;
