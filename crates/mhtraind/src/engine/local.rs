@@ -833,7 +833,10 @@ impl<'a> Job<'a> {
             self.screen.say("stopping at once");
         } else {
             self.screen.say(format!("{cause}: stopping the trainer (within {grace} s; again: at once)"));
-            self.journal.record(JobEvent::StopRequested { by: cause.to_string() })?;
+            // A cancel was recorded by whoever took it, before it was answered.
+            if cause != StopCause::Cancel {
+                self.journal.record(JobEvent::StopRequested { by: cause.to_string() })?;
+            }
             self.stop = Some(cause);
         }
         // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
