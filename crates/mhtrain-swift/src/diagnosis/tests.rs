@@ -61,6 +61,18 @@ fn the_first_cause_over_all_ranks_wins() {
 }
 
 #[test]
+fn of_causes_that_weigh_the_same_the_first_one_holds() {
+    let full = "OSError: [Errno 28] No space left on device: 'x'";
+    let raised = |rank: u32, what: &str| {
+        format!("[rank{rank}]: Traceback (most recent call last):\n[rank{rank}]: {what}\n")
+    };
+    for (first, second, kind) in [(OOM, full, Kind::DeviceOom), (full, OOM, Kind::DiskFull)] {
+        let found = exited(&format!("{}{}", raised(1, first), raised(0, second)), 1);
+        assert_eq!((found.kind, found.evidence.rank), (kind, Some(1)), "{first}");
+    }
+}
+
+#[test]
 fn a_bug_on_one_rank_is_not_the_broken_connection_of_the_other() {
     let text = "[rank0]: RuntimeError: gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4242\n\
                 [rank1]: Traceback (most recent call last):\n[rank1]: ZeroDivisionError: division by zero\n";
