@@ -117,6 +117,9 @@ pub struct ExitRecord {
     /// Whether the kernel killed a process of the trainer's memory cgroup for lack of memory while it ran.
     /// `None` where no counter can be read. The cgroup may hold other processes too, so alone it proves nothing.
     pub oom_kill: Option<bool>,
+    /// Whether a log could not grow when the trainer ended: its last words may be lost. `false` where that cannot be asked.
+    #[serde(default)]
+    pub log_full: bool,
     /// What a stop took; `None` when the trainer ended by itself.
     pub stop: Option<StopTook>,
     /// How many processes outlived the trainer and had to be ended.
@@ -618,6 +621,7 @@ mod tests {
             ended: Ended::Signal(9),
             ended_at: SystemTime::UNIX_EPOCH,
             oom_kill: Some(false),
+            log_full: false,
             stop: Some(StopTook::Kill),
             leftovers_killed: Some(3),
         }
