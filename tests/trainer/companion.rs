@@ -36,6 +36,36 @@ fn a_training_with_the_companion_is_bit_equal_to_one_without() {
     assert!(time.own_seconds <= 0.1 * time.step_seconds, "{time:?}");
 }
 
+/// The preflight encodes rows to find the longest ones.
+#[test]
+fn a_data_set_that_draws_and_replaces_rows_is_not_disturbed() {
+    let Some(mut warm) = Warm::start() else { return };
+    let case = Case {
+        lora_dropout: 0.1,
+        epochs: 1,
+        plugins: &["drawing_rows.py"],
+        args: &["--lazy_tokenize", "true", "--dataloader_num_workers", "0"],
+        ..Case::default()
+    };
+    let with = warm.train("with", &case);
+    let without = warm.train("without", &Case { companion: false, ..case });
+    assert_eq!((with.code, without.code), (Some(0), Some(0)), "{}", with.output);
+    assert!(with.output.contains("this row cannot be encoded"), "{}", with.output);
+    assert!(matches!(with.telemetry.preflight(), Some(Preflight::Passed { .. })), "{:?}", with.telemetry);
+    assert_eq!(with.trained, without.trained);
+    assert_eq!(with.logged, without.logged);
+}
+
+#[test]
+fn a_full_disk_takes_the_companions_words_and_nothing_else() {
+    let Some(mut warm) = Warm::start() else { return };
+    let case = Case { epochs: 1, plugins: &["full_disk.py"], ..Case::default() };
+    let trained = warm.train("full", &case);
+    assert_eq!(trained.code, Some(0), "{}", trained.output);
+    assert_eq!(trained.logged.len(), 10);
+    assert!(trained.telemetry.begin().is_none());
+}
+
 /// LoRA is shown by whole jobs (`an_oom_is_resumed_one_rung_lower_at_the_exact_row`).
 #[test]
 fn a_rescue_of_full_fine_tuning_is_exact_in_both_epochs() {

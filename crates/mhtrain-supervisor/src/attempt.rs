@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid,
+};
 
 use crate::adopt::ADOPT_VERB;
 use crate::cgroup::{Cgroup, Group};
@@ -314,14 +316,18 @@ impl Attempt {
         };
         let pid = spawn_recorder(exe, verb, &self.record, environment, switch, group.as_ref(), log)
             .map_err(|source| SpawnError::Recorder { exe: exe.to_owned(), source })?;
-        if let Err(error) = self.wait_until_up(pid, arrivals.as_ref()) {
-            // Not reaped yet, so the pid is still its own. Killing one that already ended fails, and is then not needed.
+        let up = self.wait_until_up(pid, arrivals.as_ref());
+        if up.is_err() {
+            // Not reaped yet, so the pid is still its own. Killing one that already ended does nothing.
             let _already_gone = rustix::process::kill_process(pid, Signal::KILL);
-            let _already_reaped = wait_for_end(pid);
-            return Err(error);
+            // Silent because of a broken disk, it may stay inside the kernel: it does nothing any more then.
+            let until = Instant::now() + KILLED_WITHIN;
+            while has_ended(pid).is_none() && Instant::now() < until {
+                std::thread::sleep(IS_IT_UP);
+            }
         }
         self.clone().reap_later(pid);
-        Ok(())
+        up
     }
 
     /// Opens an attempt that somebody else started, dead or alive.
@@ -384,7 +390,8 @@ impl Attempt {
     /// as nobody and ends. Returns whether it was given up; if not, the recorder is up, or comes up within the time that
     /// recorders have.
     ///
-    /// For a launch that was cut off by the death of the process that launched.
+    /// For a launch that was cut off by the death of the process that launched. It need not survive a crash of the machine,
+    /// and no recorder would.
     ///
     /// # Errors
     /// When the record cannot be read or written.
@@ -401,6 +408,7 @@ impl Attempt {
                         return Ok(false);
                     }
                     self.record.write_recorder(&ProcessIdentity::nobody())?;
+                    let _by_whoever_opens_it_next = self.clean_up();
                     return Ok(true);
                 }
                 Err(RecordError::Used { .. }) if Instant::now() < until => {
@@ -688,10 +696,16 @@ fn spawn_recorder(
     }
 }
 
-/// Returns how a child ended, or `None` while it lives.
+/// Returns how a child ended, or `None` while it lives. It is not reaped: then its pid could be another child's, which the
+/// one who reaps later would wait for.
 fn has_ended(pid: Pid) -> Option<ExitStatus> {
-    match waitpid(Some(pid), WaitOptions::NOHANG) {
-        Ok(Some((_, status))) => Some(ExitStatus::from_raw(status.as_raw())),
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    match waitid(WaitId::Pid(pid), look) {
+        // As wait(2) packs it: the code in the second byte, or the signal in the first.
+        Ok(Some(status)) => {
+            let code = status.exit_status().map_or(0, |code| (code & 0xff) << 8);
+            Some(ExitStatus::from_raw(status.terminating_signal().unwrap_or(code)))
+        }
         Ok(None) | Err(Errno::INTR) => None,
         // Whoever ignores SIGCHLD is never told the status.
         Err(_) => Some(ExitStatus::from_raw(-1)),

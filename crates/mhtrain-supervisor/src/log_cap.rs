@@ -7,8 +7,10 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate};
+use rustix::io::Errno;
 
 /// Holes are made of whole blocks. A multiple of every usual block size; smaller parts would only be overwritten with zeros.
 const BLOCK_BYTES: u64 = 64 * 1024;
@@ -34,6 +36,17 @@ impl LogCap {
         let Some(cap_bytes) = self.cap_bytes else { return };
         self.files.retain(|file| shrink(file, cap_bytes).is_ok());
     }
+}
+
+/// Returns whether the disk of a log, or its owner's share of it, has no room left; `false` where that cannot be asked.
+///
+/// A file without a name asks for it and is gone at once. Unlike statfs(2) it knows of quotas and of what is kept for root.
+pub(crate) fn is_disk_full(log: &Path) -> bool {
+    let Some(directory) = log.parent() else { return false };
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    let nameless = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR);
+    let taken = nameless.and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, BLOCK_BYTES));
+    matches!(taken, Err(Errno::NOSPC | Errno::DQUOT))
 }
 
 /// Keeps a quarter of the bound at the head and half of it at the tail; the rest is room to grow until the next look.

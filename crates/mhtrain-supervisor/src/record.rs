@@ -117,6 +117,9 @@ pub struct ExitRecord {
     /// Whether the kernel killed a process of the trainer's memory cgroup for lack of memory while it ran.
     /// `None` where no counter can be read. The cgroup may hold other processes too, so alone it proves nothing.
     pub oom_kill: Option<bool>,
+    /// Whether a log could not grow when the trainer ended: its last words may be lost. `false` where that cannot be asked.
+    #[serde(default)]
+    pub log_full: bool,
     /// What a stop took; `None` when the trainer ended by itself.
     pub stop: Option<StopTook>,
     /// How many processes outlived the trainer and had to be ended.
@@ -360,7 +363,7 @@ impl RecordDir {
     /// When the file is missing or cannot be understood.
     pub fn launch(&self) -> Result<LaunchRecord, RecordError> {
         let missing = || io::Error::from(io::ErrorKind::NotFound);
-        self.read(LAUNCH)?.ok_or_else(|| RecordError::io("read", &self.path.join(LAUNCH))(missing()))
+        self.read_unsynced(LAUNCH)?.ok_or_else(|| RecordError::io("read", &self.path.join(LAUNCH))(missing()))
     }
 
     /// Returns the recorder's identity; `None` before it is up.
@@ -481,6 +484,7 @@ impl RecordDir {
     /// Takes the lock that only one recorder can hold. It is free again when the file is closed, however that comes.
     pub(crate) fn lock(&self) -> Result<File, RecordError> {
         let path = self.path.join(LOCK);
+        let _as_owner = self.as_owner();
         let file = open_plain(&path, private(OpenOptions::new().write(true).create(true).truncate(false)))?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(file),
@@ -617,6 +621,7 @@ mod tests {
             ended: Ended::Signal(9),
             ended_at: SystemTime::UNIX_EPOCH,
             oom_kill: Some(false),
+            log_full: false,
             stop: Some(StopTook::Kill),
             leftovers_killed: Some(3),
         }
@@ -670,6 +675,21 @@ mod tests {
         let record = RecordDir::create(dir.path(), None).unwrap();
         fs::write(record.path().join(LAUNCH), "{}").unwrap();
         assert!(matches!(RecordDir::create(dir.path(), None), Err(RecordError::Used { .. })));
+    }
+
+    #[test]
+    fn files_that_a_crash_of_the_machine_left_without_content_are_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = RecordDir::create(dir.path(), None).unwrap();
+        for content in [&[0; 512][..], b""] {
+            for name in [LAUNCH, RECORDER, TRAINER] {
+                fs::write(record.path().join(name), content).unwrap();
+            }
+            assert!(record.launch().unwrap_err().is_not_found());
+            assert_eq!((record.recorder().unwrap(), record.trainer().unwrap()), (None, None));
+            // The launch that the journal tells of came to nothing; that is no broken record.
+            assert!(crate::Attempt::open(dir.path()).unwrap_err().is_not_found());
+        }
     }
 
     #[test]

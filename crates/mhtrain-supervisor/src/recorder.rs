@@ -159,6 +159,7 @@ pub(crate) fn see_to_the_end(
                 ended: watch.how_it_ended(),
                 ended_at: SystemTime::now(),
                 oom_kill: oom.rose(),
+                log_full: watch.is_log_disk_full(),
                 stop,
                 leftovers_killed: None,
             };
@@ -194,6 +195,7 @@ pub(crate) fn not_started(message: String) -> ExitRecord {
         ended: Ended::NotStarted(message),
         ended_at: SystemTime::now(),
         oom_kill: None,
+        log_full: false,
         stop: None,
         leftovers_killed: Some(0),
     }

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::process::{Signal, WaitOptions, WaitStatus};
 
 use crate::cgroup::{Group, Population};
-use crate::log_cap::LogCap;
+use crate::log_cap::{LogCap, is_disk_full};
 use crate::process::{ProcessIdentity, descendants, family};
 use crate::record::{Ended, LaunchRecord, RecordDir, StopTook};
 use crate::recorder::{ATTEMPT_VARIABLE, chain};
@@ -257,6 +257,11 @@ impl<'a> Watch<'a> {
     /// Gives back what the logs hold beyond their bound.
     pub(crate) fn enforce_log_cap(&mut self) {
         self.logs.enforce();
+    }
+
+    /// Returns whether what the trainer printed last may have found no room.
+    pub(crate) fn is_log_disk_full(&self) -> bool {
+        [&self.launch.stdout, &self.launch.stderr].into_iter().any(|log| is_disk_full(log))
     }
 
     /// Returns the grace period of a request that was not seen before: a new stop file, or a signal when there is no file.

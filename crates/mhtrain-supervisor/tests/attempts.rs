@@ -1,6 +1,10 @@
 //! Attempts with real processes: what is true on disk, who is alive, who is not.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of a test are tests too, which clippy.toml cannot see")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "the helpers of a test are tests too, which clippy.toml cannot see"
+)]
 
 mod lab;
 
@@ -8,7 +12,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -451,4 +455,38 @@ fn waiting_ends_with_the_timeout_or_with_the_change() {
     assert!(began.elapsed() >= Duration::from_millis(120));
     attempt.request_stop(LONG).unwrap();
     assert_ne!(attempt.wait_for_change(&seen, BOUND).unwrap(), seen);
+}
+
+/// A file system that is full, until the end of the test; `None`, with the reason, where none can be mounted.
+struct FullDisk(PathBuf);
+
+impl FullDisk {
+    fn mount(at: PathBuf) -> Option<FullDisk> {
+        fs::create_dir(&at).unwrap();
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"]).arg(&at).output();
+        if !mounted.is_ok_and(|mounted| mounted.status.success()) {
+            eprintln!("skipped: no file system can be mounted here");
+            return None;
+        }
+        Some(FullDisk(at))
+    }
+}
+
+impl Drop for FullDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_log_that_could_not_take_the_last_words_is_told() {
+    let mut lab = Lab::new("head -c 10000000 /dev/zero | tr '\\0' x; exit 1");
+    let attempt = lab.launch();
+    assert_eq!((exit(&attempt).ended, exit(&attempt).log_full), (Ended::Code(1), false));
+    fs::remove_dir_all(lab.path("record")).unwrap();
+    let Some(disk) = FullDisk::mount(lab.path("full")) else { return };
+    lab.spec.stdout = disk.0.join("log");
+    let attempt = lab.launch();
+    assert_eq!((exit(&attempt).ended, exit(&attempt).log_full), (Ended::Code(1), true));
 }

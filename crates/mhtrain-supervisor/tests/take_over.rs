@@ -12,9 +12,11 @@ mod lab;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use lab::{BOUND, DETACHED_WORKER, LONG, Lab, exe, exit, marked, recorder, trainer, until, wait_for};
+use mhtrain_supervisor::recorder::RECORDER_VERB;
 use mhtrain_supervisor::{Attempt, AttemptState, Ended, Extent, ProcessIdentity, StopTook};
 use rustix::process::Signal;
 
@@ -253,6 +255,84 @@ fn one_that_takes_over_never_touches_a_process_that_only_has_the_pid() {
         stranger.wait().unwrap();
         assert!(stranger_lives);
     });
+}
+
+/// A record as the death of the launching process leaves it: all is said about the trainer, and no recorder is up.
+fn cut_off(lab: &Lab) -> Attempt {
+    let attempt = lab.launch();
+    until("the trainer runs", || lab.path("ran").exists());
+    let launch = lab.read("record/launch.json");
+    let cgroup = attempt.record().launch().unwrap().cgroup;
+    attempt.kill_everything().unwrap();
+    until("the recorder is gone", || !recorder(&attempt).is_alive());
+    until("the cgroup is removed", || attempt.clean_up().unwrap());
+    fs::remove_dir_all(lab.path("record")).unwrap();
+    fs::remove_file(lab.path("ran")).unwrap();
+    fs::create_dir(lab.path("record")).unwrap();
+    fs::write(lab.path("record/launch.json"), launch).unwrap();
+    for group in ["recorder", "trainer"] {
+        cgroup.iter().for_each(|cgroup| fs::create_dir_all(cgroup.join(group)).unwrap());
+    }
+    Attempt::open(&lab.path("record")).unwrap()
+}
+
+/// Starts what the launching process would have started.
+fn start_recorder(lab: &Lab) -> Child {
+    let mut command = Command::new(exe());
+    command.arg(RECORDER_VERB).arg(lab.path("record")).env_clear().envs(&lab.env);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn a_launch_that_was_cut_off_is_given_up_for_good() {
+    in_both_extents(": > $D/ran; exec sleep 600", |lab| {
+        let attempt = cut_off(&lab);
+        let cgroup = attempt.record().launch().unwrap().cgroup;
+        assert!(attempt.abandon_unrecorded().unwrap());
+        assert!(!cgroup.is_some_and(|cgroup| cgroup.exists()));
+        assert_eq!(attempt.state().unwrap(), AttemptState::Lost { trainer_alive: false });
+        // The recorder that was under way when its launcher died.
+        assert!(!start_recorder(&lab).wait().unwrap().success());
+        assert!(attempt.abandon_unrecorded().is_ok_and(|again| !again), "somebody is recorded: nobody");
+        assert!(!lab.path("ran").exists() && attempt.record().trainer().unwrap().is_none());
+        assert_nobody_is_left(&lab, &attempt);
+    });
+}
+
+#[test]
+fn a_recorder_that_is_up_is_not_given_up() {
+    in_both_extents("exec sleep 600", |lab| {
+        let attempt = lab.launch();
+        let trainer = trainer(&attempt);
+        assert!(!attempt.abandon_unrecorded().unwrap());
+        assert!(trainer.is_alive());
+        kill_recorder(&attempt);
+        assert!(!attempt.abandon_unrecorded().unwrap(), "one that was up can be taken over");
+    });
+}
+
+#[test]
+fn a_recorder_that_comes_up_meanwhile_runs_the_trainer_or_nobody_does() {
+    // A race on purpose: the recorder gets some time, less than it needs, about what it needs, or more.
+    let mut given_up = 0;
+    for round in 0..24 {
+        let lab = Lab::new(": > $D/ran; exec sleep 600");
+        let attempt = cut_off(&lab);
+        let mut recorder = start_recorder(&lab);
+        std::thread::sleep(Duration::from_micros(250 * round));
+        if attempt.abandon_unrecorded().unwrap() {
+            given_up += 1;
+            assert!(!recorder.wait().unwrap().success());
+            assert!(!lab.path("ran").exists() && attempt.record().trainer().unwrap().is_none());
+        } else {
+            until("the trainer runs", || lab.path("ran").exists());
+            assert!(trainer(&attempt).is_alive());
+            attempt.kill_everything().unwrap();
+            recorder.wait().unwrap();
+        }
+        assert_eq!(marked(&lab), Vec::<u32>::new());
+    }
+    assert!(given_up > 0, "the first round leaves the recorder no time");
 }
 
 /// What torchrun makes: an agent, and ranks with sessions of their own and workers, all deaf to SIGTERM.

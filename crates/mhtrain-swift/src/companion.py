@@ -17,6 +17,7 @@ counts micro-batches can tell the preflight by `trainer.mhtraind_preflight`.
 One process, or several with plain DDP; with anything else (DeepSpeed, FSDP) only telemetry is left; `aside` says so.
 """
 
+import contextlib
 import functools
 import gc
 import heapq
@@ -40,28 +41,47 @@ ROWS_RANKED_MAX = 200_000
 BUFFERS_BYTES_MAX = 64 << 20
 
 
+def complain(text):
+    """Says something in the trainer's own output, or nowhere: the disk that is full is the output's as well."""
+    try:
+        print(f"mhtraind companion: {text}", file=sys.stderr)
+    except Exception:
+        pass
+
+
 class Telemetry:
-    """Appends whole lines to the file. Several ranks may share it: each line is one write."""
+    """Appends whole lines to the file. Several ranks may share it: each line is one write. Nothing leaves it."""
 
     def __init__(self, path):
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.began = time.monotonic()
+        # A full disk takes the first half of a line. The next line must not be glued to it.
+        self.is_torn = False
 
     def say(self, kind, **facts):
         try:
             line = {"v": PROTOCOL, "kind": kind, "t": round(time.monotonic() - self.began, 3), "pid": os.getpid()}
             line["rank"] = int(os.environ.get("RANK", "0"))
             line.update(facts)
-            os.write(self.file, (json.dumps(line) + "\n").encode())
+            text = f"{json.dumps(line)}\n".encode()
+            text = b"\n" + text if self.is_torn else text
+            self.is_torn = os.write(self.file, text) < len(text)
         except Exception as error:  # A full disk, for example. Training matters more.
-            print(f"mhtraind companion: no telemetry: {error!r}", file=sys.stderr)
+            complain(f"no telemetry: {type(error).__name__}: {text_of(error)}")
 
 
 def describe(error):
     """Returns what an error line says: the error, and the lines of this file that it came through."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == __file__]
-    return {"error": f"{type(error).__name__}: {error}"[:500], "lines": lines[-4:]}
+    return {"error": f"{type(error).__name__}: {text_of(error)}"[:500], "lines": lines[-4:]}
+
+
+def text_of(error):
+    try:
+        return str(error)
+    except Exception:  # An exception class of the user's that cannot be printed.
+        return "?"
 
 
 def is_device_oom(error):
@@ -70,7 +90,7 @@ def is_device_oom(error):
     if isinstance(error, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)):
         return True
     texts = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, RuntimeError) and any(text in text_of(error) for text in texts)
 
 
 def versions():
@@ -351,11 +371,12 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
             before = self.phase
             self.phase, began = "preflight", time.perf_counter()
             try:
-                rows, why = self.longest_batch()
-                if rows is None:
-                    self.say("preflight_skipped", why=why)
-                    return
-                self.try_rows(rows, began)
+                with self.undisturbed_rows():
+                    rows, why = self.longest_batch()
+                    if rows is None:
+                        self.say("preflight_skipped", why=why)
+                        return
+                    self.try_rows(rows, began)
             except Exception as error:
                 if is_device_oom(error):
                     self.say("preflight_oom", micro_batch=self.trainer._train_batch_size, **describe(error))
@@ -363,6 +384,19 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
                 self.say("error", where="preflight", **describe(error))
             finally:
                 self.phase, self.width = before, 0
+
+        @contextlib.contextmanager
+        def undisturbed_rows(self):
+            """Puts back what looking at rows moves: to encode one may draw, and one that cannot be encoded is replaced
+            by the next of ms-swift's own order."""
+            dataset = self.trainer.train_dataset
+            rng, fetch = random_state(True), getattr(dataset, "_idx", None)
+            try:
+                yield
+            finally:
+                if fetch is not None:
+                    dataset._idx = fetch
+                set_random_state(rng)
 
         def longest_batch(self):
             dataset = self.trainer.train_dataset
@@ -378,13 +412,11 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             buffers = [buffer for buffer in model.buffers()]
             kept = {
-                "rng": random_state(True),
                 "grads": [parameter.grad for parameter in trained],
                 "buffers": [buffer.clone() for buffer in buffers] if bytes_of(buffers) <= BUFFERS_BYTES_MAX else [],
                 "metrics": getattr(trainer, "custom_metrics", None),
                 "accumulation": getattr(trainer, "current_gradient_accumulation_steps", None),
                 "sync": accelerator.gradient_state.sync_gradients,
-                "fetch": getattr(dataset, "_idx", None),
                 "training": model.training,
             }
             facts, ballast = {}, []
@@ -394,7 +426,7 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
                     trainer.custom_metrics = {name: type(m)(m.default_factory) for name, m in kept["metrics"].items()}
                 trainer.current_gradient_accumulation_steps = 1
                 # What a later step finds in memory: both moments, and the gradients of earlier micro-batches.
-                if not trainer.optimizer.state and "adam" in type(self.bare_optimizer()).__name__.lower():
+                if not trainer.optimizer.state and self.keeps_moments_as_parameters():
                     ballast = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
                 if trainer.args.gradient_accumulation_steps > 1:
                     for parameter in trained:
@@ -418,15 +450,20 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
                     trainer.custom_metrics = kept["metrics"]
                 if kept["accumulation"] is not None:
                     trainer.current_gradient_accumulation_steps = kept["accumulation"]
-                if kept["fetch"] is not None:
-                    dataset._idx = kept["fetch"]
                 accelerator.gradient_state._set_sync_gradients(kept["sync"])
                 model.train(kept["training"])
-                set_random_state(kept["rng"])
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+                # Among them the count of retries.
+                torch.cuda.reset_accumulated_memory_stats()
             self.say("preflight", seconds=round(time.perf_counter() - began, 4), **facts)
+
+        def keeps_moments_as_parameters(self):
+            """Whether the optimizer keeps two moments like each parameter. Those of 8 bits, on the host or of low rank are
+            called Adam as well, and ballast for moments that never come would end a training that fits."""
+            kind = type(self.bare_optimizer())
+            return kind.__module__.startswith("torch.optim.") and "Adam" in kind.__name__
 
         def bare_optimizer(self):
             optimizer = self.trainer.optimizer
@@ -435,8 +472,11 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
         # -- rescue --
 
         def rescue(self, error):
-            """Writes a checkpoint of the last finished step, or says why there is none. Nothing leaves it."""
+            """After an out-of-memory error: writes a checkpoint of the last finished step, or says why there is none.
+            Nothing leaves it."""
             try:
+                if not is_device_oom(error):
+                    return
                 facts = {"step": self.done, "phase": self.phase}
                 if self.done == self.start:
                     self.say("rescue_needless", why="no step was finished since the start", **facts)
@@ -506,16 +546,20 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
             many = trainer.args.world_size > 1
             name = f"rng_state_{trainer.args.process_index}.pth" if many else "rng_state.pth"
             torch.save(self.rng, os.path.join(staged, name))
-            note = {"step": self.done, "phase": self.phase, "error": str(error)[:500], "protocol": PROTOCOL}
+            note = {"step": self.done, "phase": self.phase, "error": text_of(error)[:500], "protocol": PROTOCOL}
             with open(os.path.join(staged, "rescue.json"), "w", encoding="utf-8") as file:
                 json.dump(note, file)
             self.update_stateful_callbacks(state)
             state.last_model_checkpoint = final
             state.save_to_json(os.path.join(staged, "trainer_state.json"))
             sync_tree(staged)
+            if is_whole(final, self.done):
+                # Another rank was here meanwhile. Its checkpoint is as good, and it has said so.
+                shutil.rmtree(parent, ignore_errors=True)
+                self.say("rescue_needless", step=self.done, phase=self.phase, why="another rank has saved it")
+                return
             if os.path.lexists(final):
                 os.rename(final, os.path.join(parent, "partial"))
-            # Two ranks may be here: the second finds the name taken, fails, and leaves the first one's alone.
             os.rename(staged, final)
             sync(output_dir)
             shutil.rmtree(parent, ignore_errors=True)
@@ -611,7 +655,7 @@ def install(telemetry, parts, stop_file):
         try:
             return loop(self, *args, **kwargs)
         except Exception as error:
-            if companion is not None and is_device_oom(error):
+            if companion is not None:
                 companion.rescue(error)
             raise
         finally:
@@ -653,4 +697,4 @@ def main():
 try:
     main()
 except Exception as error:  # Whatever it is: the training does not end for it.
-    print(f"mhtraind companion: not loaded: {error!r}", file=sys.stderr)
+    complain(f"not loaded: {type(error).__name__}: {text_of(error)}")

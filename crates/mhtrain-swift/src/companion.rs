@@ -271,7 +271,7 @@ impl Telemetry {
             "saved" => self.saved_step = Some(step()?),
             "rescue_begin" => {
                 let bytes = Bytes::new(value["bytes"].as_u64()?);
-                self.rescue = Some(Rescue::Begun { step: step()?, bytes });
+                self.keep_rescue(Rescue::Begun { step: step()?, bytes });
             }
             "rescued" => {
                 let step = step()?;
@@ -298,7 +298,7 @@ impl Telemetry {
         Some(())
     }
 
-    /// Notes a rescue that came to nothing, unless another rank has written one.
+    /// Notes a rescue that is under way or came to nothing, unless another rank has written one.
     fn keep_rescue(&mut self, rescue: Rescue) {
         if !matches!(self.rescue, Some(Rescue::Saved { .. })) {
             self.rescue = Some(rescue);

@@ -18,6 +18,7 @@ mod pattern;
 mod signatures;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use mhtrain_job::diagnosis::{Answer, Diagnosis, Evidence, Kind, Phase};
 
@@ -28,7 +29,7 @@ use self::signatures::Form;
 use crate::oom_message::{self, OomMessage};
 
 /// What is known about the end beside the text.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExitFacts {
     /// Exit code, where it is known. The codes of the `swift` wrapper (256 less the signal) and of a shell (128 and
     /// the signal) are understood.
@@ -41,6 +42,8 @@ pub struct ExitFacts {
     pub we_stopped_it: bool,
     /// Whether expandable segments were on; `None` where that is unknown.
     pub expandable_segments: Option<bool>,
+    /// The file that the trainer printed into, when there was no room for it to grow at the end.
+    pub full_log: Option<PathBuf>,
 }
 
 /// Longest line that is looked at as a whole; of a longer one the beginning and the end are.
@@ -241,7 +244,7 @@ impl Diagnoser {
     pub fn finish(mut self, exit: ExitFacts) -> Diagnosis {
         self.end_line();
         self.close_assembly();
-        verdict(self, exit)
+        verdict(self, &exit)
     }
 
     fn end_line(&mut self) {
@@ -772,7 +775,7 @@ impl ExitFacts {
 }
 
 /// Weighs text against exit facts.
-fn verdict(read: Diagnoser, exit: ExitFacts) -> Diagnosis {
+fn verdict(read: Diagnoser, exit: &ExitFacts) -> Diagnosis {
     let failed = exit.failed();
     if failed == Some(false) {
         return ended_well(&read, exit);
@@ -811,7 +814,7 @@ fn verdict(read: Diagnoser, exit: ExitFacts) -> Diagnosis {
 }
 
 /// Judges a death, or a text without an exit code, by the text.
-fn by_text(read: &Diagnoser, exit: ExitFacts, failed: Option<bool>) -> Diagnosis {
+fn by_text(read: &Diagnoser, exit: &ExitFacts, failed: Option<bool>) -> Diagnosis {
     let loop_ended = read.metrics.ended();
     // After the end of training a warning in passing is not why anything died.
     let enough = if failed.is_none() && loop_ended { weight::PRINTED } else { weight::ECHO };
@@ -839,7 +842,10 @@ fn by_text(read: &Diagnoser, exit: ExitFacts, failed: Option<bool>) -> Diagnosis
         (Some(true), None) if exit.death_signal().is_some() => {
             told(read, Kind::CodeError, Answer::Stop, false)
         }
-        (Some(true), None) => told(read, Kind::Unknown, Answer::Stop, false),
+        (Some(true), None) => exit
+            .full_log
+            .as_deref()
+            .map_or_else(|| told(read, Kind::Unknown, Answer::Stop, false), words_lost_for_lack_of_space),
         (_, _) if loop_ended => success(read, true),
         (_, Some(cause)) => by_cause(read, cause, exit, false),
         (_, None) if pending.is_some_and(Cause::is_caught) => match pending {
@@ -851,13 +857,26 @@ fn by_text(read: &Diagnoser, exit: ExitFacts, failed: Option<bool>) -> Diagnosis
     }
 }
 
+/// The trainer failed without a word, into a log that could not take any: to print is what failed, or comes before it.
+fn words_lost_for_lack_of_space(log: &Path) -> Diagnosis {
+    let line = format!("no space is left for what the trainer prints into {}", log.display());
+    Diagnosis {
+        kind: Kind::DiskFull,
+        fatal: true,
+        certain: false,
+        phase: None,
+        evidence: Evidence { line, ..Evidence::default() },
+        answer: Answer::Stop,
+    }
+}
+
 /// A text that explains nothing, without an exit code: it may be of a run that goes on.
 fn unexplained(read: &Diagnoser) -> Diagnosis {
     Diagnosis { fatal: false, ..told(read, Kind::Unknown, Answer::Stop, false) }
 }
 
 /// Exit code 0: at worst worthless, never a reason for a lower tier.
-fn ended_well(read: &Diagnoser, exit: ExitFacts) -> Diagnosis {
+fn ended_well(read: &Diagnoser, exit: &ExitFacts) -> Diagnosis {
     if let Some(line) = read.metrics.divergence() {
         return diverged(line, false);
     }
@@ -905,7 +924,7 @@ fn told(read: &Diagnoser, kind: Kind, answer: Answer, certain: bool) -> Diagnosi
 }
 
 /// A verdict that a line of the text gives.
-fn by_cause(read: &Diagnoser, cause: &Cause, exit: ExitFacts, fatal: bool) -> Diagnosis {
+fn by_cause(read: &Diagnoser, cause: &Cause, exit: &ExitFacts, fatal: bool) -> Diagnosis {
     let mut evidence = Evidence { line: cause.line.clone(), rank: cause.rank, ..Evidence::default() };
     let mut kind = cause.kind;
     let mut amounts = None;
@@ -931,7 +950,7 @@ fn answer_to(
     phase: Option<Phase>,
     cause: &Cause,
     amounts: Option<&OomMessage>,
-    exit: ExitFacts,
+    exit: &ExitFacts,
 ) -> Answer {
     match kind {
         Kind::DeviceOom => match phase {

@@ -334,6 +334,50 @@ fn a_replaced_store_leaves_the_log_of_the_new_one_alone_when_it_is_closed() {
 }
 
 #[test]
+fn a_log_that_is_not_ours_is_left_alone_when_the_store_is_closed() {
+    // SQLite itself leaves it alone only where the database has moved as well.
+    let (dir, mut store) = store();
+    live(&mut store, 2);
+    let log = dir.path().join("mhtraind.db-wal");
+    fs::rename(&log, dir.path().join("aside")).unwrap();
+    fs::write(&log, "somebody else's").unwrap();
+    drop(store);
+    assert_eq!(fs::read(&log).unwrap(), b"somebody else's");
+}
+
+#[test]
+fn files_are_looked_at_before_the_transaction_and_after_it() {
+    let (dir, mut store) = store();
+    let (lock, aside) = (dir.path().join("lock"), dir.path().join("aside"));
+    let replaced_meanwhile = store.database.write(Durability::PowerCut, |_| {
+        fs::rename(&lock, &aside).unwrap();
+        Ok(())
+    });
+    assert!(matches!(replaced_meanwhile, Err(StoreError::Replaced { .. })));
+    let mut tried = false;
+    let replaced_before = store.database.write(Durability::PowerCut, |_| {
+        tried = true;
+        Ok(())
+    });
+    assert!(matches!(replaced_before, Err(StoreError::Replaced { .. })) && !tried);
+}
+
+#[test]
+fn after_an_error_the_disk_says_what_was_written() {
+    let (dir, mut store) = store();
+    let id = live(&mut store, 5);
+    // As when only the fsync of the commit fails: the event is there, and nobody was told.
+    let known = store.known[&id].clone();
+    append(store.database.connection(), id, &known, &life()[5]).unwrap();
+    let (lock, aside) = (dir.path().join("lock"), dir.path().join("aside"));
+    fs::rename(&lock, &aside).unwrap();
+    store.append(id, &life()[5]).unwrap_err();
+    fs::rename(&aside, &lock).unwrap();
+    assert_eq!(store.state(id).unwrap(), states(&life()[..6]));
+    store.append(id, &life()[6]).unwrap();
+}
+
+#[test]
 fn what_is_not_a_store_is_refused_by_name() {
     let (dir, store) = store();
     drop(store);

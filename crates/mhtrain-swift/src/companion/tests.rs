@@ -160,6 +160,7 @@ fn an_error_is_why_it_is_silent_and_another_ranks_rescue_stands() {
     assert_eq!(broken.why_silent(), "install: RuntimeError: no");
     let two = telemetry(
         "{\"v\": 1, \"kind\": \"rescued\", \"step\": 6, \"path\": \"/out/checkpoint-6\", \"rank\": 1}\n\
+         {\"v\": 1, \"kind\": \"rescue_begin\", \"step\": 6, \"bytes\": 9, \"rank\": 0}\n\
          {\"v\": 1, \"kind\": \"rescue_failed\", \"step\": 6, \"error\": \"OSError: not empty\", \"rank\": 0}\n",
     );
     assert!(matches!(two.rescue(), Some(Rescue::Saved { step: 6, .. })));

@@ -465,9 +465,90 @@ pub(super) fn matches(text: &str) -> impl Iterator<Item = &'static Signature> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::{any, proptest};
+    use proptest::sample::Index;
+    use proptest::strategy::{Strategy, ValueTree};
+    use proptest::test_runner::TestRunner;
+    use regex::bytes::{Regex, RegexBuilder};
+    use regex_syntax::hir::{Hir, HirKind, Repetition};
 
     fn kind(text: &str) -> Option<Kind> {
         matches(text).next().map(|signature| signature.kind)
+    }
+
+    /// Every pattern as it is written, tried on every line.
+    static ALONE: LazyLock<Vec<Regex>> = LazyLock::new(|| {
+        let alone = |signature: &Signature| {
+            RegexBuilder::new(signature.pattern).case_insensitive(true).unicode(false).build().unwrap()
+        };
+        SIGNATURES.iter().map(alone).collect()
+    });
+
+    #[track_caller]
+    fn assert_nothing_is_dropped(line: &str) {
+        let alone: Vec<usize> =
+            (0..SIGNATURES.len()).filter(|&at| ALONE[at].is_match(line.as_bytes())).collect();
+        assert_eq!(FILTER.matches(line), alone, "{line:?}");
+    }
+
+    /// Returns a pattern that generates what `hir` matches but for its anchors, which proptest cannot generate.
+    fn without_anchors(hir: &Hir) -> Hir {
+        match hir.kind() {
+            HirKind::Look(_) => Hir::empty(),
+            HirKind::Capture(capture) => without_anchors(&capture.sub),
+            HirKind::Concat(parts) => Hir::concat(parts.iter().map(without_anchors).collect()),
+            HirKind::Alternation(branches) => {
+                Hir::alternation(branches.iter().map(without_anchors).collect())
+            }
+            HirKind::Repetition(repetition) => Hir::repetition(Repetition {
+                // More of the same says nothing more.
+                max: Some(repetition.max.unwrap_or(u32::MAX).min(repetition.min + 4)),
+                sub: Box::new(without_anchors(&repetition.sub)),
+                ..*repetition
+            }),
+            HirKind::Empty | HirKind::Literal(_) | HirKind::Class(_) => hir.clone(),
+        }
+    }
+
+    #[test]
+    fn what_the_patterns_themselves_generate_is_found_as_by_each_alone() {
+        let mut runner = TestRunner::deterministic();
+        let mut found = 0;
+        for (at, signature) in SIGNATURES.iter().enumerate() {
+            let hir = without_anchors(&regex_syntax::parse(signature.pattern).unwrap());
+            let lines = proptest::string::string_regex(&hir.to_string()).unwrap();
+            for _ in 0..12 {
+                let line = lines.new_tree(&mut runner).unwrap().current();
+                for line in [line.to_uppercase(), format!("[rank0]: {line} x"), line] {
+                    assert_nothing_is_dropped(&line);
+                    found += usize::from(FILTER.matches(&line).contains(&at));
+                }
+            }
+        }
+        // The others need an anchor that is not there.
+        assert!(found > SIGNATURES.len() * 24, "only {found} lines match what they were made of");
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_of_logs_are_found_as_by_each_pattern_alone(
+            pieces in vec((any::<Index>(), any::<Index>(), any::<Index>(), any::<bool>(), "\\PC{0,3}"), 1..4),
+        ) {
+            let rows: Vec<&str> = include_str!("../../tests/fixtures/wordings.txt")
+                .lines()
+                .filter_map(|row| Some(row.split_once('\t')?.1))
+                .collect();
+            let mut line = String::new();
+            for (row, from, to, is_loud, glue) in pieces {
+                let row: Vec<char> = row.get(&rows).chars().collect();
+                let (from, to) = (from.index(row.len() + 1), to.index(row.len() + 1));
+                let piece: String = row[from.min(to)..from.max(to)].iter().collect();
+                line.push_str(&if is_loud { piece.to_uppercase() } else { piece });
+                line.push_str(&glue);
+            }
+            assert_nothing_is_dropped(&line);
+        }
     }
 
     /// One automaton for all wordings read 0.2 MB/s of sentences: what is tried has to stay little.

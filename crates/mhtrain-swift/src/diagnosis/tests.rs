@@ -61,6 +61,41 @@ fn the_first_cause_over_all_ranks_wins() {
 }
 
 #[test]
+fn words_that_a_full_disk_took_are_a_full_disk_and_words_that_are_there_count_more() {
+    let full = |code| ExitFacts {
+        code: Some(code),
+        full_log: Some("/j/trainer.log".into()),
+        ..ExitFacts::default()
+    };
+    // Python's own code for "standard output could not be flushed", after all of the training.
+    for (text, code) in [(format!("{STEP}{END}"), 120), (STEP.to_owned(), 1), (String::new(), 1)] {
+        let found = diagnose(text.as_bytes(), full(code));
+        assert_eq!(
+            (found.kind, found.answer, found.certain),
+            (Kind::DiskFull, Answer::Stop, false),
+            "{text}"
+        );
+        assert!(found.evidence.line.contains("/j/trainer.log"), "{}", found.evidence.line);
+        assert_eq!(exited(&text, code).kind, Kind::Unknown);
+    }
+    let died = traceback(&["training_step"], OOM);
+    assert_eq!(diagnose(died.as_bytes(), full(1)).kind, Kind::DeviceOom);
+    assert_eq!(diagnose(END.as_bytes(), full(0)).kind, Kind::Success);
+}
+
+#[test]
+fn of_causes_that_weigh_the_same_the_first_one_holds() {
+    let full = "OSError: [Errno 28] No space left on device: 'x'";
+    let raised = |rank: u32, what: &str| {
+        format!("[rank{rank}]: Traceback (most recent call last):\n[rank{rank}]: {what}\n")
+    };
+    for (first, second, kind) in [(OOM, full, Kind::DeviceOom), (full, OOM, Kind::DiskFull)] {
+        let found = exited(&format!("{}{}", raised(1, first), raised(0, second)), 1);
+        assert_eq!((found.kind, found.evidence.rank), (kind, Some(1)), "{first}");
+    }
+}
+
+#[test]
 fn a_bug_on_one_rank_is_not_the_broken_connection_of_the_other() {
     let text = "[rank0]: RuntimeError: gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4242\n\
                 [rank1]: Traceback (most recent call last):\n[rank1]: ZeroDivisionError: division by zero\n";
@@ -309,7 +344,7 @@ proptest::proptest! {
         code in proptest::option::of(-40i32..300),
     ) {
         let exit = ExitFacts { code, ..ExitFacts::default() };
-        let whole = diagnose(&bytes, exit);
+        let whole = diagnose(&bytes, exit.clone());
         let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(bytes.len())).collect();
         cuts.sort_unstable();
         let mut diagnoser = Diagnoser::new();

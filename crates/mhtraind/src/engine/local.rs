@@ -26,7 +26,7 @@ use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
-use mhtrain_supervisor::record::{Ended as TrainerEnd, Extent, RecordError};
+use mhtrain_supervisor::record::{Ended as TrainerEnd, ExitRecord, Extent, RecordError};
 use mhtrain_swift::checkpoint::{CheckpointFacts, ResumeDecision, ResumeQuestion, choose_resume};
 use mhtrain_swift::command::{AttemptFlags, TrainerStart, dataloader_workers, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
@@ -750,7 +750,7 @@ impl<'a> Job<'a> {
                     if let Err(error) = attempt.clean_up() {
                         tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
                     }
-                    return self.gone(start, follower, pids, Some((&end.ended, end.oom_kill)));
+                    return self.gone(start, follower, pids, Some(&end));
                 }
                 AttemptState::Lost { .. } if take_overs < TAKE_OVERS_MAX => {
                     take_overs += 1;
@@ -773,7 +773,7 @@ impl<'a> Job<'a> {
         start: AttemptStart,
         mut follower: Follower,
         pids: Vec<u32>,
-        end: Option<(&TrainerEnd, Option<bool>)>,
+        end: Option<&ExitRecord>,
     ) -> Result<Gone, Failure> {
         follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
         self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
@@ -782,7 +782,7 @@ impl<'a> Job<'a> {
         if follower.telemetry.stopped_at().is_some() {
             self.stop = self.stop.or(Some(StopCause::StopFile));
         }
-        let exit = match end.map(|(ended, _)| ended) {
+        let exit = match end.map(|end| &end.ended) {
             Some(TrainerEnd::Code(code)) => Exit::Code { code: *code },
             Some(TrainerEnd::Signal(signal)) => Exit::Signal { signal: *signal },
             Some(TrainerEnd::NotStarted(error)) => Exit::SpawnFailed { error: error.clone() },
@@ -791,9 +791,10 @@ impl<'a> Job<'a> {
         let facts = ExitFacts {
             code: if let Exit::Code { code } = exit { Some(code) } else { None },
             signal: if let Exit::Signal { signal } = exit { Some(signal) } else { None },
-            oom_kill: end.and_then(|(_, oom_kill)| oom_kill),
+            oom_kill: end.and_then(|end| end.oom_kill),
             we_stopped_it: self.stop.is_some(),
             expandable_segments: Some(self.policy.expandable_segments != ExpandableSegments::Off),
+            full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
         };
         Ok(Gone { start, exit, facts, follower, pids })
     }
@@ -847,9 +848,7 @@ impl<'a> Job<'a> {
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
         let Gone { start, exit, facts, mut follower, pids } = gone;
-        let expandable = facts.expandable_segments;
-        let diagnosis = std::mem::take(&mut follower.diagnoser)
-            .finish(ExitFacts { expandable_segments: expandable, ..facts });
+        let diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {
