@@ -9,7 +9,7 @@ use mhtrain_probe::trainer_environment::TrainerQuery;
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::plan::Rung;
 use mhtrain_sizing::request::TrainerFeatures;
-use mhtrain_sizing::units::Bytes;
+use mhtrain_sizing::units::{Bytes, card_memory};
 use mhtrain_swift::command::{
     AttemptFlags, Invocation, TRAINER_COMMAND, TrainerStart, exact_command, shell_block, user_command,
 };
@@ -43,10 +43,10 @@ pub struct PlanArgs {
     #[arg(long)]
     exact: bool,
     /// Free memory of a described card, for example 22.5GiB
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = card_memory)]
     gpu_free: Option<Bytes>,
     /// Whole memory of a described card [default: the free memory]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = card_memory)]
     gpu_total: Option<Bytes>,
     /// Compute capability of a described card [default: 8.0]
     #[arg(long, value_name = "X.Y")]
