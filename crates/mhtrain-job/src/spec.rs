@@ -7,7 +7,6 @@ mod args;
 mod error;
 mod parse;
 mod read;
-mod unique;
 
 use std::collections::BTreeMap;
 use std::fmt;
