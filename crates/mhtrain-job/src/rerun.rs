@@ -421,12 +421,12 @@ impl Case<'_> {
     }
 
     fn lower_rung(&self, dead: &Rung, index: usize, next: &Rung) -> Decision {
-        let same_rows = dead.tier.trains_same_rows_as(&next.tier);
-        let resume = if same_rows { ResumeWish::Latest } else { ResumeWish::FromStart };
-        if !same_rows && self.history.steps_done > 0 && !self.policy.allow.restart {
+        let same = dead.tier.trains_the_same_as(&next.tier);
+        let resume = if same { ResumeWish::Latest } else { ResumeWish::FromStart };
+        if !same && self.history.steps_done > 0 && !self.policy.allow.restart {
             return give_up(
                 format!(
-                    "device memory ran out at {}, and the next rung, {}, trains other rows: {} steps would be \
+                    "device memory ran out at {}, and the next rung, {}, trains other rows or adapters: {} steps would be \
                      lost, and `allow.restart` is false",
                     dead.tier, next.tier, self.history.steps_done
                 ),
@@ -440,7 +440,7 @@ impl Case<'_> {
             next.tier,
             next.predicted_peak_bytes,
             dead.predicted_peak_bytes,
-            if same_rows { "" } else { "; it trains other rows, so it starts again" },
+            if same { "" } else { "; it trains other rows or adapters, so it starts again" },
         );
         Decision::Rerun(Rerun {
             rung: index,

@@ -202,8 +202,6 @@ impl JobSpec {
             card,
             held_by_others,
             train_type: self.train_type_in_memory()?,
-            lora_rank: self.lora_rank()?,
-            targets: self.targets()?,
             length: self.length,
             save: self.save,
             learning: self.learning,

@@ -13,7 +13,7 @@ use crate::model::ShapeSource;
 use crate::observation::{Fingerprint, Observation, Versions};
 use crate::request::{Learning, Length, Request};
 use crate::reserve::{Group, Reserve};
-use crate::tier::{Profile, Tier};
+use crate::tier::{Adapters, Profile, Tier};
 use crate::units::Bytes;
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
 
@@ -197,10 +197,11 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
 
 /// Returns the pass that a rung means for the card.
 pub fn workload(request: &Request, tier: &Tier) -> Workload {
+    let adapters = tier.adapters.clone().unwrap_or_default();
     Workload {
         train_type: request.train_type,
-        lora_rank: request.lora_rank,
-        targets: request.targets.clone(),
+        lora_rank: adapters.lora_rank,
+        targets: adapters.target_modules,
         dtype: tier.torch_dtype,
         micro_batch: tier.micro_batch,
         accumulation: tier.accumulation,
@@ -246,6 +247,9 @@ struct Sizing<'a> {
     lengths: Lengths,
     attention: Attention,
     dtype: Dtype,
+    adapters: Option<Adapters>,
+    /// The adapters of the most frugal rungs; those of the others where fewer are not allowed.
+    fewest: Option<Adapters>,
     liger: bool,
     history: &'a History,
     /// What packed and unpacked rungs have in common with earlier attempts.
@@ -293,6 +297,7 @@ impl<'a> Sizing<'a> {
         let lengths = settle_lengths(request, book, class)?;
         let attention = settle_attention(request, book, &mut notes)?;
         let dtype = settle_dtype(request, &mut notes)?;
+        let (adapters, fewest) = settle_adapters(request, book, &mut notes);
         let liger = settle_liger(request, &mut notes);
         note_environment(request, &mut notes);
         if request.learning == Learning::Fast {
@@ -310,6 +315,8 @@ impl<'a> Sizing<'a> {
             lengths,
             attention,
             dtype,
+            adapters,
+            fewest,
             liger,
             packed,
             unpacked,
@@ -331,20 +338,36 @@ impl<'a> Sizing<'a> {
             );
         }
         if let Some(length) = self.lengths.shorter {
-            let small =
-                |micro: &&u32| self.batches.pinned || **micro <= self.book.profiles.shorter.micro_batch_max;
-            tiers.extend(
-                self.batches
-                    .micro
-                    .iter()
-                    .filter(small)
-                    .map(|&micro| (self.standard_tier(Profile::Shorter, micro, length), Rule::Careful)),
-            );
+            let shorter = |micro| (self.standard_tier(Profile::Shorter, micro, length), Rule::Careful);
+            tiers.extend(self.small_batches().map(shorter));
+        }
+        let last = self.lengths.shorter.or(self.lengths.standard).or(self.lengths.long);
+        if let (Some(length), true) = (last, self.fewest != self.adapters) {
+            let fewer = |micro| (self.fewer_targets_tier(micro, length), Rule::Careful);
+            tiers.extend(self.small_batches().map(fewer));
         }
         if self.request.allow.emergency && !self.request.pins.leave_nothing_to_size() {
             tiers.push((self.emergency_tier(), Rule::Careful));
         }
         tiers.into_iter().map(|(tier, rule)| self.candidate(tier, rule)).collect()
+    }
+
+    /// Returns the micro-batches that are tried once the rows are as short as they may be: larger ones need more than a
+    /// small one of longer rows does.
+    fn small_batches(&self) -> impl Iterator<Item = u32> {
+        let smallest = self.batches.micro.last().copied();
+        let most = self.book.profiles.shorter.micro_batch_max;
+        let pinned = self.batches.pinned;
+        self.batches
+            .micro
+            .iter()
+            .copied()
+            .filter(move |micro| pinned || *micro <= most || Some(*micro) == smallest)
+    }
+
+    fn fewer_targets_tier(&self, micro: u32, max_length: u32) -> Tier {
+        let tier = self.standard_tier(Profile::FewerTargets, micro, max_length);
+        Tier { adapters: self.fewest.clone(), ..tier }
     }
 
     fn candidate(&self, tier: Tier, rule: Rule) -> Result<Candidate, PlanError> {
@@ -417,14 +440,15 @@ impl<'a> Sizing<'a> {
             self.smallest(self.book.profiles.emergency.micro_batch)
         };
         let attention = self.attention;
-        self.tier(
+        let tier = self.tier(
             Profile::Emergency,
             micro,
             self.lengths.emergency,
             attention.emergency_packing,
             attention.emergency_attn_impl,
             &values,
-        )
+        );
+        Tier { adapters: self.fewest.clone(), ..tier }
     }
 
     /// Returns the largest divisor of the effective batch up to `micro`, so that E stays what it is.
@@ -467,6 +491,7 @@ impl<'a> Sizing<'a> {
             router_aux_loss_coef: pins
                 .router_aux_loss_coef
                 .or(mixture.then_some(self.book.mixture.router_aux_loss_coef)),
+            adapters: self.adapters.clone(),
         }
     }
 
@@ -678,6 +703,14 @@ fn what_changes(from: &Tier, to: &Tier) -> Vec<String> {
     }
     if to.packing != from.packing {
         changes.push("rows are not packed: there are more steps, and each is less full".to_owned());
+    }
+    if let (Some(to), Some(from)) = (&to.adapters, &from.adapters)
+        && to.target_modules != from.target_modules
+    {
+        changes.push(format!(
+            "adapters are on {} instead of {}: less is trained (recipe 8.4)",
+            to.target_modules, from.target_modules
+        ));
     }
     if to.learning_rate != from.learning_rate {
         changes.push(format!(
@@ -936,6 +969,36 @@ fn settle_dtype(request: &Request, notes: &mut Vec<String>) -> Result<Dtype, Pla
             "allow it (`allow.lower_precision`), pin `torch_dtype`, or take an Ampere card".to_owned(),
         )),
     }
+}
+
+/// Returns the adapters of the job, and those of its most frugal rungs: on fewer layers where the job allows it, pins no
+/// layers, and the model has the ones that the book names.
+fn settle_adapters(
+    request: &Request,
+    book: &TierBook,
+    notes: &mut Vec<String>,
+) -> (Option<Adapters>, Option<Adapters>) {
+    if request.train_type == TrainType::Full {
+        return (None, None);
+    }
+    let pins = &request.pins;
+    let own = Adapters {
+        lora_rank: pins.lora_rank.unwrap_or(book.lora.rank),
+        target_modules: pins.target_modules.clone().unwrap_or_else(|| book.lora.target_modules.clone()),
+    };
+    if !request.allow.fewer_targets || pins.target_modules.is_some() {
+        return (Some(own.clone()), Some(own));
+    }
+    let fewer = book.profiles.fewer_targets.target_modules.clone();
+    let shape = &request.model.shape;
+    let found = shape.adapter_parameters(own.lora_rank, &fewer);
+    if found == 0 || found >= shape.adapter_parameters(own.lora_rank, &own.target_modules) {
+        notes.push(format!(
+            "`allow.fewer_targets` changes nothing: {fewer} are not fewer layers of this model"
+        ));
+        return (Some(own.clone()), Some(own));
+    }
+    (Some(own.clone()), Some(Adapters { target_modules: fewer, ..own }))
 }
 
 fn settle_liger(request: &Request, notes: &mut Vec<String>) -> bool {

@@ -5,11 +5,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod recipe;
+
 use mhtrain_sizing::estimate::estimate;
 use mhtrain_sizing::model::{Model, ShapeSource};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
 use proptest::prelude::*;
+use recipe::{any_workload, workload};
 use serde::Deserialize;
 
 #[derive(Debug, Deserialize)]
@@ -84,28 +87,10 @@ fn qwen() -> Model {
     Model::resolve("Qwen/Qwen2.5-7B", None, None).unwrap()
 }
 
-fn recipe() -> Workload {
-    Workload {
-        train_type: TrainType::Lora,
-        lora_rank: 8,
-        targets: Targets::AllLinear,
-        dtype: Dtype::Bfloat16,
-        micro_batch: 8,
-        accumulation: 4,
-        max_length: 3072,
-        packing: true,
-        padded: false,
-        attn_impl: AttnImpl::FlashAttn,
-        gradient_checkpointing: true,
-        liger_kernel: false,
-        logit_share: 1.0,
-    }
-}
-
 #[test]
 fn a_worse_source_widens_the_interval() {
     let width = |source| {
-        let estimate = estimate(&Model { source, ..qwen() }, &recipe()).unwrap();
+        let estimate = estimate(&Model { source, ..qwen() }, &workload()).unwrap();
         estimate.high_bytes.as_f64() / estimate.low_bytes.as_f64()
     };
     use ShapeSource::{Catalogue, Config, Name, UnknownBlock};
@@ -119,14 +104,14 @@ fn unequal_rows_and_liger_widen_the_interval() {
         let estimate = estimate(&qwen(), work).unwrap();
         estimate.high_bytes.as_f64() / estimate.device_peak_bytes.as_f64()
     };
-    let unequal = Workload { packing: false, padded: true, ..recipe() };
-    assert!(width(&unequal) > width(&recipe()));
-    assert!(width(&Workload { liger_kernel: true, ..recipe() }) > width(&recipe()));
+    let unequal = Workload { packing: false, padded: true, ..workload() };
+    assert!(width(&unequal) > width(&workload()));
+    assert!(width(&Workload { liger_kernel: true, ..workload() }) > width(&workload()));
 }
 
 #[test]
 fn quantiles_pass_through_the_interval() {
-    let estimate = estimate(&qwen(), &recipe()).unwrap();
+    let estimate = estimate(&qwen(), &workload()).unwrap();
     let near = |a: Bytes, b: Bytes| (a.as_f64() / b.as_f64() - 1.0).abs() < 1e-3;
     assert!(near(estimate.quantile(0.05), estimate.low_bytes));
     assert!(near(estimate.quantile(0.95), estimate.high_bytes));
@@ -137,7 +122,7 @@ fn quantiles_pass_through_the_interval() {
 
 #[test]
 fn an_estimate_is_cheap() {
-    let (model, work) = (qwen(), recipe());
+    let (model, work) = (qwen(), workload());
     let start = std::time::Instant::now();
     let rounds = 2000;
     let sum: Bytes = (0..rounds).map(|_| estimate(&model, &work).unwrap().device_peak_bytes).sum();
@@ -165,39 +150,11 @@ fn any_work() -> impl Strategy<Value = (Model, Workload)> {
         "novel-3B",
         "novel-30B-A3B",
     ];
-    let attention = prop::sample::select(vec![AttnImpl::FlashAttn, AttnImpl::Sdpa, AttnImpl::Eager]);
-    let method = prop::sample::select(vec![TrainType::Lora, TrainType::Qlora, TrainType::Full]);
-    let dtype = prop::sample::select(vec![Dtype::Bfloat16, Dtype::Float16, Dtype::Float32]);
-    let numbers = (1u32..300, 1u32..40_000, 1u32..1000, 1u32..4, 0.001f64..1.0);
-    (prop::sample::select(names), attention, method, dtype, any::<[bool; 4]>(), numbers).prop_map(
-        |(
-            name,
-            attn_impl,
-            train_type,
-            dtype,
-            [packing, padded, gradient_checkpointing, liger_kernel],
-            numbers,
-        )| {
-            let (micro_batch, max_length, lora_rank, accumulation, logit_share) = numbers;
-            let model = Model::resolve(name, None, None).unwrap();
-            let work = Workload {
-                train_type,
-                lora_rank,
-                targets: Targets::AllLinear,
-                dtype,
-                micro_batch,
-                accumulation,
-                max_length,
-                packing,
-                padded,
-                attn_impl,
-                gradient_checkpointing,
-                liger_kernel,
-                logit_share,
-            };
-            (model, work)
-        },
-    )
+    let counts = (1u32..300, 1u32..40_000, 1u32..1000, 1u32..4).prop_map(
+        |(micro_batch, max_length, rank, accumulation)| [micro_batch, max_length, rank, accumulation],
+    );
+    let model = prop::sample::select(names).prop_map(|name| Model::resolve(name, None, None).unwrap());
+    (model, any_workload(counts))
 }
 
 proptest! {

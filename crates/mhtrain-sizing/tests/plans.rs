@@ -2,40 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use mhtrain_sizing::gpu::{Card, ComputeCapability};
+mod recipe;
+
+use mhtrain_sizing::explain::{bar, what_would_change};
+use mhtrain_sizing::gpu::ComputeCapability;
 use mhtrain_sizing::ladder::TierBook;
-use mhtrain_sizing::model::Model;
-use mhtrain_sizing::plan::{Plan, PlanError, after_oom, plan};
-use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
+use mhtrain_sizing::plan::{History, Plan, PlanError, Rung, after_oom, plan};
+use mhtrain_sizing::request::{Learning, Length, Pins, Request, Save};
 use mhtrain_sizing::tier::{Profile, Steps, Tier};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType};
 use proptest::prelude::*;
-
-fn request(model: &str, free: Bytes) -> Request {
-    Request {
-        model: Model::resolve(model, None, None).unwrap(),
-        card: Card {
-            name: "A100-SXM4-80GB".to_owned(),
-            index: Some(0),
-            total: Bytes::from_gib(80),
-            free,
-            compute_capability: Some(ComputeCapability::AMPERE),
-        },
-        held_by_others: Bytes::ZERO,
-        train_type: TrainType::Lora,
-        lora_rank: 8,
-        targets: Targets::AllLinear,
-        length: Length::Standard,
-        save: Save::Standard,
-        learning: Learning::Standard,
-        min_effective_batch: 32,
-        allow: Allow::default(),
-        pins: Pins::default(),
-        features: TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true },
-        oom_risk: 0.10,
-    }
-}
+use recipe::request;
 
 /// An idle 80 GiB card, less what the driver keeps.
 fn idle(model: &str) -> Request {
@@ -305,6 +283,85 @@ fn the_plan_of_a_7b_on_a_24_gib_card_reads_well() {
     insta::assert_snapshot!(format!("{}\n\n{}", rungs.join("\n"), plan.notes.join("\n")));
 }
 
+#[test]
+fn a_full_card_says_what_would_take_a_higher_rung() {
+    let mut request = request("Qwen/Qwen2.5-7B", Bytes::from_gib(23));
+    request.features.liger = true;
+    let (plan, book) = (planned(&request), TierBook::builtin());
+    let lines = what_would_change(&request, &book, &History::default(), &plan);
+    assert!(lines[0].starts_with('+') && lines[0].contains("free -> standard 1x32"), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("liger")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("qlora")), "{lines:?}");
+}
+
+#[test]
+fn a_bar_longer_than_what_is_free_shows_where_that_ends() {
+    let free = Bytes::from_gib(23);
+    let plan = planned(&request("Qwen/Qwen2.5-7B", free));
+    let text = bar(&plan.rungs[0].estimate, free, 60);
+    let (drawn, _) = text.split_once("  ").unwrap();
+    assert_eq!(drawn.chars().count(), 61, "{text}");
+    let limit = drawn.find('|').unwrap();
+    assert!(limit > 0 && limit < 10, "{text}");
+}
+
+#[test]
+fn fewer_targets_come_after_shorter_rows_and_before_the_emergency_profile_where_allowed() {
+    let mut request = request("Qwen/Qwen2.5-7B", Bytes::from_mib(20_000));
+    let targets = |plan: &Plan| -> Vec<(Profile, String)> {
+        let adapters = |rung: &Rung| rung.tier.adapters.clone().unwrap().target_modules.to_string();
+        plan.rungs.iter().map(|rung| (rung.tier.name, adapters(rung))).collect()
+    };
+    assert!(targets(&planned(&request)).iter().all(|(_, targets)| targets == "all-linear"));
+    request.allow.fewer_targets = true;
+    let plan = planned(&request);
+    let rungs = targets(&plan);
+    let place = rungs.iter().position(|(name, _)| *name == Profile::FewerTargets).unwrap();
+    assert_eq!(place, rungs.len() - 2);
+    assert_eq!(rungs[place - 1].0, Profile::Shorter);
+    assert!(rungs[place..].iter().all(|(_, targets)| targets == "q_proj,v_proj"), "{rungs:?}");
+    assert!(rungs[..place].iter().all(|(_, targets)| targets == "all-linear"), "{rungs:?}");
+    assert!(plan.rungs[place].predicted_peak_bytes < plan.rungs[place - 1].predicted_peak_bytes);
+    request.allow.fewer_targets = false;
+    let whole = planned(&request);
+    let last = |plan: &Plan| plan.rungs.last().unwrap().predicted_peak_bytes;
+    assert!(last(&plan) < last(&whole), "the emergency rung has the fewer adapters too");
+    assert!(!plan.rungs[place - 1].tier.trains_the_same_as(&plan.rungs[place].tier));
+    let said = plan.notes.iter().any(|note| note.contains("q_proj,v_proj instead of all-linear"));
+    assert!(said, "{:?}", plan.notes);
+}
+
+#[test]
+fn fewer_targets_leave_a_pin_alone_and_say_where_a_model_has_none() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.allow.fewer_targets = true;
+    request.pins.target_modules = Some(Targets::AllLinear);
+    assert!(planned(&request).rungs.iter().all(|rung| rung.tier.name != Profile::FewerTargets));
+    let mut request = idle("baichuan-inc/Baichuan2-7B-Chat");
+    request.allow.fewer_targets = true;
+    let plan = planned(&request);
+    assert!(plan.rungs.iter().all(|rung| rung.tier.name != Profile::FewerTargets));
+    assert!(plan.notes.iter().any(|note| note.contains("`allow.fewer_targets` changes nothing")));
+}
+
+#[test]
+fn the_books_adapters_are_sized_and_a_pin_goes_before_them() {
+    let text = include_str!("../../../config/tiers.toml");
+    let edited = text.replace("rank = 8\n", "rank = 64\n").replace("\"all-linear\"\n", "\"q_proj\"\n");
+    let book = TierBook::from_toml(&edited).unwrap();
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    let adapters =
+        |request: &Request| plan(request, &book).unwrap().chosen_rung().tier.adapters.clone().unwrap();
+    assert_eq!(
+        (adapters(&request).lora_rank, adapters(&request).target_modules.to_string()),
+        (64, "q_proj".into())
+    );
+    request.pins.lora_rank = Some(16);
+    assert_eq!(adapters(&request).lora_rank, 16);
+    request.train_type = TrainType::Full;
+    assert_eq!(plan(&request, &book).unwrap().chosen_rung().tier.adapters, None);
+}
+
 const MODELS: [&str; 8] = [
     "Qwen/Qwen2.5-0.5B",
     "Qwen/Qwen2.5-7B",
@@ -329,7 +386,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         prop::sample::select(vec![TrainType::Lora, TrainType::Qlora, TrainType::Full]),
         prop::sample::select(vec![Length::Standard, Length::Long, Length::Short, Length::Tokens(1000)]),
         1u32..100,
-        any::<(bool, bool, bool, bool)>(),
+        any::<(bool, bool, bool, bool, bool)>(),
         any::<(bool, bool)>(),
         prop::sample::select(vec![(7, 0), (7, 5), (8, 0), (9, 0)]),
     );
@@ -355,6 +412,7 @@ fn any_request() -> impl Strategy<Value = Request> {
                 request.allow.no_packing,
                 request.allow.emergency,
                 request.allow.liger,
+                request.allow.fewer_targets,
             ) = allow;
             (request.features.flash_attn, request.features.liger) = features;
             request.card.compute_capability = Some(ComputeCapability { major, minor });
@@ -413,6 +471,7 @@ proptest! {
                 prop_assert!(request.allow.shorter_max_length || rung.tier.max_length >= first.max_length);
                 prop_assert!(request.allow.no_packing || rung.tier.packing == first.packing);
                 prop_assert!(request.allow.liger || !rung.tier.liger_kernel);
+                prop_assert!(request.allow.fewer_targets || rung.tier.adapters == first.adapters);
             }
             prop_assert!(plan.rungs.is_sorted_by_key(|rung| rung.tier.name));
         }

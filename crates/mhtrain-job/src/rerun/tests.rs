@@ -408,7 +408,7 @@ proptest! {
                 prop_assert!(next.predicted_peak_bytes <= dead.predicted_peak_bytes);
             }
             if next.resume != ResumeWish::FromStart && next.rung != history.rung {
-                prop_assert!(plan.rungs[history.rung].tier.trains_same_rows_as(&plan.rungs[next.rung].tier));
+                prop_assert!(plan.rungs[history.rung].tier.trains_the_same_as(&plan.rungs[next.rung].tier));
             }
             prop_assert!(history.adjustments.iter().all(|old| {
                 next.adjustments.iter().any(|new| old.is_replaced_by(*new))

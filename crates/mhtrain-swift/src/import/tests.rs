@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
 
 use mhtrain_job::spec::JobSpec;
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
 use mhtrain_sizing::tier::{Profile, Steps, Tier};
 use mhtrain_sizing::workload::{AttnImpl, Dtype};
 use proptest::prelude::*;
@@ -378,6 +380,7 @@ fn tier() -> Tier {
         save_total_limit: 3,
         logging_steps: Steps::Count(20),
         router_aux_loss_coef: None,
+        adapters: None,
     }
 }
 
@@ -389,8 +392,7 @@ fn command_of(job: &Value) -> Vec<String> {
         tier: &tier(),
         dialect: &dialect,
         device_index: Some(0),
-        cores: 8,
-        large_model: false,
+        advice: &TierBook::builtin().run_advice(&Model::resolve("org/M-7B", None, None).unwrap(), 8),
         inherited: &BTreeMap::new(),
     };
     user_command(&request).unwrap().argv

@@ -7,7 +7,7 @@ use mhtrain_job::queue::{Fit, Rank};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_probe::gpu::GpuState;
 use mhtrain_probe::trainer_environment::trainer_environment;
-use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{Plan, PlanError, plan};
 use mhtrain_sizing::tier::Profile;
@@ -17,7 +17,7 @@ use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
 
 use super::origin::Origin;
-use super::prepare::{Candidate, Datasets, LARGE_MODEL_PARAMETERS, Prepared, chain, find_files};
+use super::prepare::{Candidate, Datasets, Prepared, chain, find_files};
 use super::secrets;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -46,8 +46,7 @@ pub struct Sized {
     candidate: Candidate,
     plan: Plan,
     environment: TrainerEnvironment,
-    cores: u32,
-    large_model: bool,
+    advice: RunAdvice,
     notes: Vec<String>,
 }
 
@@ -102,7 +101,7 @@ impl Examined {
             && (plan.chosen_rung().fits || is_idle)
         {
             let rank = rank(&plan, now.card.free);
-            return Ok((Fit::Now(rank), Some(self.sized(now, plan))));
+            return Ok((Fit::Now(rank), Some(self.sized(now, plan, book))));
         }
         let best = match size(&idle)? {
             Ok(plan) => plan,
@@ -115,13 +114,12 @@ impl Examined {
         Ok((Fit::Later { rank, need, free: now.card.free, holders: holders(gpu) }, None))
     }
 
-    fn sized(&self, candidate: Candidate, plan: Plan) -> Sized {
+    fn sized(&self, candidate: Candidate, plan: Plan, book: &TierBook) -> Sized {
         Sized {
             candidate,
             plan,
             environment: self.environment.clone(),
-            cores: self.cores,
-            large_model: self.model.parameters() >= LARGE_MODEL_PARAMETERS,
+            advice: book.run_advice(&self.model, self.cores),
             notes: self.notes.clone(),
         }
     }
@@ -151,8 +149,7 @@ impl Sized {
             candidate: self.candidate,
             plan: self.plan,
             dialect,
-            cores: self.cores,
-            large_model: self.large_model,
+            advice: self.advice,
             notes: self.notes,
             inherited: origin.text_variables(),
         };

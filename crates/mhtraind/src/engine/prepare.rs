@@ -9,7 +9,7 @@ use mhtrain_job::spec::{JobSpec, SpecError};
 use mhtrain_probe::model_files::{FoundModel, Places, find_dataset, find_model};
 use mhtrain_probe::probe::ProbeReport;
 use mhtrain_sizing::gpu::Card;
-use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{Plan, PlanError, plan};
 use mhtrain_sizing::request::TrainerFeatures;
@@ -22,9 +22,6 @@ use super::origin::Origin;
 use crate::cli::output;
 use crate::config::Config;
 use crate::failure::{Failure, Status, unreadable};
-
-/// Parameters from which a model counts as large: evaluation is then every 50 steps and not every 200 (recipe 8.4).
-pub const LARGE_MODEL_PARAMETERS: u64 = 10_000_000_000;
 
 /// A card that a job could take.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,10 +60,8 @@ pub struct Prepared {
     pub plan: Plan,
     /// How the installed ms-swift spells things.
     pub dialect: Dialect,
-    /// Cores that the trainer may use.
-    pub cores: u32,
-    /// Whether the model counts as large.
-    pub large_model: bool,
+    /// What the site's tiers.toml advises beside the rungs.
+    pub advice: RunAdvice,
     /// What was assumed about the host, a sentence each.
     pub notes: Vec<String>,
     /// Variables that the trainer inherits.
@@ -81,8 +76,7 @@ impl Prepared {
             tier: &self.plan.rungs[rung].tier,
             dialect: &self.dialect,
             device_index: self.candidate.card.index,
-            cores: self.cores,
-            large_model: self.large_model,
+            advice: &self.advice,
             inherited: &self.inherited,
         }
     }
@@ -270,12 +264,11 @@ pub fn prepare(
     }
     match (best, refusal) {
         (Some((candidate, plan)), _) => Ok(Prepared {
-            large_model: model.parameters() >= LARGE_MODEL_PARAMETERS,
+            advice: book.run_advice(model, host.cores),
             spec,
             candidate,
             plan,
             dialect: host.dialect,
-            cores: host.cores,
             notes: host.notes,
             inherited: origin.text_variables(),
         }),
