@@ -134,7 +134,12 @@ pub fn shape_from_name(name: &str) -> Option<(ModelShape, f64)> {
         Regex::new(r"(?:^|[^a-z0-9.])(?:(?<experts>\d{1,3})x)?(?<count>\d{1,4}(?:\.\d{1,3})?)(?<unit>[bm])(?:-a(?<active>\d{1,3}(?:\.\d{1,3})?)b)?(?:[^a-z0-9.]|$)")
             .expect("a constant pattern, read by a test")
     });
-    let name = plain_name(name);
+    // `foo-1_8b` is 1.8 billion where hyphens part the words; `llama_2_7b` is the seventh billion of a second version.
+    static POINT: OnceLock<Regex> = OnceLock::new();
+    let point = POINT.get_or_init(|| {
+        Regex::new(r"-(\d{1,3})_(\d{1,3}[bBmM])").expect("a constant pattern, read by a test")
+    });
+    let name = plain_name(&point.replace_all(name, "-$1.$2"));
     let found = pattern.captures(&name)?;
     let number = |group: &str| found.name(group).and_then(|text| text.as_str().parse::<f64>().ok());
     let scale = if &found["unit"] == "b" { 1.0 } else { 1e-3 };
@@ -299,6 +304,9 @@ mod tests {
             ("somebody/novel-7B-chat", 7.0),
             ("novel-0.5B", 0.5),
             ("novel_1.8b-base", 1.8),
+            ("somebody/novel-1_8b", 1.8),
+            ("novel-0_5B-chat", 0.5),
+            ("novel_2_7b", 7.0),
             ("novel-500M", 0.5),
             ("novel-13b", 13.0),
             ("novel-65B", 65.0),

@@ -18,6 +18,8 @@ pub struct Model {
     pub source: ShapeSource,
     /// Bytes of the weight files as their headers state them; `None` when no file was seen.
     pub weight_file_bytes: Option<Bytes>,
+    /// How its files hold the weights, where that is not as they are trained.
+    pub quantised: Option<Quantised>,
     /// Attention implementations that the model class supports in transformers, best first.
     pub attention: Vec<AttnImpl>,
     /// Tier class that the catalogue asks for; `None` leaves it to the parameter count.
@@ -75,9 +77,10 @@ impl Model {
         let known = Catalogue::builtin().find(name);
         let mut model = match (config, known) {
             (Some(config), known) => {
-                let (shape, known_block) = ModelShape::from_config(config)
-                    .map_err(|source| ResolveError::Config { name: name.to_owned(), source })?;
+                let failure = |source| ResolveError::Config { name: name.to_owned(), source };
+                let (shape, known_block) = ModelShape::from_config(config).map_err(failure)?;
                 let mut model = Model::of_shape(name, shape);
+                model.quantised = Quantised::of_config(config).map_err(failure)?;
                 if let Some(known) = known {
                     model.adopt(known);
                 }
@@ -101,7 +104,19 @@ impl Model {
             (None, None) => Model::from_name(name)?,
         };
         model.weight_file_bytes = weight_file_bytes;
+        if config.is_none() {
+            model.quantised = Quantised::of_name(name);
+        }
+        // The 4-bit experts of gpt-oss are unpacked for training; `gpt_oss_note` says so.
+        model.quantised = model.quantised.filter(|_| model.shape.block != BlockKind::GptOss);
+        model.notes.extend(model.quantised.as_ref().map(Quantised::note));
         Ok(model)
+    }
+
+    /// Returns whether bitsandbytes can pack its weights into 4 bits: not those that are packed already, and not
+    /// gpt-oss, whose experts are no linear modules and whose own 4-bit format nobody tried it on.
+    pub fn can_be_packed(&self) -> bool {
+        self.quantised.is_none() && self.shape.block != BlockKind::GptOss
     }
 
     /// Returns the number of parameters.
@@ -119,6 +134,7 @@ impl Model {
             shape,
             source: ShapeSource::Config,
             weight_file_bytes: None,
+            quantised: None,
         }
     }
 
@@ -142,6 +158,95 @@ impl Model {
             )],
             ..Model::of_shape(name, shape)
         })
+    }
+}
+
+/// Weights that are stored in fewer bits than a training takes them in.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Quantised {
+    /// The method, by its name in config.json: gptq, awq, fp8, bitsandbytes, ….
+    pub method: String,
+    /// Bits of a weight of a linear module; `None` when nothing says how many.
+    pub bits: Option<u32>,
+    /// Weights that share a scale; `None` when the scales are too few to count.
+    pub group: Option<u32>,
+}
+
+impl Quantised {
+    /// Returns how the files of a model hold its weights, by `quantization_config` in its config.json.
+    ///
+    /// Source: the `*Config` classes in `utils/quantization_config.py` of transformers 5.19.
+    fn of_config(config: &Value) -> Result<Option<Quantised>, ShapeError> {
+        let levels = levels(config);
+        let stated = levels.iter().find_map(|level| level.get("quantization_config"));
+        let stated = match stated {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::Object(stated)) => Fields { object: stated },
+            Some(other) => {
+                return Err(ShapeError::Unusable {
+                    key: "quantization_config".to_owned(),
+                    found: brief(other),
+                    expected: "an object".to_owned(),
+                });
+            }
+        };
+        let method = stated.object.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+        let method: String = method.to_ascii_lowercase().chars().take(40).collect();
+        let is_set = |key| stated.flag(key).map(|flag| flag == Some(true));
+        let bits = match method.as_str() {
+            "bitsandbytes" if is_set("load_in_8bit")? => Some(8),
+            "bitsandbytes" if is_set("load_in_4bit")? => Some(4),
+            "fp8" | "fbgemm_fp8" | "eetq" => Some(8),
+            _ => stated.number(&["bits", "w_bit", "nbits"], 8)?,
+        };
+        let group = match method.as_str() {
+            // -1 is one scale for a whole column.
+            "gptq" | "awq" => stated.object.get("group_size").map_or(Some(128), Value::as_u64),
+            _ => None,
+        };
+        let small = |n: u64| u32::try_from(n).ok().filter(|n| *n > 0);
+        Ok(Some(Quantised { method, bits: bits.and_then(small), group: group.and_then(small) }))
+    }
+
+    /// Returns what the name of a model says about how its files hold the weights: `…-GPTQ-Int4`, `…-FP8`.
+    fn of_name(name: &str) -> Option<Quantised> {
+        let name = name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
+        let words: Vec<&str> = name.split(|c: char| !c.is_ascii_alphanumeric()).collect();
+        let has = |wanted: &[&'static str]| wanted.iter().copied().find(|word| words.contains(word));
+        let eight = has(&["int8", "8bit", "w8a16", "w8a8"]).is_some();
+        let bits = Some(if eight { 8 } else { 4 });
+        let (method, bits, group) = match has(&["gptq", "awq", "fp8", "bnb", "int4", "int8", "4bit", "8bit"])?
+        {
+            "fp8" => ("fp8", Some(8), None),
+            "bnb" => ("bitsandbytes", bits, None),
+            method @ ("gptq" | "awq") => (method, bits, Some(128)),
+            word => (word, bits, None),
+        };
+        Some(Quantised { method: method.to_owned(), bits, group })
+    }
+
+    /// Returns the bytes of a weight of a linear module with its share of the scales; `None` when nothing says it.
+    ///
+    /// A group has a scale of two bytes and a zero of as many bits as a weight. Source: Frantar et al. 2022 (GPTQ),
+    /// Lin et al. 2023 (AWQ), and the buffers of their linear modules.
+    pub(crate) fn weight_bytes(&self) -> Option<f64> {
+        let bits = f64::from(self.bits?);
+        let shared = self.group.map_or(0.0, |group| (16.0 + bits) / f64::from(group));
+        Some((bits + shared) / 8.0)
+    }
+
+    fn note(&self) -> String {
+        let method = &self.method;
+        match self.bits {
+            Some(bits) => format!(
+                "its weights are stored in {bits} bits ({method}): they are sized so, and the interval is wider, because \
+                 no training on such weights was measured"
+            ),
+            None => format!(
+                "its weights are quantised ({method}), and nothing says to how many bits: they are sized as if they were \
+                 not, and the interval is wide"
+            ),
+        }
     }
 }
 
@@ -367,6 +472,20 @@ impl Fields<'_> {
     }
 }
 
+/// Returns the objects of a config.json from the outermost to the one that describes the language model: multimodal
+/// models have it inside, some of them (Omni) two levels deep. Empty when the value is no object.
+fn levels(config: &Value) -> Vec<&serde_json::Map<String, Value>> {
+    const INNER: [&str; 4] = ["text_config", "llm_config", "language_config", "thinker_config"];
+    let mut levels: Vec<_> = config.as_object().into_iter().collect();
+    while let Some(level) = levels.last().filter(|level| !level.contains_key("hidden_size")) {
+        match INNER.iter().find_map(|key| level.get(*key).and_then(Value::as_object)) {
+            Some(inner) => levels.push(inner),
+            None => break,
+        }
+    }
+    levels
+}
+
 /// Returns a value in a few words, however large it is.
 fn brief(value: &Value) -> String {
     match value {
@@ -395,15 +514,14 @@ impl ModelShape {
     /// # Errors
     /// A key that is missing, of the wrong type or out of bounds is an error that names it.
     pub fn from_config(config: &Value) -> Result<(ModelShape, bool), ShapeError> {
-        let Some(outer) = config.as_object() else {
+        let levels = levels(config);
+        let Some(object) = levels.last().copied() else {
             return Err(ShapeError::NotAnObject { found: brief(config) });
         };
-        let nested = ["text_config", "llm_config", "language_config"]
-            .iter()
-            .find_map(|key| outer.get(*key).and_then(Value::as_object))
-            .filter(|_| !outer.contains_key("hidden_size"));
-        let object = nested.unwrap_or(outer);
-        let model_type = match object.get("model_type").or_else(|| outer.get("model_type")) {
+        // A level that says nothing has what the one around it says.
+        let stated =
+            |key: &str| levels.iter().rev().find_map(|level| level.get(key).filter(|v| !v.is_null()));
+        let model_type = match stated("model_type") {
             None | Some(Value::Null) => "llama".to_owned(),
             Some(Value::String(name)) if name.len() <= 100 => name.to_ascii_lowercase(),
             Some(value) => {
@@ -414,14 +532,12 @@ impl ModelShape {
                 });
             }
         };
-        let tied = Fields { object }.flag("tie_word_embeddings")?;
-        let tied = match (tied, nested) {
-            (None, Some(_)) => Fields { object: outer }.flag("tie_word_embeddings")?,
-            (tied, _) => tied,
-        };
+        let mut tied = None;
+        for level in levels.iter().rev() {
+            tied = tied.or(Fields { object: level }.flag("tie_word_embeddings")?);
+        }
         let traits = Traits::of(&model_type);
-        let stated =
-            object.get("model_type").or_else(|| outer.get("model_type")).is_some_and(Value::is_string);
+        let stated = stated("model_type").is_some();
         let shape = read_shape(&Fields { object }, model_type, &traits, tied)?;
         let parameters = shape.parameters();
         if parameters > PARAMETERS_MAX {
@@ -476,6 +592,14 @@ impl ModelShape {
             .map(|l| u128::from(l.input) * u128::from(l.output) * u128::from(l.layers))
             .sum();
         u64::try_from(total).unwrap_or(u64::MAX)
+    }
+
+    /// Returns the parameters of the matrices of all experts; 0 for a dense model.
+    pub(crate) fn expert_weights(&self) -> u64 {
+        let Some(experts) = &self.experts else { return 0 };
+        let sparse = self.layers.saturating_sub(experts.dense_layers);
+        let each = self.hidden.saturating_mul(experts.intermediate).saturating_mul(3);
+        each.saturating_mul(experts.count).saturating_mul(sparse)
     }
 
     /// Returns the parameters of adapters of `rank` on `targets`: rank x (in + out) for each adapted linear.
@@ -779,6 +903,38 @@ impl Traits {
     }
 }
 
+/// What a class has where its config.json leaves a key out, as those of Gemma 3 on the hub do.
+///
+/// Source: the defaults of `configuration_*.py` in transformers 5.19.
+#[derive(Copy, Clone, Debug, Default)]
+struct ClassDefaults {
+    heads: Option<u64>,
+    kv_heads: Option<u64>,
+    head_dim: Option<u64>,
+    vocab: Option<u64>,
+}
+
+impl ClassDefaults {
+    fn of(model_type: &str) -> ClassDefaults {
+        let gemma = |heads, kv_heads, vocab| ClassDefaults {
+            heads: Some(heads),
+            kv_heads: Some(kv_heads),
+            head_dim: Some(256),
+            vocab: Some(vocab),
+        };
+        let none = ClassDefaults::default();
+        match model_type {
+            "gemma" => gemma(16, 16, 256_000),
+            "gemma2" => gemma(8, 4, 256_000),
+            "gemma3" | "gemma3_text" => gemma(8, 4, 262_208),
+            "mistral" | "mixtral" => ClassDefaults { kv_heads: Some(8), ..none },
+            "gpt_oss" => ClassDefaults { kv_heads: Some(8), head_dim: Some(64), ..none },
+            "qwen3" | "glm" | "glm4" => ClassDefaults { head_dim: Some(128), ..none },
+            _ => none,
+        }
+    }
+}
+
 fn read_shape(
     fields: &Fields<'_>,
     model_type: String,
@@ -787,18 +943,44 @@ fn read_shape(
 ) -> Result<ModelShape, ShapeError> {
     let hidden = fields.needed(&["hidden_size", "n_embd", "d_model"], HIDDEN_MAX)?;
     let layers = fields.needed(&["num_hidden_layers", "num_layers", "n_layer"], LAYERS_MAX)?;
-    let heads = fields.needed(&["num_attention_heads", "n_head"], HEADS_MAX)?;
+    let defaults = ClassDefaults::of(&model_type);
+    let heads = match fields.number(&["num_attention_heads", "n_head"], HEADS_MAX)?.or(defaults.heads) {
+        Some(heads) => heads,
+        None => return Err(ShapeError::Missing { key: "num_attention_heads" }),
+    };
     let grouped = if model_type == "chatglm" {
         match fields.flag("multi_query_attention")? {
             Some(false) => None,
             Some(true) | None => fields.number(&["multi_query_group_num"], HEADS_MAX)?,
         }
     } else {
-        fields.number(&["num_key_value_heads"], HEADS_MAX)?
+        // null is as many as query heads; only a key that is left out has the default of its class.
+        let default = defaults.kv_heads.filter(|_| !fields.object.contains_key("num_key_value_heads"));
+        fields.number(&["num_key_value_heads"], HEADS_MAX)?.or(default)
     };
-    let head_dim = match fields.number(&["head_dim", "kv_channels"], HIDDEN_MAX)? {
+    let kv_heads = grouped.unwrap_or(heads);
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(ShapeError::Unusable {
+            key: if model_type == "chatglm" { "multi_query_group_num" } else { "num_key_value_heads" }
+                .to_owned(),
+            found: kv_heads.to_string(),
+            expected: format!("a divisor of the {heads} query heads"),
+        });
+    }
+    let head_dim = match fields.number(&["head_dim", "kv_channels"], HIDDEN_MAX)?.or(defaults.head_dim) {
         Some(width) => width,
-        None => (hidden / heads).max(1),
+        None if hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            return Err(ShapeError::Unusable {
+                key: "num_attention_heads".to_owned(),
+                found: heads.to_string(),
+                expected: format!("a divisor of `hidden_size` {hidden} where no `head_dim` is stated"),
+            });
+        }
+    };
+    let vocab = match fields.number(&["vocab_size", "padded_vocab_size"], VOCAB_MAX)?.or(defaults.vocab) {
+        Some(vocab) => vocab,
+        None => return Err(ShapeError::Missing { key: "vocab_size" }),
     };
     let experts = read_experts(fields, traits, layers)?;
     let intermediate = match fields.number(&["intermediate_size", "ffn_hidden_size", "n_inner"], WIDTH_MAX)? {
@@ -830,10 +1012,10 @@ fn read_shape(
         hidden,
         layers,
         heads,
-        kv_heads: grouped.unwrap_or(heads),
+        kv_heads,
         head_dim,
         intermediate,
-        vocab: fields.needed(&["vocab_size", "padded_vocab_size"], VOCAB_MAX)?,
+        vocab,
         tied_embeddings: tied.unwrap_or(traits.tied),
         qk_norm: traits.qk_norm,
         fused_qkv: traits.fused_qkv,
@@ -1005,6 +1187,90 @@ mod tests {
         assert_eq!(error, ShapeError::Missing { key: "num_hidden_layers" });
         for config in [json!(null), json!(3), json!("x"), json!([]), json!(true)] {
             assert!(matches!(ModelShape::from_config(&config), Err(ShapeError::NotAnObject { .. })));
+        }
+    }
+
+    #[test]
+    fn a_language_model_inside_of_another_config_is_found_however_deep() {
+        let text = json!({"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 1000});
+        let shallow = shape(json!({"model_type": "x", "text_config": text.clone()}));
+        for config in [
+            json!({"model_type": "x", "thinker_config": {"model_type": "y", "text_config": text.clone()}}),
+            json!({"text_config": {"text_config": text.clone()}}),
+        ] {
+            assert_eq!(shape(config), shallow);
+        }
+        let inner = json!({"text_config": {"text_config": {"hidden_size": 64}}, "tie_word_embeddings": true});
+        assert_eq!(ModelShape::from_config(&inner), Err(ShapeError::Missing { key: "num_hidden_layers" }));
+    }
+
+    /// The config.json of google/gemma-3-4b-it, without its image part.
+    #[test]
+    fn keys_that_a_config_leaves_out_have_the_defaults_of_their_class() {
+        let gemma = shape(
+            json!({"model_type": "gemma3", "text_config": {"hidden_size": 2560, "intermediate_size": 10240,
+            "model_type": "gemma3_text", "num_hidden_layers": 34, "sliding_window": 1024}}),
+        );
+        assert_eq!((gemma.heads, gemma.kv_heads, gemma.head_dim, gemma.vocab), (8, 4, 256, 262_208));
+        assert_eq!(gemma.parameters(), 3_880_263_168);
+    }
+
+    #[test]
+    fn heads_that_cannot_be_are_errors() {
+        let with = |extra: Value| {
+            let mut config = json!({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 1000});
+            for (key, value) in extra.as_object().unwrap() {
+                config[key] = value.clone();
+            }
+            ModelShape::from_config(&config).map(|(shape, _)| (shape.kv_heads, shape.head_dim))
+        };
+        let error = with(json!({"num_attention_heads": 7})).unwrap_err().to_string();
+        assert!(error.contains("`num_attention_heads` is 7") && error.contains("head_dim"), "{error}");
+        assert_eq!(with(json!({"num_attention_heads": 7, "head_dim": 16})), Ok((7, 16)));
+        for kv_heads in [8, 3] {
+            let error = with(json!({"num_key_value_heads": kv_heads})).unwrap_err().to_string();
+            assert!(error.contains("divisor of the 4 query heads"), "{error}");
+        }
+        assert_eq!(with(json!({"num_key_value_heads": null})), Ok((4, 16)));
+    }
+
+    #[test]
+    fn quantised_weights_are_read_from_the_config_or_the_name() {
+        let of = |quantization: Value| {
+            let config = json!({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "intermediate_size": 128, "vocab_size": 1000, "quantization_config": quantization});
+            Model::resolve("a/b", Some(&config), None).map(|model| model.quantised.map(|q| (q.bits, q.group)))
+        };
+        for (quantization, bits, group) in [
+            (json!({"quant_method": "gptq", "bits": 4, "group_size": 128}), Some(4), Some(128)),
+            (json!({"quant_method": "gptq", "bits": 8, "group_size": -1}), Some(8), None),
+            (json!({"quant_method": "awq", "bits": 4}), Some(4), Some(128)),
+            (json!({"quant_method": "fp8", "weight_block_size": [128, 128]}), Some(8), None),
+            (
+                json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "load_in_8bit": false}),
+                Some(4),
+                None,
+            ),
+            (json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), Some(8), None),
+            (json!({"quant_method": "compressed-tensors", "config_groups": {}}), None, None),
+        ] {
+            assert_eq!(of(quantization.clone()), Ok(Some((bits, group))), "{quantization}");
+        }
+        assert_eq!(of(json!(null)), Ok(None));
+        assert!(of(json!("gptq")).unwrap_err().to_string().contains("its config.json"));
+        for (name, bits) in [
+            ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", Some(4)),
+            ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8", Some(8)),
+            ("Qwen/Qwen2.5-7B-Instruct-AWQ", Some(4)),
+            ("Qwen/Qwen3-8B-FP8", Some(8)),
+            ("unsloth/Qwen2.5-7B-bnb-4bit", Some(4)),
+            ("Qwen/Qwen2.5-7B-Instruct", None),
+            ("openai/gpt-oss-20b", None),
+        ] {
+            let model = Model::resolve(name, None, None).unwrap();
+            assert_eq!(model.quantised.and_then(|quantised| quantised.bits), bits, "{name}");
         }
     }
 

@@ -7,8 +7,8 @@
 
 mod recipe;
 
-use mhtrain_sizing::estimate::estimate;
-use mhtrain_sizing::model::{Model, ShapeSource};
+use mhtrain_sizing::estimate::{Estimate, estimate};
+use mhtrain_sizing::model::{Model, Quantised, ShapeSource};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
 use proptest::prelude::*;
@@ -96,6 +96,36 @@ fn a_worse_source_widens_the_interval() {
     use ShapeSource::{Catalogue, Config, Name, UnknownBlock};
     let widths = [Config, Catalogue, UnknownBlock, Name].map(width);
     assert!(widths.is_sorted_by(|a, b| a < b), "{widths:?}");
+}
+
+#[test]
+fn quantised_weights_are_sized_by_their_bits_in_a_wider_interval() {
+    let of = |name: &str| estimate(&Model::resolve(name, None, None).unwrap(), &workload()).unwrap();
+    let width = |estimate: &Estimate| estimate.high_bytes.as_f64() / estimate.low_bytes.as_f64();
+    let plain = of("Qwen2.5-7B-Instruct");
+    // Qwen2.5-7B-Instruct-GPTQ-Int4 is 5.2 GiB on its hub page, -Int8 8.2 GiB, both with two whole tables.
+    for (name, gib) in [("GPTQ-Int4", 5.2), ("AWQ", 5.2), ("GPTQ-Int8", 8.2), ("FP8", 8.1), ("bnb-4bit", 5.2)]
+    {
+        let stored = of(&format!("Qwen2.5-7B-Instruct-{name}"));
+        let weights = stored.terms.weights.gib();
+        assert!((weights / gib - 1.0).abs() < 0.05, "{name}: {weights}");
+        assert!(width(&stored) > width(&plain), "{name}");
+    }
+    let unknown = Model {
+        quantised: Some(Quantised { method: "novel".to_owned(), bits: None, group: None }),
+        ..qwen()
+    };
+    let unknown = estimate(&unknown, &workload()).unwrap();
+    assert_eq!(unknown.terms.weights, plain.terms.weights);
+    assert!(width(&unknown) > 2.0 * width(&plain) / 1.5);
+    let files = Model {
+        weight_file_bytes: Some(Bytes::from_gib(5)),
+        ..Model::resolve("Qwen2.5-7B-AWQ", None, None).unwrap()
+    };
+    assert!((estimate(&files, &workload()).unwrap().terms.weights.gib() - 5.0).abs() < 0.001);
+    let full = Workload { train_type: TrainType::Full, ..workload() };
+    let error = estimate(&files, &full).unwrap_err();
+    assert!(error.to_string().contains("quantised (awq)") && error.help().is_some(), "{error}");
 }
 
 #[test]
