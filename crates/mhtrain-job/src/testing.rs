@@ -67,6 +67,7 @@ pub(crate) fn plan() -> Plan {
         ],
         effective_batch: 32,
         notes: Vec::new(),
+        can_quantise: true,
     }
 }
 

@@ -74,7 +74,7 @@ pub fn what_would_change(request: &Request, book: &TierBook, history: &History, 
     if request.features.liger && !request.allow.liger && request.pins.liger_kernel.is_none() {
         lines.extend(better("`allow.liger`", &other, book, history, plan));
     }
-    if request.train_type == TrainType::Lora && request.features.bitsandbytes {
+    if request.train_type == TrainType::Lora && request.features.bitsandbytes && plan.can_quantise {
         let other = Request { train_type: TrainType::Qlora, ..request.clone() };
         lines.extend(better("`train_type` qlora", &other, book, history, plan));
     }

@@ -45,6 +45,9 @@ pub struct Plan {
     pub effective_batch: u64,
     /// What differs from the recipe or from what the job asked, and why; a sentence each.
     pub notes: Vec<String>,
+    /// Whether the weights are not packed into 4 bits and could be (`train_type` qlora).
+    #[serde(default)]
+    pub can_quantise: bool,
 }
 
 impl Plan {
@@ -192,7 +195,8 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
     let chosen = sizing.choose(&candidates)?;
     let rungs = sizing.rungs(&candidates, chosen);
     let notes = sizing.notes(&candidates, chosen);
-    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, notes })
+    let can_quantise = request.train_type != TrainType::Qlora && request.model.can_be_packed();
+    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, notes, can_quantise })
 }
 
 /// Returns the pass that a rung means for the card.
@@ -292,7 +296,10 @@ impl<'a> Sizing<'a> {
         check_numbers(request)?;
         let class = book.class_of(&request.model);
         let mut notes = request.model.notes.clone();
-        notes.extend(class.note.clone());
+        // What the class would take says nothing about a batch that is pinned whole.
+        if request.pins.micro_batch.is_none() || request.pins.accumulation.is_none() {
+            notes.extend(class.note.clone());
+        }
         let (effective_batch, batches) = settle_batch(request, class, &mut notes)?;
         let lengths = settle_lengths(request, book, class)?;
         let attention = settle_attention(request, book, &mut notes)?;
@@ -579,14 +586,21 @@ impl<'a> Sizing<'a> {
 
     fn what_would_help(&self, needed: Bytes) -> String {
         let missing = needed.saturating_sub(self.request.card.free);
-        let mut ways = vec![format!("free {missing} more on {}", self.card())];
-        if self.request.held_by_others > Bytes::ZERO {
-            ways[0] = format!("{} (other processes hold {})", ways[0], self.request.held_by_others);
+        let mut ways = Vec::new();
+        // No one can free what the card does not have.
+        if needed <= self.request.card.total {
+            let held = self.request.held_by_others;
+            let holders =
+                if held > Bytes::ZERO { format!(" (other processes hold {held})") } else { String::new() };
+            ways.push(format!("free {missing} more on {}{holders}", self.card()));
         }
-        match self.request.train_type {
-            TrainType::Full => ways.push("train adapters (`train_type` lora or qlora)".to_owned()),
-            TrainType::Lora => ways.push("pack the weights into 4 bits (`train_type` qlora)".to_owned()),
-            TrainType::Qlora => {}
+        match (self.request.train_type, self.request.model.can_be_packed()) {
+            (TrainType::Full, true) => ways.push("train adapters (`train_type` lora or qlora)".to_owned()),
+            (TrainType::Full, false) => ways.push("train adapters (`train_type` lora)".to_owned()),
+            (TrainType::Lora, true) => {
+                ways.push("pack the weights into 4 bits (`train_type` qlora)".to_owned());
+            }
+            (TrainType::Lora, false) | (TrainType::Qlora, _) => {}
         }
         if self.pinned_length() {
             ways.push("unpin the length".to_owned());
@@ -602,8 +616,8 @@ impl<'a> Sizing<'a> {
         if !self.liger && self.request.features.liger {
             ways.push("allow Liger's fused loss (`allow.liger`)".to_owned());
         }
-        ways.push("or take a smaller model".to_owned());
-        ways.join(", ")
+        ways.push("take a smaller model or a larger card".to_owned());
+        one_of(&ways)
     }
 
     fn rungs(&self, candidates: &[Candidate], chosen: usize) -> Vec<Rung> {
@@ -680,6 +694,14 @@ impl<'a> Sizing<'a> {
         (need <= self.request.card.free).then(|| {
             format!("with `allow.liger` {tier} would need {need} and fit, because Liger never holds all logits at once")
         })
+    }
+}
+
+/// Returns a list as the end of a sentence: `a, b, or c`.
+fn one_of(ways: &[String]) -> String {
+    match ways {
+        [all @ .., last] if !all.is_empty() => format!("{}, or {last}", all.join(", ")),
+        _ => ways.concat(),
     }
 }
 
@@ -1027,6 +1049,27 @@ fn settle_liger(request: &Request, notes: &mut Vec<String>) -> bool {
 fn note_environment(request: &Request, notes: &mut Vec<String>) {
     if request.train_type == TrainType::Qlora && !request.features.bitsandbytes {
         notes.push("qlora needs bitsandbytes, which is not installed in the trainer environment".to_owned());
+    }
+    if request.train_type == TrainType::Qlora && !request.model.can_be_packed() {
+        notes.push(match &request.model.quantised {
+            Some(quantised) => format!(
+                "the weights are quantised already ({}), and bitsandbytes does not pack them again: `train_type` lora \
+                 says the same",
+                quantised.method
+            ),
+            None => "nobody tried bitsandbytes on gpt-oss: its experts stay as they are, and only attention is packed"
+                .to_owned(),
+        });
+    }
+    if request.train_type == TrainType::Full
+        && request.learning == Learning::Standard
+        && request.pins.learning_rate.is_none()
+    {
+        notes.push(
+            "the learning rate is the recipe's for every train type (section 4.1), and it was chosen for adapters: full \
+             fine-tuning usually takes 1e-5 to 2e-5 (pin `learning_rate`, or `learning` stable for 1e-4)"
+                .to_owned(),
+        );
     }
     if request.card.compute_capability.is_none() {
         notes

@@ -135,7 +135,7 @@ fn weights_that_do_not_fit_are_an_error_with_both_numbers_and_help() {
     let error = plan(&request("Qwen/Qwen2.5-72B", Bytes::from_gib(24)), &TierBook::builtin()).unwrap_err();
     insta::assert_snapshot!(format!("{error}\n{}", error.help().unwrap()), @r"
     `Qwen/Qwen2.5-72B` does not fit on GPU 0 (A100-SXM4-80GB): what stays in memory needs 137.10 GiB, 24.00 GiB are free
-    free 113.10 GiB more on GPU 0 (A100-SXM4-80GB), pack the weights into 4 bits (`train_type` qlora), or take a smaller model
+    pack the weights into 4 bits (`train_type` qlora), or take a smaller model or a larger card
     ");
 }
 
@@ -360,6 +360,42 @@ fn the_books_adapters_are_sized_and_a_pin_goes_before_them() {
     assert_eq!(adapters(&request).lora_rank, 16);
     request.train_type = TrainType::Full;
     assert_eq!(plan(&request, &book).unwrap().chosen_rung().tier.adapters, None);
+}
+
+#[test]
+fn help_names_only_what_can_be_done() {
+    let help = |model: &str, total: u64| {
+        let mut request = request(model, Bytes::from_gib(total));
+        request.card.total = Bytes::from_gib(total);
+        plan(&request, &TierBook::builtin()).unwrap_err().help().unwrap()
+    };
+    assert!(!help("Qwen/Qwen2.5-7B", 12).contains("free"), "the card is smaller than the weights");
+    assert!(help("Qwen/Qwen2.5-7B", 12).contains("qlora"));
+    for model in ["openai/gpt-oss-20b", "Qwen/Qwen2.5-72B-Instruct-AWQ"] {
+        assert!(!help(model, 24).contains("qlora"), "{model}: {}", help(model, 24));
+    }
+}
+
+#[test]
+fn a_batch_that_is_pinned_whole_has_no_note_about_another_one() {
+    let mut request = idle("openai/gpt-oss-20b");
+    request.min_effective_batch = 16;
+    request.pins = Pins { micro_batch: Some(1), accumulation: Some(16), ..Pins::default() };
+    let plan = planned(&request);
+    assert_eq!(plan.effective_batch, 16);
+    assert!(plan.notes.iter().all(|note| !note.contains("effective batch of 32")), "{:?}", plan.notes);
+}
+
+#[test]
+fn full_fine_tuning_says_that_its_learning_rate_was_chosen_for_adapters() {
+    let mut request = idle("Qwen/Qwen2.5-0.5B");
+    let said =
+        |request: &Request| planned(request).notes.iter().any(|note| note.contains("chosen for adapters"));
+    assert!(!said(&request));
+    request.train_type = TrainType::Full;
+    assert_eq!((chosen(&request).learning_rate, said(&request)), (2e-4, true));
+    request.pins.learning_rate = Some(1e-5);
+    assert!(!said(&request));
 }
 
 const MODELS: [&str; 8] = [

@@ -406,6 +406,16 @@ fn words<'a>(argv: &'a [String], name: &str) -> Vec<&'a str> {
 }
 
 #[test]
+fn a_length_that_is_left_to_the_engine_names_where_the_models_class_begins() {
+    for (model, begins) in [("openai/gpt-oss-20b", 2048), ("org/M-7B", 3072)] {
+        let text = format!("swift sft --model {model} --dataset d --max_length 2048");
+        let warnings = import(&text, false).unwrap().warnings;
+        let said = format!("`max_length 2048` is left to the engine, which begins at {begins}");
+        assert!(warnings.contains(&said), "{warnings:?}");
+    }
+}
+
+#[test]
 fn a_pinned_block_comes_back_flag_for_flag() {
     let argv = command_of(&pinned(BLOCK));
     let given: Vec<&str> = BLOCK
