@@ -277,6 +277,27 @@ fn the_table_for_people_ends_in_a_block_that_can_be_pasted() {
     assert_eq!(again["args"]["per_device_train_batch_size"], 8);
 }
 
+#[test]
+fn the_plan_for_people_shows_what_the_rung_needs_and_what_would_take_a_higher_one() {
+    let env = TestEnv::new();
+    env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());
+    let card = [
+        "--gpu-free",
+        "23GiB",
+        "--compute-capability",
+        "8.6",
+        "--flash-attn",
+        "yes",
+        "--gpu-name",
+        "RTX 4090",
+    ];
+    let mut args = vec!["plan", "job.json", "--liger", "yes"];
+    args.extend(card);
+    let text = env.run(&args).expect(0).stdout;
+    let shown = text.split("notes:").next().unwrap();
+    insta::assert_snapshot!(shown);
+}
+
 /// The spellings of the two hubs.
 #[test]
 fn names_of_both_hubs_are_in_the_catalogue() {

@@ -60,11 +60,12 @@ pub fn bar(estimate: &Estimate, free: Bytes, width: u32) -> String {
 /// Returns what would make the plan take a higher rung: more free memory, Liger's loss, 4-bit weights; a line each.
 pub fn what_would_change(request: &Request, book: &TierBook, history: &History, plan: &Plan) -> Vec<String> {
     let mut lines = Vec::new();
-    let free = request.card.free;
+    let (free, total) = (request.card.free, request.card.total);
     let nearest = plan.rungs[..plan.chosen.min(plan.rungs.len())]
         .iter()
         .filter_map(|rung| Some((rung.admission_bytes.checked_sub(free)?, rung)))
-        .filter(|(missing, _)| *missing > Bytes::ZERO)
+        // Nobody can free what the card does not have.
+        .filter(|(missing, rung)| *missing > Bytes::ZERO && rung.admission_bytes <= total)
         .min_by_key(|(missing, _)| *missing);
     if let Some((missing, rung)) = nearest {
         lines.push(format!("+{missing} free -> {}", rung.tier));

@@ -292,6 +292,12 @@ fn a_full_card_says_what_would_take_a_higher_rung() {
     assert!(lines[0].starts_with('+') && lines[0].contains("free -> standard 1x32"), "{lines:?}");
     assert!(lines.iter().any(|line| line.contains("liger")), "{lines:?}");
     assert!(lines.iter().any(|line| line.contains("qlora")), "{lines:?}");
+    request.card.total = Bytes::from_gib(24);
+    let lines = what_would_change(&request, &book, &History::default(), &plan);
+    assert!(
+        lines.iter().all(|line| !line.starts_with('+')),
+        "a card of 24 GiB cannot have 25 free: {lines:?}"
+    );
 }
 
 #[test]

@@ -17,7 +17,7 @@ use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
 
 use super::origin::Origin;
-use super::prepare::{Candidate, Datasets, Prepared, chain, find_files};
+use super::prepare::{Candidate, Datasets, Prepared, chain, find_files, sizing_request};
 use super::secrets;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -86,15 +86,8 @@ impl Examined {
         let mut idle = Candidate { held_by_others: Bytes::ZERO, ..now.clone() };
         idle.card.free = idle.card.total;
         let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
-            let request = self.spec.sizing_request(
-                self.model.clone(),
-                candidate.card.clone(),
-                candidate.held_by_others,
-                self.environment.features(),
-                config.sizing.oom_risk,
-            );
-            let request = request.map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
-            Ok(plan(&request, book))
+            let features = self.environment.features();
+            Ok(plan(&sizing_request(&self.spec, &self.model, candidate, features, config)?, book))
         };
         let is_idle = held_by_others < IDLE_BELOW;
         if let Ok(plan) = size(&now)?
@@ -151,6 +144,8 @@ impl Sized {
             dialect,
             advice: self.advice,
             notes: self.notes,
+            // A line for somebody who still decides; this job is started.
+            would_change: Vec::new(),
             inherited: origin.text_variables(),
         };
         (prepared, self.environment)
