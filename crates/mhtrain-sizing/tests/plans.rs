@@ -145,6 +145,11 @@ fn both_factors_pinned_under_the_minimum_are_an_error_with_both_numbers() {
     request.pins = Pins { micro_batch: Some(2), accumulation: Some(4), ..Pins::default() };
     let error = plan(&request, &TierBook::builtin()).unwrap_err();
     assert!(matches!(error, PlanError::PinnedBatchTooSmall { product: 8, min_effective_batch: 32, .. }));
+    request.pins = Pins { micro_batch: Some(31), accumulation: Some(1), ..Pins::default() };
+    let error = plan(&request, &TierBook::builtin()).unwrap_err();
+    assert!(matches!(error, PlanError::PinnedBatchTooSmall { product: 31, .. }), "one row under is under");
+    request.pins.micro_batch = Some(32);
+    assert_eq!(planned(&request).effective_batch, 32);
 }
 
 #[test]
@@ -250,6 +255,14 @@ fn rungs_that_the_reported_need_rules_out_are_skipped() {
     // Twice what was predicted for 8x4 would be too much for 4x8 as well.
     let need = Bytes::from_gib(120);
     let next = after_oom(&plan, plan.chosen, Some(need), Some(Bytes::from_gib(60))).unwrap();
+    assert_eq!(plan.rungs[next].tier.micro_batch, 2);
+}
+
+#[test]
+fn a_reported_need_under_the_prediction_lowers_no_other_prediction() {
+    let plan = planned(&idle("Qwen/Qwen2.5-7B"));
+    // 4x8 is predicted at 42 GiB. That 8x4 died at 50 GiB instead of 69 is no reason to believe in 32.
+    let next = after_oom(&plan, plan.chosen, Some(Bytes::from_gib(50)), Some(Bytes::from_gib(40))).unwrap();
     assert_eq!(plan.rungs[next].tier.micro_batch, 2);
 }
 
