@@ -325,7 +325,7 @@ fn resident(model: &Model, work: &Workload) -> Peak {
         if linear.bias {
             weights += layers * requested(width * output);
         }
-        if work.train_type != TrainType::Full && shape.is_adapted(&linear, &work.targets) {
+        if work.train_type != TrainType::Full && linear.is_adapted_by(&work.targets) {
             adapter += layers * (requested(4.0 * rank * input) + requested(4.0 * rank * output));
         }
     }
@@ -343,7 +343,7 @@ fn resident(model: &Model, work: &Workload) -> Peak {
         (weights, packed) = (0.0, bytes);
     } else if let Some(bytes) =
         // The headers of the weight files know better than any count, if they hold two-byte weights.
-        file_bytes.filter(|bytes| *bytes >= 1.6 / 2.0 * 2.0 * counted / width)
+        file_bytes.filter(|bytes| *bytes >= 1.6 * counted / width)
     {
         let stated = bytes.min(2.2 * counted / width) * width / 2.0;
         weights = (weights + stated - counted).max(0.0);

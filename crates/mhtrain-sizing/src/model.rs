@@ -531,18 +531,7 @@ impl ModelShape {
     /// Returns the linear modules that get an adapter.
     pub fn adapted(&self, targets: &Targets) -> impl Iterator<Item = Linear> {
         let targets = targets.clone();
-        self.linears().into_iter().filter(move |linear| match &targets {
-            Targets::AllLinear => linear.adapted_by_all,
-            Targets::Names(names) => names.iter().any(|name| linear.is_called(name)),
-        })
-    }
-
-    /// Returns whether a linear module gets an adapter.
-    pub fn is_adapted(&self, linear: &Linear, targets: &Targets) -> bool {
-        match targets {
-            Targets::AllLinear => linear.adapted_by_all,
-            Targets::Names(names) => names.iter().any(|name| linear.is_called(name)),
-        }
+        self.linears().into_iter().filter(move |linear| linear.is_adapted_by(&targets))
     }
 
     /// Returns the parameters that are no linear modules of the blocks: elements of one, and how many there are.
@@ -712,6 +701,14 @@ impl Linear {
         u128::from(self.input) * u128::from(self.output) + if self.bias { u128::from(self.output) } else { 0 }
     }
 
+    /// Returns whether it gets an adapter.
+    pub fn is_adapted_by(&self, targets: &Targets) -> bool {
+        match targets {
+            Targets::AllLinear => self.adapted_by_all,
+            Targets::Names(names) => names.iter().any(|name| self.is_called(name)),
+        }
+    }
+
     /// Returns whether a target name means this module: its own name, or a path that ends in it.
     fn is_called(&self, target: &str) -> bool {
         target.rsplit('.').next() == Some(self.name)
@@ -844,7 +841,8 @@ impl ClassDefaults {
             "gemma3" | "gemma3_text" => gemma(8, 4, 262_208),
             "mistral" | "mixtral" => ClassDefaults { kv_heads: Some(8), ..none },
             "gpt_oss" => ClassDefaults { kv_heads: Some(8), head_dim: Some(64), ..none },
-            "qwen3" | "glm" | "glm4" => ClassDefaults { head_dim: Some(128), ..none },
+            "qwen3" => ClassDefaults { head_dim: Some(128), ..none },
+            "glm" | "glm4" => ClassDefaults { kv_heads: Some(2), head_dim: Some(128), ..none },
             _ => none,
         }
     }
