@@ -137,6 +137,64 @@ fn gpt_oss_gets_the_recipes_large_moe_values_with_e_32() {
 }
 
 #[test]
+fn what_a_site_writes_into_its_tiers_toml_is_in_the_command() {
+    let env = TestEnv::new();
+    let mut book = include_str!("../../config/tiers.toml").to_owned();
+    for (from, to) in [
+        ("[lora]                        # recipe 8.1\nrank = 8\nalpha = 32", "[lora]\nrank = 16\nalpha = 48"),
+        ("cores_per_worker = 2\nmin = 1\nmax = 8", "cores_per_worker = 1\nmin = 3\nmax = 3"),
+        ("per_device_eval_batch_size = 1", "per_device_eval_batch_size = 4"),
+        ("eval_steps = 200              # recipe 8.4, small models", "eval_steps = 70"),
+    ] {
+        assert!(book.contains(from), "{from}");
+        book = book.replace(from, to);
+    }
+    env.write("tiers.toml", book);
+    env.write("site.toml", "[sizing]\ntiers = \"tiers.toml\"\n");
+    let job = json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data", "validation": 0.02});
+    env.write("job.json", job.to_string());
+    let site: Vec<&str> = ["--config", "site.toml"].into_iter().chain(IDLE_80_GIB).collect();
+    let plan = plan(&env, "job.json", &site).expect(0).json();
+    let flags = flags(&plan);
+    for (flag, value) in [
+        ("--lora_rank", "16"),
+        ("--lora_alpha", "48"),
+        ("--dataloader_num_workers", "3"),
+        ("--per_device_eval_batch_size", "4"),
+        ("--eval_steps", "70"),
+    ] {
+        assert_eq!(flags.get(flag).map(String::as_str), Some(value), "{flag}");
+    }
+    assert_eq!(plan["chosen"]["lora_rank"], 16);
+}
+
+#[test]
+fn fewer_targets_are_a_rung_of_their_own_where_the_job_allows_them() {
+    let env = TestEnv::new();
+    let job = json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data",
+        "allow": {"fewer_targets": true, "emergency": false}});
+    env.write("job.json", job.to_string());
+    let small = ["--gpu-free", "22GiB", "--compute-capability", "8.6", "--flash-attn", "yes"];
+    let plan = plan(&env, "job.json", &small).expect(0).json();
+    assert_eq!(plan["chosen"]["name"], "fewer_targets", "{plan}");
+    let words = plan["command"].as_array().unwrap();
+    let at = words.iter().position(|word| word == "--target_modules").unwrap();
+    assert_eq!((&words[at + 1], &words[at + 2]), (&json!("q_proj"), &json!("v_proj")));
+    let said = |note: &Value| note.as_str().unwrap().contains("q_proj,v_proj instead of all-linear");
+    assert!(plan["notes"].as_array().unwrap().iter().any(said), "{plan}");
+}
+
+#[test]
+fn memory_without_a_unit_is_bad_usage_that_suggests_one() {
+    let env = TestEnv::new();
+    env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());
+    for (said, suggested) in [("22.5", "write 22.5GiB"), ("24", "write 24GiB, or all bytes (25769803776)")] {
+        let ran = plan(&env, "job.json", &["--gpu-free", said]).expect(2);
+        assert!(ran.stderr.contains(suggested), "{}", ran.stderr);
+    }
+}
+
+#[test]
 fn a_full_card_gets_a_lower_rung_and_every_refusal_has_both_numbers() {
     let env = TestEnv::new();
     env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());
@@ -217,6 +275,27 @@ fn the_table_for_people_ends_in_a_block_that_can_be_pasted() {
     let again = env.run(&["import", "pasted.sh", "--pin"]).expect(0).json();
     assert_eq!(again["device"], 6);
     assert_eq!(again["args"]["per_device_train_batch_size"], 8);
+}
+
+#[test]
+fn the_plan_for_people_shows_what_the_rung_needs_and_what_would_take_a_higher_one() {
+    let env = TestEnv::new();
+    env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());
+    let card = [
+        "--gpu-free",
+        "23GiB",
+        "--compute-capability",
+        "8.6",
+        "--flash-attn",
+        "yes",
+        "--gpu-name",
+        "RTX 4090",
+    ];
+    let mut args = vec!["plan", "job.json", "--liger", "yes"];
+    args.extend(card);
+    let text = env.run(&args).expect(0).stdout;
+    let shown = text.split("notes:").next().unwrap();
+    insta::assert_snapshot!(shown);
 }
 
 /// The spellings of the two hubs.

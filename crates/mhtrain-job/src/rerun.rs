@@ -11,7 +11,6 @@ use mhtrain_sizing::plan::{Plan, Rung};
 use mhtrain_sizing::request::{Allow, Learning};
 use mhtrain_sizing::tier::{Profile, Tier};
 use mhtrain_sizing::units::Bytes;
-use mhtrain_sizing::workload::TrainType;
 use serde::{Deserialize, Serialize};
 
 use crate::diagnosis::{Answer, Diagnosis, Evidence, Kind, Phase};
@@ -279,8 +278,6 @@ pub struct Policy {
     pub bounds: Bounds,
     /// What the job allows.
     pub allow: Allow,
-    /// What is trained.
-    pub train_type: TrainType,
     /// How boldly is learned.
     pub learning: Learning,
     /// Whether the job pins the learning rate.
@@ -321,7 +318,6 @@ impl Policy {
         Ok(Policy {
             bounds: Bounds::default(),
             allow: job.allow.clone(),
-            train_type: job.train_type,
             learning: job.learning,
             learning_rate_pinned: job.pins()?.learning_rate.is_some(),
             expandable_segments,
@@ -421,12 +417,12 @@ impl Case<'_> {
     }
 
     fn lower_rung(&self, dead: &Rung, index: usize, next: &Rung) -> Decision {
-        let same_rows = dead.tier.trains_same_rows_as(&next.tier);
-        let resume = if same_rows { ResumeWish::Latest } else { ResumeWish::FromStart };
-        if !same_rows && self.history.steps_done > 0 && !self.policy.allow.restart {
+        let same = dead.tier.trains_the_same_as(&next.tier);
+        let resume = if same { ResumeWish::Latest } else { ResumeWish::FromStart };
+        if !same && self.history.steps_done > 0 && !self.policy.allow.restart {
             return give_up(
                 format!(
-                    "device memory ran out at {}, and the next rung, {}, trains other rows: {} steps would be \
+                    "device memory ran out at {}, and the next rung, {}, trains other rows or adapters: {} steps would be \
                      lost, and `allow.restart` is false",
                     dead.tier, next.tier, self.history.steps_done
                 ),
@@ -440,7 +436,7 @@ impl Case<'_> {
             next.tier,
             next.predicted_peak_bytes,
             dead.predicted_peak_bytes,
-            if same_rows { "" } else { "; it trains other rows, so it starts again" },
+            if same { "" } else { "; it trains other rows or adapters, so it starts again" },
         );
         Decision::Rerun(Rerun {
             rung: index,
@@ -464,7 +460,7 @@ impl Case<'_> {
         };
         let help = if !emergency && !self.policy.allow.emergency {
             "set `allow.emergency` to true, free memory on the card, or choose a larger card"
-        } else if self.policy.train_type == TrainType::Qlora {
+        } else if !self.plan.can_quantise {
             "free memory on the card, choose a larger card or a smaller model"
         } else {
             "free memory on the card, set \"train_type\": \"qlora\", or choose a larger card or a smaller model"
@@ -480,12 +476,11 @@ impl Case<'_> {
             oom_numbers(&self.diagnosis.evidence),
             rung.estimate.terms.weights,
         );
-        let help = match self.policy.train_type {
-            TrainType::Qlora => "free memory on the card, or choose a larger card or a smaller model",
+        let help = if self.plan.can_quantise {
             // What is trained would change, so it is for the user to ask.
-            TrainType::Lora | TrainType::Full => {
-                "free memory on the card, submit again with \"train_type\": \"qlora\", or choose a larger card"
-            }
+            "free memory on the card, submit again with \"train_type\": \"qlora\", or choose a larger card"
+        } else {
+            "free memory on the card, or choose a larger card or a smaller model"
         };
         give_up(reason, Some(help))
     }

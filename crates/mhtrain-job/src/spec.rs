@@ -7,7 +7,6 @@ mod args;
 mod error;
 mod parse;
 mod read;
-mod unique;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -203,8 +202,6 @@ impl JobSpec {
             card,
             held_by_others,
             train_type: self.train_type_in_memory()?,
-            lora_rank: self.lora_rank()?,
-            targets: self.targets()?,
             length: self.length,
             save: self.save,
             learning: self.learning,

@@ -30,6 +30,7 @@ pub(crate) fn tier(name: Profile, micro_batch: u32, accumulation: u32) -> Tier {
         save_total_limit: 3,
         logging_steps: Steps::Count(20),
         router_aux_loss_coef: None,
+        adapters: None,
     }
 }
 
@@ -66,6 +67,7 @@ pub(crate) fn plan() -> Plan {
         ],
         effective_batch: 32,
         notes: Vec::new(),
+        can_quantise: true,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use regex::Regex;
 use serde::Deserialize;
 
-use crate::model::{ModelShape, ShapeError};
+use crate::model::{AttentionBias, BlockKind, Experts, ModelShape, ShapeError};
 use crate::workload::AttnImpl;
 
 /// Known models, read from `config/models.toml`.
@@ -134,7 +134,12 @@ pub fn shape_from_name(name: &str) -> Option<(ModelShape, f64)> {
         Regex::new(r"(?:^|[^a-z0-9.])(?:(?<experts>\d{1,3})x)?(?<count>\d{1,4}(?:\.\d{1,3})?)(?<unit>[bm])(?:-a(?<active>\d{1,3}(?:\.\d{1,3})?)b)?(?:[^a-z0-9.]|$)")
             .expect("a constant pattern, read by a test")
     });
-    let name = plain_name(name);
+    // `foo-1_8b` is 1.8 billion where hyphens part the words; `llama_2_7b` is the seventh billion of a second version.
+    static POINT: OnceLock<Regex> = OnceLock::new();
+    let point = POINT.get_or_init(|| {
+        Regex::new(r"-(\d{1,3})_(\d{1,3}[bBmM])").expect("a constant pattern, read by a test")
+    });
+    let name = plain_name(&point.replace_all(name, "-$1.$2"));
     let found = pattern.captures(&name)?;
     let number = |group: &str| found.name(group).and_then(|text| text.as_str().parse::<f64>().ok());
     let scale = if &found["unit"] == "b" { 1.0 } else { 1e-3 };
@@ -192,7 +197,29 @@ fn dense_shape(billions: f64) -> ModelShape {
     let table = VOCAB_GUESS * hidden * if tied { 1 } else { 2 };
     let left = billions * 1e9 - (table + layers * attention) as f64;
     let width = (left / (3 * hidden * layers) as f64).max(hidden as f64) as u64;
-    guessed("qwen2", hidden, layers, heads, kv_heads, head_dim, width, tied, None)
+    ModelShape {
+        model_type: "qwen2".to_owned(),
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        intermediate: width,
+        vocab: VOCAB_GUESS,
+        tied_embeddings: tied,
+        qk_norm: false,
+        fused_qkv: false,
+        fused_gate_up: false,
+        attention_bias: AttentionBias::None,
+        norms_per_block: 2,
+        gated_mlp: true,
+        block: BlockKind::Llama,
+        soft_capped_logits: false,
+        attention_sinks: false,
+        experts: None,
+        window: None,
+        full_every: 0,
+    }
 }
 
 /// Returns a mixture of experts of `billions` parameters, of which a token uses `active`.
@@ -213,7 +240,7 @@ fn mixture_shape(billions: f64, active: f64) -> Option<ModelShape> {
     let expert = 3 * dense.hidden * width * dense.layers;
     let rest = dense.parameters().saturating_sub(expert * top_k);
     let count = ((billions * 1e9 - rest as f64) / expert as f64).max(top_k as f64) as u64;
-    let experts = crate::model::Experts {
+    let experts = Experts {
         count,
         top_k,
         intermediate: width,
@@ -223,44 +250,6 @@ fn mixture_shape(billions: f64, active: f64) -> Option<ModelShape> {
         normalises: true,
     };
     Some(ModelShape { model_type: "qwen3_moe".to_owned(), experts: Some(experts), ..dense })
-}
-
-#[expect(clippy::too_many_arguments, reason = "the dimensions of a shape, once")]
-fn guessed(
-    model_type: &str,
-    hidden: u64,
-    layers: u64,
-    heads: u64,
-    kv_heads: u64,
-    head_dim: u64,
-    intermediate: u64,
-    tied_embeddings: bool,
-    experts: Option<crate::model::Experts>,
-) -> ModelShape {
-    use crate::model::{AttentionBias, BlockKind};
-    ModelShape {
-        model_type: model_type.to_owned(),
-        hidden,
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        intermediate,
-        vocab: VOCAB_GUESS,
-        tied_embeddings,
-        qk_norm: false,
-        fused_qkv: false,
-        fused_gate_up: false,
-        attention_bias: AttentionBias::None,
-        norms_per_block: 2,
-        gated_mlp: true,
-        block: BlockKind::Llama,
-        soft_capped_logits: false,
-        attention_sinks: false,
-        experts,
-        window: None,
-        full_every: 0,
-    }
 }
 
 #[cfg(test)]
@@ -299,6 +288,9 @@ mod tests {
             ("somebody/novel-7B-chat", 7.0),
             ("novel-0.5B", 0.5),
             ("novel_1.8b-base", 1.8),
+            ("somebody/novel-1_8b", 1.8),
+            ("novel-0_5B-chat", 0.5),
+            ("novel_2_7b", 7.0),
             ("novel-500M", 0.5),
             ("novel-13b", 13.0),
             ("novel-65B", 65.0),

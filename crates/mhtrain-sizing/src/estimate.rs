@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::block::float;
-use crate::model::{Model, ModelShape, ShapeSource};
+use crate::model::{Model, Quantised, ShapeSource};
 use crate::pass::highest;
 use crate::reserve::{Group, Ratio, Reserve};
 use crate::units::Bytes;
@@ -25,6 +25,14 @@ pub enum EstimateError {
         /// What it may be.
         bounds: &'static str,
     },
+    /// Weights that are packed into few bits get no gradients.
+    #[error("`{model}` cannot be trained in full: its weights are stored quantised ({method})")]
+    QuantisedFull {
+        /// The model.
+        model: String,
+        /// How its weights are stored.
+        method: String,
+    },
     /// No linear layer has one of the names.
     #[error("no linear layer of `{model}` is called {targets}")]
     NoSuchTarget {
@@ -42,6 +50,10 @@ impl EstimateError {
     pub fn help(&self) -> Option<String> {
         Some(match self {
             EstimateError::OutOfRange { what, bounds, .. } => format!("set `{what}` to {bounds}"),
+            EstimateError::QuantisedFull { .. } => {
+                "take the model whose weights are not quantised, or train adapters (`train_type` lora)"
+                    .to_owned()
+            }
             EstimateError::NoSuchTarget { layers, .. } => {
                 format!("write `all-linear`, or some of the layers that it has: {layers}")
             }
@@ -169,7 +181,7 @@ pub fn estimate_with(
     reserve: &Reserve<'_>,
 ) -> Result<Estimate, EstimateError> {
     check(model, work)?;
-    Ok(on_device(&peak(model, work), work, model.source, reserve))
+    Ok(on_device(&peak(model, work), work, model, reserve))
 }
 
 fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
@@ -193,7 +205,12 @@ fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
         });
     }
     if work.train_type == TrainType::Full {
-        return Ok(());
+        return match &model.quantised {
+            None => Ok(()),
+            Some(Quantised { method, .. }) => {
+                Err(EstimateError::QuantisedFull { model: model.name.clone(), method: method.clone() })
+            }
+        };
     }
     if work.lora_rank == 0 {
         return Err(EstimateError::OutOfRange {
@@ -223,8 +240,10 @@ fn no_such_target(model: &Model, targets: &Targets) -> EstimateError {
 
 /// Returns what torch has allocated at the busiest moment.
 fn peak(model: &Model, work: &Workload) -> Peak {
-    let resident = resident(&model.shape, work, model.weight_file_bytes);
-    let high = highest(&model.shape, work, resident.gradients);
+    let resident = resident(model, work);
+    // Whatever their format: a packed weight is unpacked for each product, as in QLoRA.
+    let packed = model.quantised.is_some().then(|| Workload { train_type: TrainType::Qlora, ..work.clone() });
+    let high = highest(&model.shape, packed.as_ref().unwrap_or(work), resident.gradients);
     let forward_excess = (high.overall - high.staged.sum).max(0.0);
     // Half copies of all weights: the end of the forward pass is the highest moment by far, in the tables as well.
     let copies = work.train_type == TrainType::Full && work.dtype == Dtype::Float16;
@@ -277,9 +296,15 @@ fn weight_bytes(work: &Workload) -> f64 {
 /// Each parameter is a request of its own, so each is rounded up. Source: Loshchilov and Hutter 2019, algorithm 2
 /// (moments in the parameter's own type, as `torch/optim/adam.py` allocates them); Dettmers et al. 2023, section 3
 /// (NF4: 4 bits a weight, an 8-bit scale for 64 of them, an fp32 scale for 256 scales).
-fn resident(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> Peak {
+fn resident(model: &Model, work: &Workload) -> Peak {
+    let shape = &model.shape;
     let width = weight_bytes(work);
-    let four_bit = work.train_type == TrainType::Qlora;
+    let quantised = model.quantised.as_ref().filter(|quantised| quantised.bits.is_some());
+    // What bitsandbytes packed before is as large as what it packs while it loads.
+    let stored =
+        quantised.filter(|quantised| !(quantised.method == "bitsandbytes" && quantised.bits == Some(4)));
+    let stored = stored.and_then(Quantised::weight_bytes);
+    let four_bit = stored.is_none() && (work.train_type == TrainType::Qlora || quantised.is_some());
     let mut weights = 0.0;
     let mut packed = 0.0;
     let mut adapter = 0.0;
@@ -287,7 +312,9 @@ fn resident(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> P
     for linear in shape.linears() {
         let (input, output, layers) = (float(linear.input), float(linear.output), float(linear.layers));
         let n = input * output;
-        if four_bit {
+        if let Some(bytes) = stored {
+            packed += layers * requested(bytes * n);
+        } else if four_bit {
             let parts = requested((n / 2.0).ceil())
                 + requested((n / 64.0).ceil())
                 + requested(4.0 * (n / 16384.0).ceil());
@@ -298,15 +325,25 @@ fn resident(shape: &ModelShape, work: &Workload, file_bytes: Option<Bytes>) -> P
         if linear.bias {
             weights += layers * requested(width * output);
         }
-        if work.train_type != TrainType::Full && shape.is_adapted(&linear, &work.targets) {
+        if work.train_type != TrainType::Full && linear.is_adapted_by(&work.targets) {
             adapter += layers * (requested(4.0 * rank * input) + requested(4.0 * rank * output));
         }
     }
     weights += shape.other_parameters().map(|(n, count)| count * requested(width * n)).sum::<f64>();
+    if let Some(bytes) = stored {
+        // Experts are packed like other linear modules, whatever transformers makes of them.
+        let experts = float(shape.expert_weights());
+        weights -= width * experts;
+        packed += bytes * experts;
+    }
     let counted = width * float(shape.parameters());
-    // The headers of the weight files know better than any count, if they hold two-byte weights.
-    if let Some(bytes) =
-        file_bytes.map(Bytes::as_f64).filter(|bytes| *bytes >= 1.6 / 2.0 * 2.0 * counted / width)
+    let file_bytes = model.weight_file_bytes.map(Bytes::as_f64);
+    if let Some(bytes) = file_bytes.filter(|_| model.quantised.is_some()) {
+        // Quantised weights are loaded as the files hold them.
+        (weights, packed) = (0.0, bytes);
+    } else if let Some(bytes) =
+        // The headers of the weight files know better than any count, if they hold two-byte weights.
+        file_bytes.filter(|bytes| *bytes >= 1.6 * counted / width)
     {
         let stated = bytes.min(2.2 * counted / width) * width / 2.0;
         weights = (weights + stated - counted).max(0.0);
@@ -344,13 +381,19 @@ fn doubt(source: ShapeSource) -> [Ratio; 2] {
 }
 
 /// Returns the estimate of what NVML will show.
-fn on_device(peak: &Peak, work: &Workload, source: ShapeSource, reserve: &Reserve<'_>) -> Estimate {
+fn on_device(peak: &Peak, work: &Workload, model: &Model, reserve: &Reserve<'_>) -> Estimate {
     let terms = [peak.weights, peak.adapter, peak.gradients, peak.optimizer, peak.activations, peak.logits];
     let [weights, adapter, gradients, optimizer, activations, logits] = terms.map(Bytes::from_f64);
     let allocated: Bytes = [weights, adapter, gradients, optimizer, activations, logits].into_iter().sum();
     // Runs of the same model have what its dimensions are wrong by in their ratio.
     let known = reserve.knows_model();
-    let [of_resident, mut of_dynamic] = doubt(if known { ShapeSource::Config } else { source });
+    let [mut of_resident, mut of_dynamic] = doubt(if known { ShapeSource::Config } else { model.source });
+    if let Some(quantised) = model.quantised.as_ref().filter(|_| !known) {
+        // Set by judgement, as `doubt`: kernels differ in what they unpack. Without bits, 4 of 16 are the least.
+        let low = if quantised.bits.is_some() { 0.97 } else { 0.3 };
+        of_resident = Ratio { low: low * of_resident.low, high: 1.1 * of_resident.high, ..of_resident };
+        of_dynamic = Ratio { low: 0.9 * of_dynamic.low, high: 1.3 * of_dynamic.high, ..of_dynamic };
+    }
     if work.liger_kernel && !known {
         // No peak with Liger's loss was measured.
         of_dynamic = Ratio { low: 0.8 * of_dynamic.low, high: 1.5 * of_dynamic.high, ..of_dynamic };

@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::estimate::{Estimate, EstimateError, estimate};
 use crate::model::{Model, ResolveError};
+use crate::unique_json::Unique;
 use crate::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
 
 /// One line, parsed. The path of a config is for the caller to load: this crate reads no file.
@@ -32,6 +33,14 @@ pub enum EstimateRequestError {
     NotAnObject {
         /// What it is instead.
         reason: String,
+    },
+    /// One object has a key twice.
+    #[error("the line has the key `{key}` twice, the second time at column {column}")]
+    KeyTwice {
+        /// The key.
+        key: String,
+        /// Where it stands the second time, from 1.
+        column: usize,
     },
     /// A key that means nothing.
     #[error("unknown key `{key}`")]
@@ -72,6 +81,7 @@ impl EstimateRequestError {
             EstimateRequestError::UnknownKey { nearest: None, .. } => {
                 Some(format!("the keys are: {}", KEYS.join(", ")))
             }
+            EstimateRequestError::KeyTwice { .. } => Some("keep the one that is meant".to_owned()),
             EstimateRequestError::NotAnObject { .. } | EstimateRequestError::WhichConfig(_) => Some(
                 r#"write one object a line, for example {"config": "path/to/config.json", "micro_batch": 4}"#
                     .into(),
@@ -88,6 +98,7 @@ impl EstimateRequestError {
     pub fn code(&self) -> &'static str {
         match self {
             EstimateRequestError::NotAnObject { .. } => "not_an_object",
+            EstimateRequestError::KeyTwice { .. } => "key_twice",
             EstimateRequestError::UnknownKey { .. } => "unknown_key",
             EstimateRequestError::Unusable { .. } | EstimateRequestError::Estimate(_) => "bad_value",
             EstimateRequestError::WhichConfig(_) => "which_config",
@@ -126,8 +137,7 @@ impl EstimateRequest {
     /// # Errors
     /// Anything but an object of known keys with usable values.
     pub fn parse(line: &str) -> Result<EstimateRequest, EstimateRequestError> {
-        let value: Value = serde_json::from_str(line)
-            .map_err(|error| EstimateRequestError::NotAnObject { reason: error.to_string() })?;
+        let Unique(value) = serde_json::from_str(line).map_err(|error| not_json(&error))?;
         let Value::Object(object) = value else {
             return Err(EstimateRequestError::NotAnObject { reason: brief(&value) });
         };
@@ -154,6 +164,15 @@ impl EstimateRequest {
         let model = Model::resolve(name, config, None)?;
         Ok(estimate(&model, &self.workload)?)
     }
+}
+
+fn not_json(error: &serde_json::Error) -> EstimateRequestError {
+    let text = error.to_string();
+    if !error.is_data() {
+        return EstimateRequestError::NotAnObject { reason: text };
+    }
+    let key = text.rsplit_once(" at line ").map_or(text.as_str(), |(key, _)| key).escape_debug().to_string();
+    EstimateRequestError::KeyTwice { key, column: error.column() }
 }
 
 fn config_of(object: &Map<String, Value>) -> Result<ConfigRef, EstimateRequestError> {
@@ -297,6 +316,15 @@ mod tests {
         let error = with(r#", "max_lenght": 2048"#).unwrap_err();
         assert_eq!(error.to_string(), "unknown key `max_lenght`");
         assert_eq!(error.help().unwrap(), "did you mean `max_length`?");
+    }
+
+    #[test]
+    fn a_key_written_twice_is_an_error_that_names_it() {
+        let error = with(r#", "micro_batch": 4, "micro_batch": 8"#).unwrap_err();
+        assert_eq!((error.code(), error.help().is_some()), ("key_twice", true));
+        assert!(error.to_string().starts_with("the line has the key `micro_batch` twice"), "{error}");
+        let inside = r#"{"config_object": {"hidden_size": 64, "hidden_size": 128}}"#;
+        assert_eq!(EstimateRequest::parse(inside).unwrap_err().code(), "key_twice");
     }
 
     #[test]

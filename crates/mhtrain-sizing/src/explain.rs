@@ -60,11 +60,12 @@ pub fn bar(estimate: &Estimate, free: Bytes, width: u32) -> String {
 /// Returns what would make the plan take a higher rung: more free memory, Liger's loss, 4-bit weights; a line each.
 pub fn what_would_change(request: &Request, book: &TierBook, history: &History, plan: &Plan) -> Vec<String> {
     let mut lines = Vec::new();
-    let free = request.card.free;
+    let (free, total) = (request.card.free, request.card.total);
     let nearest = plan.rungs[..plan.chosen.min(plan.rungs.len())]
         .iter()
         .filter_map(|rung| Some((rung.admission_bytes.checked_sub(free)?, rung)))
-        .filter(|(missing, _)| *missing > Bytes::ZERO)
+        // Nobody can free what the card does not have.
+        .filter(|(missing, rung)| *missing > Bytes::ZERO && rung.admission_bytes <= total)
         .min_by_key(|(missing, _)| *missing);
     if let Some((missing, rung)) = nearest {
         lines.push(format!("+{missing} free -> {}", rung.tier));
@@ -74,7 +75,7 @@ pub fn what_would_change(request: &Request, book: &TierBook, history: &History, 
     if request.features.liger && !request.allow.liger && request.pins.liger_kernel.is_none() {
         lines.extend(better("`allow.liger`", &other, book, history, plan));
     }
-    if request.train_type == TrainType::Lora && request.features.bitsandbytes {
+    if request.train_type == TrainType::Lora && request.features.bitsandbytes && plan.can_quantise {
         let other = Request { train_type: TrainType::Qlora, ..request.clone() };
         lines.extend(better("`train_type` qlora", &other, book, history, plan));
     }
@@ -86,60 +87,4 @@ fn better(what: &str, other: &Request, book: &TierBook, history: &History, plan:
     let other = plan_learned(other, book, history).ok()?;
     let higher = other.rungs.len() == plan.rungs.len() && other.chosen < plan.chosen;
     higher.then(|| format!("{what} -> {}", other.chosen_rung().tier))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::gpu::Card;
-    use crate::model::Model;
-    use crate::plan::plan;
-    use crate::request::{Allow, Learning, Length, Pins, Save, TrainerFeatures};
-    use crate::workload::Targets;
-
-    fn request() -> Request {
-        Request {
-            model: Model::resolve("Qwen/Qwen2.5-7B", None, None).unwrap(),
-            card: Card {
-                name: "RTX 4090".to_owned(),
-                index: None,
-                total: Bytes::from_gib(24),
-                free: Bytes::from_gib(23),
-                compute_capability: None,
-            },
-            held_by_others: Bytes::ZERO,
-            train_type: TrainType::Lora,
-            lora_rank: 8,
-            targets: Targets::AllLinear,
-            length: Length::Standard,
-            save: Save::Standard,
-            learning: Learning::Standard,
-            min_effective_batch: 32,
-            allow: Allow::default(),
-            pins: Pins::default(),
-            features: TrainerFeatures { flash_attn: true, liger: true, bitsandbytes: true },
-            oom_risk: 0.1,
-        }
-    }
-
-    #[test]
-    fn a_full_card_says_what_would_take_a_higher_rung() {
-        let (request, book) = (request(), TierBook::builtin());
-        let plan = plan(&request, &book).unwrap();
-        let lines = what_would_change(&request, &book, &History::default(), &plan);
-        assert!(lines[0].starts_with('+') && lines[0].contains("free -> standard 1x32"), "{lines:?}");
-        assert!(lines.iter().any(|line| line.contains("liger")), "{lines:?}");
-        assert!(lines.iter().any(|line| line.contains("qlora")), "{lines:?}");
-    }
-
-    #[test]
-    fn a_bar_longer_than_what_is_free_shows_where_that_ends() {
-        let plan = plan(&request(), &TierBook::builtin()).unwrap();
-        let estimate = &plan.rungs[0].estimate;
-        let text = bar(estimate, Bytes::from_gib(23), 60);
-        let (drawn, _) = text.split_once("  ").unwrap();
-        assert_eq!(drawn.chars().count(), 61, "{text}");
-        let limit = drawn.find('|').unwrap();
-        assert!(limit > 0 && limit < 10, "{text}");
-    }
 }

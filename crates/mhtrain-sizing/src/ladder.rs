@@ -5,12 +5,12 @@
 
 use std::sync::OnceLock;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::Model;
 use crate::request::{Learning, Save};
 use crate::tier::Steps;
-use crate::workload::AttnImpl;
+use crate::workload::{AttnImpl, Targets};
 
 /// Classes, profiles, advice and ladder, read from `config/tiers.toml`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -70,7 +70,7 @@ pub struct Class {
 }
 
 /// Values of training that more than one source may state.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Values {
     /// Peak learning rate.
     pub learning_rate: Option<f64>,
@@ -100,7 +100,7 @@ impl Values {
     }
 }
 
-/// The four profiles.
+/// The profiles.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Profiles {
@@ -110,6 +110,8 @@ pub struct Profiles {
     pub long: Long,
     /// The same on shorter rows.
     pub shorter: Shorter,
+    /// The shorter profile with fewer adapters.
+    pub fewer_targets: FewerTargets,
     /// The last resort.
     pub emergency: Emergency,
 }
@@ -167,6 +169,14 @@ pub struct Shorter {
     pub max_length: u32,
     /// Largest micro-batch that is tried.
     pub micro_batch_max: u32,
+}
+
+/// The shorter profile with adapters on a few layers only.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FewerTargets {
+    /// Adapted layers.
+    pub target_modules: Targets,
 }
 
 /// The last resort.
@@ -237,7 +247,7 @@ pub struct Advice {
 }
 
 /// Adapters of a job that says nothing about them.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraAdvice {
     /// Rank.
@@ -245,7 +255,34 @@ pub struct LoraAdvice {
     /// Scale.
     pub alpha: u32,
     /// Adapted layers.
-    pub target_modules: String,
+    pub target_modules: Targets,
+}
+
+impl LoraAdvice {
+    /// Returns the scale for adapters of `rank`: as many times the rank as the book's own pair has.
+    pub fn alpha_for(&self, rank: u32) -> u32 {
+        let alpha = u64::from(self.alpha) * u64::from(rank) / u64::from(self.rank.max(1));
+        u32::try_from(alpha).unwrap_or(u32::MAX)
+    }
+}
+
+/// What the book advises for the command of one job beside its rungs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunAdvice {
+    /// Adapters of a job that says nothing about them.
+    pub lora: LoraAdvice,
+    /// Class of the model.
+    pub class: String,
+    /// Steps between evaluations.
+    pub eval_steps: u32,
+    /// Rows of one evaluation pass.
+    pub per_device_eval_batch_size: u32,
+    /// Data loader workers.
+    pub dataloader_num_workers: u32,
+    /// Cores that the workers were counted for.
+    pub cores: u32,
+    /// Against divergence.
+    pub stable: Values,
 }
 
 /// Values for mixtures of experts.
@@ -375,14 +412,19 @@ impl TierBook {
             .expect("a book is checked to have classes")
     }
 
-    /// Returns the steps between evaluations (recipe section 8.4).
-    pub fn eval_steps(&self, model: &Model) -> u32 {
-        self.class_of(model).eval_steps
-    }
-
-    /// Returns the data loader workers for a host of `cores` cores (recipe section 8.4).
-    pub fn dataloader_workers(&self, cores: u32) -> u32 {
-        (cores / self.workers.cores_per_worker).clamp(self.workers.min, self.workers.max)
+    /// Returns what goes into the command beside a rung, for a model on a host of `cores` cores (recipe section 8).
+    pub fn run_advice(&self, model: &Model, cores: u32) -> RunAdvice {
+        let class = self.class_of(model);
+        RunAdvice {
+            lora: self.lora.clone(),
+            class: class.name.clone(),
+            eval_steps: class.eval_steps,
+            per_device_eval_batch_size: self.eval.per_device_eval_batch_size,
+            dataloader_num_workers: (cores / self.workers.cores_per_worker)
+                .clamp(self.workers.min, self.workers.max),
+            cores,
+            stable: self.learning.stable.values.clone(),
+        }
     }
 
     /// Returns the advice that a job asked for by name, learning before saving.
@@ -433,6 +475,8 @@ impl TierBook {
             ("workers.cores_per_worker", self.workers.cores_per_worker),
             ("workers.min", self.workers.min),
             ("lora.rank", self.lora.rank),
+            ("lora.alpha", self.lora.alpha),
+            ("eval.per_device_eval_batch_size", self.eval.per_device_eval_batch_size),
         ];
         for (what, value) in lengths {
             if value == 0 {
@@ -595,7 +639,8 @@ mod tests {
 
     #[test]
     fn workers_are_half_the_cores_within_bounds() {
-        let book = TierBook::builtin();
-        assert_eq!([0, 1, 2, 8, 16, 128].map(|cores| book.dataloader_workers(cores)), [1, 1, 1, 4, 8, 8]);
+        let (book, model) = (TierBook::builtin(), Model::resolve("Qwen2.5-7B", None, None).unwrap());
+        let workers = |cores| book.run_advice(&model, cores).dataloader_num_workers;
+        assert_eq!([0, 1, 2, 8, 16, 128].map(workers), [1, 1, 1, 4, 8, 8]);
     }
 }

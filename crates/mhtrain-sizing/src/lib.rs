@@ -24,5 +24,6 @@ pub mod request;
 pub mod reserve;
 mod tape;
 pub mod tier;
+pub mod unique_json;
 pub mod units;
 pub mod workload;

@@ -1,11 +1,15 @@
 //! What shape has a model, and how sure is that?
 
+mod quantised;
+
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::catalogue::{Catalogue, Entry};
 use crate::units::Bytes;
 use crate::workload::{AttnImpl, Targets};
+
+pub use quantised::Quantised;
 
 /// What is known about a model before it is loaded.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +22,8 @@ pub struct Model {
     pub source: ShapeSource,
     /// Bytes of the weight files as their headers state them; `None` when no file was seen.
     pub weight_file_bytes: Option<Bytes>,
+    /// How its files hold the weights, where that is not as they are trained.
+    pub quantised: Option<Quantised>,
     /// Attention implementations that the model class supports in transformers, best first.
     pub attention: Vec<AttnImpl>,
     /// Tier class that the catalogue asks for; `None` leaves it to the parameter count.
@@ -75,9 +81,10 @@ impl Model {
         let known = Catalogue::builtin().find(name);
         let mut model = match (config, known) {
             (Some(config), known) => {
-                let (shape, known_block) = ModelShape::from_config(config)
-                    .map_err(|source| ResolveError::Config { name: name.to_owned(), source })?;
+                let failure = |source| ResolveError::Config { name: name.to_owned(), source };
+                let (shape, known_block) = ModelShape::from_config(config).map_err(failure)?;
                 let mut model = Model::of_shape(name, shape);
+                model.quantised = Quantised::of_config(config).map_err(failure)?;
                 if let Some(known) = known {
                     model.adopt(known);
                 }
@@ -101,7 +108,19 @@ impl Model {
             (None, None) => Model::from_name(name)?,
         };
         model.weight_file_bytes = weight_file_bytes;
+        if config.is_none() {
+            model.quantised = Quantised::of_name(name);
+        }
+        // The 4-bit experts of gpt-oss are unpacked for training; `gpt_oss_note` says so.
+        model.quantised = model.quantised.filter(|_| model.shape.block != BlockKind::GptOss);
+        model.notes.extend(model.quantised.as_ref().map(Quantised::note));
         Ok(model)
+    }
+
+    /// Returns whether bitsandbytes can pack its weights into 4 bits: not those that are packed already, and not
+    /// gpt-oss, whose experts are no linear modules and whose own 4-bit format nobody tried it on.
+    pub fn can_be_packed(&self) -> bool {
+        self.quantised.is_none() && self.shape.block != BlockKind::GptOss
     }
 
     /// Returns the number of parameters.
@@ -119,6 +138,7 @@ impl Model {
             shape,
             source: ShapeSource::Config,
             weight_file_bytes: None,
+            quantised: None,
         }
     }
 
@@ -367,6 +387,20 @@ impl Fields<'_> {
     }
 }
 
+/// Returns the objects of a config.json from the outermost to the one that describes the language model: multimodal
+/// models have it inside, some of them (Omni) two levels deep. Empty when the value is no object.
+fn levels(config: &Value) -> Vec<&serde_json::Map<String, Value>> {
+    const INNER: [&str; 4] = ["text_config", "llm_config", "language_config", "thinker_config"];
+    let mut levels: Vec<_> = config.as_object().into_iter().collect();
+    while let Some(level) = levels.last().filter(|level| !level.contains_key("hidden_size")) {
+        match INNER.iter().find_map(|key| level.get(*key).and_then(Value::as_object)) {
+            Some(inner) => levels.push(inner),
+            None => break,
+        }
+    }
+    levels
+}
+
 /// Returns a value in a few words, however large it is.
 fn brief(value: &Value) -> String {
     match value {
@@ -395,15 +429,14 @@ impl ModelShape {
     /// # Errors
     /// A key that is missing, of the wrong type or out of bounds is an error that names it.
     pub fn from_config(config: &Value) -> Result<(ModelShape, bool), ShapeError> {
-        let Some(outer) = config.as_object() else {
+        let levels = levels(config);
+        let Some(object) = levels.last().copied() else {
             return Err(ShapeError::NotAnObject { found: brief(config) });
         };
-        let nested = ["text_config", "llm_config", "language_config"]
-            .iter()
-            .find_map(|key| outer.get(*key).and_then(Value::as_object))
-            .filter(|_| !outer.contains_key("hidden_size"));
-        let object = nested.unwrap_or(outer);
-        let model_type = match object.get("model_type").or_else(|| outer.get("model_type")) {
+        // A level that says nothing has what the one around it says.
+        let stated =
+            |key: &str| levels.iter().rev().find_map(|level| level.get(key).filter(|v| !v.is_null()));
+        let model_type = match stated("model_type") {
             None | Some(Value::Null) => "llama".to_owned(),
             Some(Value::String(name)) if name.len() <= 100 => name.to_ascii_lowercase(),
             Some(value) => {
@@ -414,14 +447,12 @@ impl ModelShape {
                 });
             }
         };
-        let tied = Fields { object }.flag("tie_word_embeddings")?;
-        let tied = match (tied, nested) {
-            (None, Some(_)) => Fields { object: outer }.flag("tie_word_embeddings")?,
-            (tied, _) => tied,
-        };
+        let mut tied = None;
+        for level in levels.iter().rev() {
+            tied = tied.or(Fields { object: level }.flag("tie_word_embeddings")?);
+        }
         let traits = Traits::of(&model_type);
-        let stated =
-            object.get("model_type").or_else(|| outer.get("model_type")).is_some_and(Value::is_string);
+        let stated = stated("model_type").is_some();
         let shape = read_shape(&Fields { object }, model_type, &traits, tied)?;
         let parameters = shape.parameters();
         if parameters > PARAMETERS_MAX {
@@ -478,6 +509,14 @@ impl ModelShape {
         u64::try_from(total).unwrap_or(u64::MAX)
     }
 
+    /// Returns the parameters of the matrices of all experts; 0 for a dense model.
+    pub(crate) fn expert_weights(&self) -> u64 {
+        let Some(experts) = &self.experts else { return 0 };
+        let sparse = self.layers.saturating_sub(experts.dense_layers);
+        let each = self.hidden.saturating_mul(experts.intermediate).saturating_mul(3);
+        each.saturating_mul(experts.count).saturating_mul(sparse)
+    }
+
     /// Returns the parameters of adapters of `rank` on `targets`: rank x (in + out) for each adapted linear.
     ///
     /// Source: Hu et al. 2021, section 4.1.
@@ -492,18 +531,7 @@ impl ModelShape {
     /// Returns the linear modules that get an adapter.
     pub fn adapted(&self, targets: &Targets) -> impl Iterator<Item = Linear> {
         let targets = targets.clone();
-        self.linears().into_iter().filter(move |linear| match &targets {
-            Targets::AllLinear => linear.adapted_by_all,
-            Targets::Names(names) => names.iter().any(|name| linear.is_called(name)),
-        })
-    }
-
-    /// Returns whether a linear module gets an adapter.
-    pub fn is_adapted(&self, linear: &Linear, targets: &Targets) -> bool {
-        match targets {
-            Targets::AllLinear => linear.adapted_by_all,
-            Targets::Names(names) => names.iter().any(|name| linear.is_called(name)),
-        }
+        self.linears().into_iter().filter(move |linear| linear.is_adapted_by(&targets))
     }
 
     /// Returns the parameters that are no linear modules of the blocks: elements of one, and how many there are.
@@ -673,6 +701,14 @@ impl Linear {
         u128::from(self.input) * u128::from(self.output) + if self.bias { u128::from(self.output) } else { 0 }
     }
 
+    /// Returns whether it gets an adapter.
+    pub fn is_adapted_by(&self, targets: &Targets) -> bool {
+        match targets {
+            Targets::AllLinear => self.adapted_by_all,
+            Targets::Names(names) => names.iter().any(|name| self.is_called(name)),
+        }
+    }
+
     /// Returns whether a target name means this module: its own name, or a path that ends in it.
     fn is_called(&self, target: &str) -> bool {
         target.rsplit('.').next() == Some(self.name)
@@ -779,6 +815,39 @@ impl Traits {
     }
 }
 
+/// What a class has where its config.json leaves a key out, as those of Gemma 3 on the hub do.
+///
+/// Source: the defaults of `configuration_*.py` in transformers 5.19.
+#[derive(Copy, Clone, Debug, Default)]
+struct ClassDefaults {
+    heads: Option<u64>,
+    kv_heads: Option<u64>,
+    head_dim: Option<u64>,
+    vocab: Option<u64>,
+}
+
+impl ClassDefaults {
+    fn of(model_type: &str) -> ClassDefaults {
+        let gemma = |heads, kv_heads, vocab| ClassDefaults {
+            heads: Some(heads),
+            kv_heads: Some(kv_heads),
+            head_dim: Some(256),
+            vocab: Some(vocab),
+        };
+        let none = ClassDefaults::default();
+        match model_type {
+            "gemma" => gemma(16, 16, 256_000),
+            "gemma2" => gemma(8, 4, 256_000),
+            "gemma3" | "gemma3_text" => gemma(8, 4, 262_208),
+            "mistral" | "mixtral" => ClassDefaults { kv_heads: Some(8), ..none },
+            "gpt_oss" => ClassDefaults { kv_heads: Some(8), head_dim: Some(64), ..none },
+            "qwen3" => ClassDefaults { head_dim: Some(128), ..none },
+            "glm" | "glm4" => ClassDefaults { kv_heads: Some(2), head_dim: Some(128), ..none },
+            _ => none,
+        }
+    }
+}
+
 fn read_shape(
     fields: &Fields<'_>,
     model_type: String,
@@ -787,18 +856,44 @@ fn read_shape(
 ) -> Result<ModelShape, ShapeError> {
     let hidden = fields.needed(&["hidden_size", "n_embd", "d_model"], HIDDEN_MAX)?;
     let layers = fields.needed(&["num_hidden_layers", "num_layers", "n_layer"], LAYERS_MAX)?;
-    let heads = fields.needed(&["num_attention_heads", "n_head"], HEADS_MAX)?;
+    let defaults = ClassDefaults::of(&model_type);
+    let heads = match fields.number(&["num_attention_heads", "n_head"], HEADS_MAX)?.or(defaults.heads) {
+        Some(heads) => heads,
+        None => return Err(ShapeError::Missing { key: "num_attention_heads" }),
+    };
     let grouped = if model_type == "chatglm" {
         match fields.flag("multi_query_attention")? {
             Some(false) => None,
             Some(true) | None => fields.number(&["multi_query_group_num"], HEADS_MAX)?,
         }
     } else {
-        fields.number(&["num_key_value_heads"], HEADS_MAX)?
+        // null is as many as query heads; only a key that is left out has the default of its class.
+        let default = defaults.kv_heads.filter(|_| !fields.object.contains_key("num_key_value_heads"));
+        fields.number(&["num_key_value_heads"], HEADS_MAX)?.or(default)
     };
-    let head_dim = match fields.number(&["head_dim", "kv_channels"], HIDDEN_MAX)? {
+    let kv_heads = grouped.unwrap_or(heads);
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(ShapeError::Unusable {
+            key: if model_type == "chatglm" { "multi_query_group_num" } else { "num_key_value_heads" }
+                .to_owned(),
+            found: kv_heads.to_string(),
+            expected: format!("a divisor of the {heads} query heads"),
+        });
+    }
+    let head_dim = match fields.number(&["head_dim", "kv_channels"], HIDDEN_MAX)?.or(defaults.head_dim) {
         Some(width) => width,
-        None => (hidden / heads).max(1),
+        None if hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            return Err(ShapeError::Unusable {
+                key: "num_attention_heads".to_owned(),
+                found: heads.to_string(),
+                expected: format!("a divisor of `hidden_size` {hidden} where no `head_dim` is stated"),
+            });
+        }
+    };
+    let vocab = match fields.number(&["vocab_size", "padded_vocab_size"], VOCAB_MAX)?.or(defaults.vocab) {
+        Some(vocab) => vocab,
+        None => return Err(ShapeError::Missing { key: "vocab_size" }),
     };
     let experts = read_experts(fields, traits, layers)?;
     let intermediate = match fields.number(&["intermediate_size", "ffn_hidden_size", "n_inner"], WIDTH_MAX)? {
@@ -830,10 +925,10 @@ fn read_shape(
         hidden,
         layers,
         heads,
-        kv_heads: grouped.unwrap_or(heads),
+        kv_heads,
         head_dim,
         intermediate,
-        vocab: fields.needed(&["vocab_size", "padded_vocab_size"], VOCAB_MAX)?,
+        vocab,
         tied_embeddings: tied.unwrap_or(traits.tied),
         qk_norm: traits.qk_norm,
         fused_qkv: traits.fused_qkv,
@@ -1006,6 +1101,52 @@ mod tests {
         for config in [json!(null), json!(3), json!("x"), json!([]), json!(true)] {
             assert!(matches!(ModelShape::from_config(&config), Err(ShapeError::NotAnObject { .. })));
         }
+    }
+
+    #[test]
+    fn a_language_model_inside_of_another_config_is_found_however_deep() {
+        let text = json!({"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 1000});
+        let shallow = shape(json!({"model_type": "x", "text_config": text.clone()}));
+        for config in [
+            json!({"model_type": "x", "thinker_config": {"model_type": "y", "text_config": text.clone()}}),
+            json!({"text_config": {"text_config": text.clone()}}),
+        ] {
+            assert_eq!(shape(config), shallow);
+        }
+        let inner = json!({"text_config": {"text_config": {"hidden_size": 64}}, "tie_word_embeddings": true});
+        assert_eq!(ModelShape::from_config(&inner), Err(ShapeError::Missing { key: "num_hidden_layers" }));
+    }
+
+    /// The config.json of google/gemma-3-4b-it, without its image part.
+    #[test]
+    fn keys_that_a_config_leaves_out_have_the_defaults_of_their_class() {
+        let gemma = shape(
+            json!({"model_type": "gemma3", "text_config": {"hidden_size": 2560, "intermediate_size": 10240,
+            "model_type": "gemma3_text", "num_hidden_layers": 34, "sliding_window": 1024}}),
+        );
+        assert_eq!((gemma.heads, gemma.kv_heads, gemma.head_dim, gemma.vocab), (8, 4, 256, 262_208));
+        assert_eq!(gemma.parameters(), 3_880_263_168);
+    }
+
+    #[test]
+    fn heads_that_cannot_be_are_errors() {
+        let with = |extra: Value| {
+            let mut config = json!({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 1000});
+            for (key, value) in extra.as_object().unwrap() {
+                config[key] = value.clone();
+            }
+            ModelShape::from_config(&config).map(|(shape, _)| (shape.kv_heads, shape.head_dim))
+        };
+        let error = with(json!({"num_attention_heads": 7})).unwrap_err().to_string();
+        assert!(error.contains("`num_attention_heads` is 7") && error.contains("head_dim"), "{error}");
+        assert_eq!(with(json!({"num_attention_heads": 7, "head_dim": 16})), Ok((7, 16)));
+        for kv_heads in [8, 3] {
+            let error = with(json!({"num_key_value_heads": kv_heads})).unwrap_err().to_string();
+            assert!(error.contains("divisor of the 4 query heads"), "{error}");
+        }
+        assert_eq!(with(json!({"num_key_value_heads": null})), Ok((4, 16)));
     }
 
     #[test]

@@ -1,19 +1,23 @@
 //! Which rung is the best that fits?
 
+mod settle;
+
 use std::cmp::Ordering;
 
 use serde::{Deserialize, Serialize};
+use settle::{
+    Attention, Batches, Lengths, check_numbers, note_environment, settle_adapters, settle_attention,
+    settle_batch, settle_dtype, settle_lengths, settle_liger,
+};
 
 pub use crate::correct::after_oom;
 use crate::estimate::{Estimate, EstimateError, estimate_with};
-use crate::gpu::ComputeCapability;
 use crate::ladder::{Class, TierBook, Values};
 use crate::learn::{Learned, learn};
-use crate::model::ShapeSource;
 use crate::observation::{Fingerprint, Observation, Versions};
 use crate::request::{Learning, Length, Request};
 use crate::reserve::{Group, Reserve};
-use crate::tier::{Profile, Tier};
+use crate::tier::{Adapters, Profile, Tier};
 use crate::units::Bytes;
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
 
@@ -45,6 +49,9 @@ pub struct Plan {
     pub effective_batch: u64,
     /// What differs from the recipe or from what the job asked, and why; a sentence each.
     pub notes: Vec<String>,
+    /// Whether the weights are not packed into 4 bits and could be (`train_type` qlora).
+    #[serde(default)]
+    pub can_quantise: bool,
 }
 
 impl Plan {
@@ -192,15 +199,17 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
     let chosen = sizing.choose(&candidates)?;
     let rungs = sizing.rungs(&candidates, chosen);
     let notes = sizing.notes(&candidates, chosen);
-    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, notes })
+    let can_quantise = request.train_type != TrainType::Qlora && request.model.can_be_packed();
+    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, notes, can_quantise })
 }
 
 /// Returns the pass that a rung means for the card.
 pub fn workload(request: &Request, tier: &Tier) -> Workload {
+    let adapters = tier.adapters.clone().unwrap_or_default();
     Workload {
         train_type: request.train_type,
-        lora_rank: request.lora_rank,
-        targets: request.targets.clone(),
+        lora_rank: adapters.lora_rank,
+        targets: adapters.target_modules,
         dtype: tier.torch_dtype,
         micro_batch: tier.micro_batch,
         accumulation: tier.accumulation,
@@ -246,6 +255,9 @@ struct Sizing<'a> {
     lengths: Lengths,
     attention: Attention,
     dtype: Dtype,
+    adapters: Option<Adapters>,
+    /// The adapters of the most frugal rungs; those of the others where fewer are not allowed.
+    fewest: Option<Adapters>,
     liger: bool,
     history: &'a History,
     /// What packed and unpacked rungs have in common with earlier attempts.
@@ -254,45 +266,20 @@ struct Sizing<'a> {
     notes: Vec<String>,
 }
 
-/// Which factors of the effective batch may be tried.
-#[derive(Clone, Debug)]
-struct Batches {
-    /// The presumption.
-    own: u32,
-    /// To try, largest first.
-    micro: Vec<u32>,
-    /// Nothing to choose: a factor is pinned.
-    pinned: bool,
-}
-
-/// Which lengths may be tried.
-#[derive(Copy, Clone, Debug)]
-struct Lengths {
-    long: Option<u32>,
-    standard: Option<u32>,
-    shorter: Option<u32>,
-    emergency: u32,
-}
-
-/// Attention and packing of the standard rungs and of the emergency rung.
-#[derive(Copy, Clone, Debug)]
-struct Attention {
-    attn_impl: AttnImpl,
-    packing: bool,
-    emergency_attn_impl: AttnImpl,
-    emergency_packing: bool,
-}
-
 impl<'a> Sizing<'a> {
     fn of(request: &'a Request, book: &'a TierBook, history: &'a History) -> Result<Sizing<'a>, PlanError> {
         check_numbers(request)?;
         let class = book.class_of(&request.model);
         let mut notes = request.model.notes.clone();
-        notes.extend(class.note.clone());
+        // What the class would take says nothing about a batch that is pinned whole.
+        if request.pins.micro_batch.is_none() || request.pins.accumulation.is_none() {
+            notes.extend(class.note.clone());
+        }
         let (effective_batch, batches) = settle_batch(request, class, &mut notes)?;
         let lengths = settle_lengths(request, book, class)?;
         let attention = settle_attention(request, book, &mut notes)?;
         let dtype = settle_dtype(request, &mut notes)?;
+        let (adapters, fewest) = settle_adapters(request, book, &mut notes);
         let liger = settle_liger(request, &mut notes);
         note_environment(request, &mut notes);
         if request.learning == Learning::Fast {
@@ -310,6 +297,8 @@ impl<'a> Sizing<'a> {
             lengths,
             attention,
             dtype,
+            adapters,
+            fewest,
             liger,
             packed,
             unpacked,
@@ -331,20 +320,36 @@ impl<'a> Sizing<'a> {
             );
         }
         if let Some(length) = self.lengths.shorter {
-            let small =
-                |micro: &&u32| self.batches.pinned || **micro <= self.book.profiles.shorter.micro_batch_max;
-            tiers.extend(
-                self.batches
-                    .micro
-                    .iter()
-                    .filter(small)
-                    .map(|&micro| (self.standard_tier(Profile::Shorter, micro, length), Rule::Careful)),
-            );
+            let shorter = |micro| (self.standard_tier(Profile::Shorter, micro, length), Rule::Careful);
+            tiers.extend(self.small_batches().map(shorter));
+        }
+        let last = self.lengths.shorter.or(self.lengths.standard).or(self.lengths.long);
+        if let (Some(length), true) = (last, self.fewest != self.adapters) {
+            let fewer = |micro| (self.fewer_targets_tier(micro, length), Rule::Careful);
+            tiers.extend(self.small_batches().map(fewer));
         }
         if self.request.allow.emergency && !self.request.pins.leave_nothing_to_size() {
             tiers.push((self.emergency_tier(), Rule::Careful));
         }
         tiers.into_iter().map(|(tier, rule)| self.candidate(tier, rule)).collect()
+    }
+
+    /// Returns the micro-batches that are tried once the rows are as short as they may be: larger ones need more than a
+    /// small one of longer rows does.
+    fn small_batches(&self) -> impl Iterator<Item = u32> {
+        let smallest = self.batches.micro.last().copied();
+        let most = self.book.profiles.shorter.micro_batch_max;
+        let pinned = self.batches.pinned;
+        self.batches
+            .micro
+            .iter()
+            .copied()
+            .filter(move |micro| pinned || *micro <= most || Some(*micro) == smallest)
+    }
+
+    fn fewer_targets_tier(&self, micro: u32, max_length: u32) -> Tier {
+        let tier = self.standard_tier(Profile::FewerTargets, micro, max_length);
+        Tier { adapters: self.fewest.clone(), ..tier }
     }
 
     fn candidate(&self, tier: Tier, rule: Rule) -> Result<Candidate, PlanError> {
@@ -417,14 +422,15 @@ impl<'a> Sizing<'a> {
             self.smallest(self.book.profiles.emergency.micro_batch)
         };
         let attention = self.attention;
-        self.tier(
+        let tier = self.tier(
             Profile::Emergency,
             micro,
             self.lengths.emergency,
             attention.emergency_packing,
             attention.emergency_attn_impl,
             &values,
-        )
+        );
+        Tier { adapters: self.fewest.clone(), ..tier }
     }
 
     /// Returns the largest divisor of the effective batch up to `micro`, so that E stays what it is.
@@ -467,6 +473,7 @@ impl<'a> Sizing<'a> {
             router_aux_loss_coef: pins
                 .router_aux_loss_coef
                 .or(mixture.then_some(self.book.mixture.router_aux_loss_coef)),
+            adapters: self.adapters.clone(),
         }
     }
 
@@ -554,14 +561,21 @@ impl<'a> Sizing<'a> {
 
     fn what_would_help(&self, needed: Bytes) -> String {
         let missing = needed.saturating_sub(self.request.card.free);
-        let mut ways = vec![format!("free {missing} more on {}", self.card())];
-        if self.request.held_by_others > Bytes::ZERO {
-            ways[0] = format!("{} (other processes hold {})", ways[0], self.request.held_by_others);
+        let mut ways = Vec::new();
+        // No one can free what the card does not have.
+        if needed <= self.request.card.total {
+            let held = self.request.held_by_others;
+            let holders =
+                if held > Bytes::ZERO { format!(" (other processes hold {held})") } else { String::new() };
+            ways.push(format!("free {missing} more on {}{holders}", self.card()));
         }
-        match self.request.train_type {
-            TrainType::Full => ways.push("train adapters (`train_type` lora or qlora)".to_owned()),
-            TrainType::Lora => ways.push("pack the weights into 4 bits (`train_type` qlora)".to_owned()),
-            TrainType::Qlora => {}
+        match (self.request.train_type, self.request.model.can_be_packed()) {
+            (TrainType::Full, true) => ways.push("train adapters (`train_type` lora or qlora)".to_owned()),
+            (TrainType::Full, false) => ways.push("train adapters (`train_type` lora)".to_owned()),
+            (TrainType::Lora, true) => {
+                ways.push("pack the weights into 4 bits (`train_type` qlora)".to_owned());
+            }
+            (TrainType::Lora, false) | (TrainType::Qlora, _) => {}
         }
         if self.pinned_length() {
             ways.push("unpin the length".to_owned());
@@ -577,8 +591,8 @@ impl<'a> Sizing<'a> {
         if !self.liger && self.request.features.liger {
             ways.push("allow Liger's fused loss (`allow.liger`)".to_owned());
         }
-        ways.push("or take a smaller model".to_owned());
-        ways.join(", ")
+        ways.push("take a smaller model or a larger card".to_owned());
+        one_of(&ways)
     }
 
     fn rungs(&self, candidates: &[Candidate], chosen: usize) -> Vec<Rung> {
@@ -658,6 +672,14 @@ impl<'a> Sizing<'a> {
     }
 }
 
+/// Returns a list as the end of a sentence: `a, b, or c`.
+fn one_of(ways: &[String]) -> String {
+    match ways {
+        [all @ .., last] if !all.is_empty() => format!("{}, or {last}", all.join(", ")),
+        _ => ways.concat(),
+    }
+}
+
 fn percent(share: f64) -> String {
     let percent = 100.0 * share;
     if (percent - percent.round()).abs() < 0.05 {
@@ -679,6 +701,14 @@ fn what_changes(from: &Tier, to: &Tier) -> Vec<String> {
     if to.packing != from.packing {
         changes.push("rows are not packed: there are more steps, and each is less full".to_owned());
     }
+    if let (Some(to), Some(from)) = (&to.adapters, &from.adapters)
+        && to.target_modules != from.target_modules
+    {
+        changes.push(format!(
+            "adapters are on {} instead of {}: less is trained (recipe 8.4)",
+            to.target_modules, from.target_modules
+        ));
+    }
     if to.learning_rate != from.learning_rate {
         changes.push(format!(
             "the learning rate is {:e} instead of {:e} (the emergency profile's)",
@@ -686,292 +716,4 @@ fn what_changes(from: &Tier, to: &Tier) -> Vec<String> {
         ));
     }
     changes
-}
-
-fn check_numbers(request: &Request) -> Result<(), PlanError> {
-    let pins = &request.pins;
-    let counts = [
-        ("per_device_train_batch_size", pins.micro_batch),
-        ("gradient_accumulation_steps", pins.accumulation),
-        ("max_length", pins.max_length),
-        ("length", if let Length::Tokens(tokens) = request.length { Some(tokens) } else { None }),
-    ];
-    for (what, count) in counts {
-        if count.is_some_and(|count| count == 0 || count > COUNT_MAX) {
-            let found = count.unwrap_or(0).to_string();
-            return Err(PlanError::Unusable { what, found, expected: "a whole number from 1 to 16777216" });
-        }
-    }
-    if request.min_effective_batch == 0 || request.min_effective_batch > COUNT_MAX {
-        let found = request.min_effective_batch.to_string();
-        return Err(PlanError::Unusable {
-            what: "min_effective_batch",
-            found,
-            expected: "a whole number from 1 to 16777216",
-        });
-    }
-    if !(request.oom_risk > 0.0 && request.oom_risk < 1.0) {
-        let found = request.oom_risk.to_string();
-        return Err(PlanError::Unusable { what: "oom_risk", found, expected: "above 0 and below 1" });
-    }
-    Ok(())
-}
-
-/// Largest batch or length that is planned for: beyond any trainer, and far from any overflow.
-const COUNT_MAX: u32 = 1 << 24;
-
-/// Largest micro-batch that is tried beside those of the class.
-const MICRO_BATCH_MAX: u32 = 64;
-
-/// Returns the effective batch and the micro-batches to try.
-///
-/// The effective batch is the class's own; if the job asks for more, the next multiple of the class's own micro-batch,
-/// so that the presumption stays. Under it a job may go, and need not.
-fn settle_batch(
-    request: &Request,
-    class: &Class,
-    notes: &mut Vec<String>,
-) -> Result<(u64, Batches), PlanError> {
-    let min = request.min_effective_batch;
-    let wanted = if min > class.effective_batch {
-        min.next_multiple_of(class.micro_batch)
-    } else {
-        class.effective_batch
-    };
-    let fixed = |micro: u32| Batches { own: micro, micro: vec![micro], pinned: true };
-    match (request.pins.micro_batch, request.pins.accumulation) {
-        (Some(micro_batch), Some(accumulation)) => {
-            let product = u64::from(micro_batch) * u64::from(accumulation);
-            if product < u64::from(min) {
-                let min_effective_batch = min;
-                return Err(PlanError::PinnedBatchTooSmall {
-                    micro_batch,
-                    accumulation,
-                    product,
-                    min_effective_batch,
-                });
-            }
-            Ok((product, fixed(micro_batch)))
-        }
-        (Some(micro), None) => {
-            let passes = wanted.div_ceil(micro);
-            let product = u64::from(micro) * u64::from(passes);
-            notes.push(format!(
-                "micro-batch {micro} is pinned: accumulation {passes} makes an effective batch of {product}, at least \
-                 {wanted}"
-            ));
-            Ok((product, fixed(micro)))
-        }
-        (None, Some(accumulation)) => {
-            let micro = wanted.div_ceil(accumulation);
-            let product = u64::from(micro) * u64::from(accumulation);
-            notes.push(format!(
-                "accumulation {accumulation} is pinned: micro-batch {micro} makes an effective batch of {product}, at \
-                 least {wanted}"
-            ));
-            Ok((product, fixed(micro)))
-        }
-        (None, None) => {
-            let micro = if wanted == class.effective_batch {
-                class.micro_batches.clone()
-            } else {
-                notes.push(format!(
-                    "`min_effective_batch` is {min}: the effective batch is {wanted} instead of {}",
-                    class.effective_batch
-                ));
-                let largest = class.micro_batches.first().copied().unwrap_or(1).min(MICRO_BATCH_MAX);
-                (1..=largest).rev().filter(|micro| wanted.is_multiple_of(*micro)).collect()
-            };
-            Ok((u64::from(wanted), Batches { own: class.micro_batch, micro, pinned: false }))
-        }
-    }
-}
-
-fn settle_lengths(request: &Request, book: &TierBook, class: &Class) -> Result<Lengths, PlanError> {
-    let asked = match request.length {
-        Length::Tokens(tokens) => Some(tokens),
-        Length::Standard | Length::Long | Length::Short => None,
-    };
-    if let (Some(asked), Some(pinned)) = (asked, request.pins.max_length)
-        && asked != pinned
-    {
-        return Err(PlanError::Conflict(
-            format!("`length` is {asked} and `args.max_length` is {pinned}"),
-            "give one of the two".to_owned(),
-        ));
-    }
-    if let Some(pinned) = request.pins.max_length.or(asked) {
-        return Ok(Lengths { long: None, standard: Some(pinned), shorter: None, emergency: pinned });
-    }
-    let profiles = &book.profiles;
-    let standard = class.max_length.unwrap_or(profiles.standard.max_length);
-    let (long, whole) = match request.length {
-        Length::Long => (Some(profiles.long.max_length), standard),
-        Length::Short => (None, profiles.shorter.max_length.min(standard)),
-        Length::Standard | Length::Tokens(_) => (None, standard),
-    };
-    let first = long.unwrap_or(whole);
-    if !request.allow.shorter_max_length {
-        let standard = if long.is_some() { None } else { Some(whole) };
-        return Ok(Lengths { long, standard, shorter: None, emergency: first });
-    }
-    let shorter = Some(profiles.shorter.max_length).filter(|shorter| *shorter < whole);
-    Ok(Lengths { long, standard: Some(whole), shorter, emergency: profiles.emergency.max_length.min(whole) })
-}
-
-/// Returns attention and packing.
-///
-/// Packing needs a flash implementation, and flash attention needs Ampere; ms-swift refuses the first without the second.
-fn settle_attention(
-    request: &Request,
-    book: &TierBook,
-    notes: &mut Vec<String>,
-) -> Result<Attention, PlanError> {
-    let supported = &request.model.attention;
-    let obstacle = flash_obstacle(request);
-    let without_flash = || supported.iter().copied().find(|attn| !attn.is_flash()).unwrap_or(AttnImpl::Eager);
-    let pins = &request.pins;
-    let attn_impl = match pins.attn_impl {
-        Some(pinned) => {
-            warn_about_pinned_attention(request, pinned, obstacle.as_deref(), notes);
-            pinned
-        }
-        None if obstacle.is_none() => {
-            supported.iter().copied().find(|attn| attn.is_flash()).unwrap_or(AttnImpl::FlashAttn)
-        }
-        None => without_flash(),
-    };
-    let reason = match (pins.attn_impl, &obstacle) {
-        (Some(pinned), _) => format!("`attn_impl` is pinned to {pinned}"),
-        (None, Some(obstacle)) => obstacle.clone(),
-        (None, None) => String::new(),
-    };
-    let packing = match pins.packing {
-        Some(true) if !attn_impl.is_flash() => {
-            return Err(PlanError::Conflict(
-                format!("packing is pinned and needs flash attention, but {reason}"),
-                "unpin `packing` or `attn_impl`, or install flash-attn on an Ampere card".to_owned(),
-            ));
-        }
-        Some(pinned) => pinned,
-        None => book.profiles.standard.packing && attn_impl.is_flash(),
-    };
-    if book.profiles.standard.packing && !packing && pins.packing.is_none() {
-        if !request.allow.no_packing {
-            return Err(PlanError::Conflict(
-                format!("packing needs flash attention, but {reason}, and `allow.no_packing` is false"),
-                "allow it (`allow.no_packing`), or install flash-attn on an Ampere card".to_owned(),
-            ));
-        }
-        notes.push(format!("attention is {attn_impl} and rows are not packed: {reason}"));
-    }
-    let emergency = &book.profiles.emergency;
-    let may_unpack = pins.packing.is_none() && (request.allow.no_packing || !packing);
-    let emergency_packing = if may_unpack { emergency.packing && packing } else { packing };
-    let emergency_attn_impl = match pins.attn_impl {
-        Some(pinned) => pinned,
-        None if emergency_packing => attn_impl,
-        None if supported.contains(&emergency.attn_impl) => emergency.attn_impl,
-        None => without_flash(),
-    };
-    Ok(Attention { attn_impl, packing, emergency_attn_impl, emergency_packing })
-}
-
-/// Returns why flash attention cannot be used; `None` when it can.
-fn flash_obstacle(request: &Request) -> Option<String> {
-    let capability = request.card.compute_capability.unwrap_or(ComputeCapability::AMPERE);
-    if !request.model.attention.iter().any(|attn| attn.is_flash()) {
-        let name = &request.model.shape.model_type;
-        return Some(format!("transformers has no general flash attention for {name}"));
-    }
-    if capability < ComputeCapability::AMPERE {
-        return Some(format!("flash attention needs compute capability 8.0, and this card has {capability}"));
-    }
-    (!request.features.flash_attn)
-        .then(|| "flash-attn is not installed in the trainer environment".to_owned())
-}
-
-fn warn_about_pinned_attention(
-    request: &Request,
-    pinned: AttnImpl,
-    obstacle: Option<&str>,
-    notes: &mut Vec<String>,
-) {
-    if let Some(obstacle) = obstacle.filter(|_| pinned.is_flash()) {
-        notes.push(format!("`attn_impl` is pinned to {pinned}, which may fail: {obstacle}"));
-    } else if pinned == AttnImpl::Sdpa && !request.model.attention.contains(&pinned) {
-        let name = &request.model.shape.model_type;
-        notes.push(format!("`attn_impl` is pinned to {pinned}, which transformers does not have for {name}"));
-    }
-}
-
-/// Returns the type of weights and activations: bf16, or fp16 below Ampere, which has no bf16.
-fn settle_dtype(request: &Request, notes: &mut Vec<String>) -> Result<Dtype, PlanError> {
-    let capability = request.card.compute_capability.unwrap_or(ComputeCapability::AMPERE);
-    let lacks_bf16 = capability < ComputeCapability::AMPERE;
-    match request.pins.torch_dtype {
-        Some(Dtype::Bfloat16) if lacks_bf16 => {
-            notes.push(format!(
-                "`torch_dtype` is pinned to bfloat16, which a card of compute capability {capability} only imitates"
-            ));
-            Ok(Dtype::Bfloat16)
-        }
-        Some(pinned) => Ok(pinned),
-        None if !lacks_bf16 => Ok(Dtype::Bfloat16),
-        None if request.allow.lower_precision => {
-            let how = if request.train_type == TrainType::Full {
-                ", with fp32 weights under fp16 autocast"
-            } else {
-                ""
-            };
-            notes.push(format!(
-                "float16 instead of bfloat16{how}: this card has compute capability {capability}, and bf16 needs 8.0"
-            ));
-            Ok(Dtype::Float16)
-        }
-        None => Err(PlanError::Conflict(
-            format!(
-                "bfloat16 needs compute capability 8.0, this card has {capability}, and `allow.lower_precision` is false"
-            ),
-            "allow it (`allow.lower_precision`), pin `torch_dtype`, or take an Ampere card".to_owned(),
-        )),
-    }
-}
-
-fn settle_liger(request: &Request, notes: &mut Vec<String>) -> bool {
-    match (request.pins.liger_kernel, request.allow.liger, request.features.liger) {
-        (Some(pinned), _, installed) => {
-            if pinned && !installed {
-                notes.push("`use_liger_kernel` is pinned, and liger-kernel is not installed".to_owned());
-            }
-            pinned
-        }
-        (None, true, true) => {
-            notes.push(
-                "Liger's fused loss is on (`allow.liger`); its memory is not measured, so margins are wide"
-                    .to_owned(),
-            );
-            true
-        }
-        (None, true, false) => {
-            notes.push("`allow.liger` is true, but liger-kernel is not installed".to_owned());
-            false
-        }
-        (None, false, _) => false,
-    }
-}
-
-fn note_environment(request: &Request, notes: &mut Vec<String>) {
-    if request.train_type == TrainType::Qlora && !request.features.bitsandbytes {
-        notes.push("qlora needs bitsandbytes, which is not installed in the trainer environment".to_owned());
-    }
-    if request.card.compute_capability.is_none() {
-        notes
-            .push("the compute capability of the card is not known: it is taken for Ampere (8.0)".to_owned());
-    }
-    if request.model.source == ShapeSource::Name {
-        notes.push(
-            "the interval of every prediction is wide, because only the model's name is known".to_owned(),
-        );
-    }
 }

@@ -112,6 +112,8 @@ pub struct Pins {
     pub save_total_limit: Option<u32>,
     pub logging_steps: Option<Steps>,
     pub router_aux_loss_coef: Option<f64>,
+    pub lora_rank: Option<u32>,
+    pub target_modules: Option<Targets>,
 }
 
 impl Pins {
@@ -147,10 +149,6 @@ pub struct Request {
     pub held_by_others: Bytes,
     /// What is trained.
     pub train_type: TrainType,
-    /// Rank of the adapters.
-    pub lora_rank: u32,
-    /// Adapted layers.
-    pub targets: Targets,
     /// Wish for the length of rows.
     pub length: Length,
     /// Wish for checkpoints.

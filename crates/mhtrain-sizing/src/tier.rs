@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::workload::{AttnImpl, Dtype};
+use crate::workload::{AttnImpl, Dtype, Targets};
 
 /// Which profile a rung follows; ordered from the most faithful to what was asked to the most frugal.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -16,6 +16,8 @@ pub enum Profile {
     Standard,
     /// Shorter rows: changes the data that is trained.
     Shorter,
+    /// Adapters on a few layers only: changes what is trained, where the job allows it.
+    FewerTargets,
     /// The recipe's emergency profile: 1 x 32, no packing, sdpa. Always last.
     Emergency,
 }
@@ -26,6 +28,7 @@ impl fmt::Display for Profile {
             Profile::Long => "long",
             Profile::Standard => "standard",
             Profile::Shorter => "shorter",
+            Profile::FewerTargets => "fewer_targets",
             Profile::Emergency => "emergency",
         })
     }
@@ -47,6 +50,22 @@ impl fmt::Display for Steps {
             Steps::Count(n) => write!(f, "{n}"),
             Steps::Share(share) => write!(f, "{share}"),
         }
+    }
+}
+
+/// The adapters that are trained. Field names are ms-swift's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adapters {
+    /// Rank of the adapters.
+    pub lora_rank: u32,
+    /// Adapted layers.
+    pub target_modules: Targets,
+}
+
+impl Default for Adapters {
+    /// Returns ms-swift's own, which are also the recipe's (section 8.1).
+    fn default() -> Adapters {
+        Adapters { lora_rank: 8, target_modules: Targets::AllLinear }
     }
 }
 
@@ -91,6 +110,9 @@ pub struct Tier {
     /// Auxiliary loss of the router, mixture-of-experts models only.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub router_aux_loss_coef: Option<f64>,
+    /// The adapters; `None` in full fine-tuning, and in tiers that were stored before rungs could differ in them.
+    #[serde(flatten, default)]
+    pub adapters: Option<Adapters>,
 }
 
 impl Tier {
@@ -99,13 +121,15 @@ impl Tier {
         u64::from(self.micro_batch) * u64::from(self.accumulation) * u64::from(self.world_size)
     }
 
-    /// Returns whether a run at `other` trains the same rows in the same order as one at `self`, so that a
-    /// checkpoint of one can be resumed by the other.
+    /// Returns whether a run at `other` trains the same weights on the same rows in the same order as one at `self`, so
+    /// that a checkpoint of one can be resumed by the other.
     ///
     /// Source: the sampler draws one permutation from seed and epoch and cuts it into batches, so the row at a
     /// position depends on neither factor of the effective batch (measured on ms-swift 3.12.6 and 4.6.0).
-    pub fn trains_same_rows_as(&self, other: &Tier) -> bool {
-        self.effective_batch() == other.effective_batch()
+    pub fn trains_the_same_as(&self, other: &Tier) -> bool {
+        let adapters = |tier: &Tier| tier.adapters.clone().unwrap_or_default();
+        adapters(self) == adapters(other)
+            && self.effective_batch() == other.effective_batch()
             && self.max_length == other.max_length
             && self.packing == other.packing
     }

@@ -76,6 +76,23 @@ impl Bytes {
     }
 }
 
+/// Fewest bytes that a number without a unit is taken for: no CUDA card has less than a MiB, and none has 2^20 GiB.
+const CARD_MIN: Bytes = Bytes::from_mib(1);
+
+/// Reads the memory of a card as [`Bytes::from_str`] does, and refuses the number that a forgotten unit leaves.
+///
+/// # Errors
+/// No amount of memory, or a number of bytes that no card has.
+pub fn card_memory(text: &str) -> Result<Bytes, ParseBytesError> {
+    let memory: Bytes = text.parse()?;
+    let bare = text.trim().bytes().all(|byte| byte.is_ascii_digit());
+    if bare && memory > Bytes::ZERO && memory < CARD_MIN {
+        let as_gib = Bytes::from_gib(memory.get()).get();
+        return Err(ParseBytesError::NoCard { text: text.trim().to_owned(), as_gib });
+    }
+    Ok(memory)
+}
+
 impl std::iter::Sum for Bytes {
     fn sum<I: Iterator<Item = Bytes>>(amounts: I) -> Bytes {
         amounts.fold(Bytes::ZERO, Bytes::saturating_add)
@@ -96,9 +113,31 @@ impl fmt::Display for Bytes {
 
 /// Text that is no amount of memory.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no amount of memory (write for example 22.5GiB, 24564MiB, 80GB or a number of bytes)")]
-pub struct ParseBytesError {
-    text: String,
+pub enum ParseBytesError {
+    /// It is no number with a known unit.
+    #[error(
+        "`{text}` is no amount of memory (write for example 22.5GiB, 24564MiB, 80GB or a number of bytes)"
+    )]
+    NoAmount {
+        /// The text.
+        text: String,
+    },
+    /// A part of a byte: the unit was forgotten.
+    #[error(
+        "`{text}` has no unit, and there is no part of a byte: write {text}GiB, or a whole number of bytes"
+    )]
+    NoUnit {
+        /// The text.
+        text: String,
+    },
+    /// So few bytes without a unit that they cannot be the memory of a card.
+    #[error("`{text}` has no unit, and {text} bytes are no card: write {text}GiB, or all bytes ({as_gib})")]
+    NoCard {
+        /// The text.
+        text: String,
+        /// The number of bytes that as many GiB are.
+        as_gib: u64,
+    },
 }
 
 impl FromStr for Bytes {
@@ -106,11 +145,14 @@ impl FromStr for Bytes {
 
     /// Reads `22.5GiB`, `24564 MiB`, `80GB` (decimal), `512K` (binary, as nvidia-smi and torch mean it) or bytes.
     fn from_str(text: &str) -> Result<Bytes, ParseBytesError> {
-        let fail = || ParseBytesError { text: text.to_owned() };
+        let fail = || ParseBytesError::NoAmount { text: text.to_owned() };
         let trimmed = text.trim();
         let digits = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
         let (number, unit) = trimmed.split_at(digits);
         let number: f64 = number.parse().map_err(|_| fail())?;
+        if unit.is_empty() && number.fract() != 0.0 {
+            return Err(ParseBytesError::NoUnit { text: trimmed.to_owned() });
+        }
         let scale = match unit.trim().to_ascii_lowercase().as_str() {
             "" | "b" | "bytes" => 1.0,
             "k" | "kib" => 1024.0,
@@ -148,6 +190,24 @@ mod tests {
         for text in ["", "GiB", "-1GiB", "1.2.3GiB", "5 parsecs", "1e400", "NaN", "9999999999TiB"] {
             assert!(text.parse::<Bytes>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_forgotten_unit_is_an_error_that_suggests_both_forms() {
+        let error = "22.5".parse::<Bytes>().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "`22.5` has no unit, and there is no part of a byte: write 22.5GiB, or a whole number of bytes"
+        );
+        let error = card_memory("24").unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "`24` has no unit, and 24 bytes are no card: write 24GiB, or all bytes (25769803776)"
+        );
+        assert!(card_memory("24564").is_err());
+        assert_eq!(card_memory("25769803776"), Ok(Bytes::from_gib(24)));
+        assert_eq!(card_memory("0"), Ok(Bytes::ZERO));
+        assert_eq!(card_memory("24 MiB"), Ok(Bytes::from_mib(24)));
     }
 
     #[test]

@@ -112,9 +112,9 @@ impl fmt::Display for AttnImpl {
     }
 }
 
-/// Which linear layers get an adapter.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+/// Which linear layers get an adapter. JSON and TOML have it as ms-swift's text: `all-linear`, or names and commas.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub enum Targets {
     /// Every linear layer of the blocks, not the head. Fused experts are no linear layers.
     #[default]
@@ -136,6 +136,27 @@ impl Targets {
             Targets::AllLinear
         } else {
             Targets::Names(names)
+        }
+    }
+}
+
+impl From<String> for Targets {
+    fn from(text: String) -> Targets {
+        Targets::parse(&text)
+    }
+}
+
+impl From<Targets> for String {
+    fn from(targets: Targets) -> String {
+        targets.to_string()
+    }
+}
+
+impl fmt::Display for Targets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Targets::AllLinear => f.write_str("all-linear"),
+            Targets::Names(names) => f.write_str(&names.join(",")),
         }
     }
 }

@@ -1,9 +1,12 @@
 //! Whatever a config.json says: a shape or an error, and an estimate that is in order.
 
+mod recipe;
+
 use mhtrain_sizing::estimate::estimate;
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
+use mhtrain_sizing::workload::Workload;
 use proptest::prelude::*;
+use recipe::any_workload;
 use serde_json::{Map, Value, json};
 
 const KEYS: [&str; 30] = [
@@ -98,38 +101,8 @@ fn config() -> impl Strategy<Value = Value> {
 }
 
 fn workload() -> impl Strategy<Value = Workload> {
-    let attention = prop::sample::select(vec![AttnImpl::FlashAttn, AttnImpl::Sdpa, AttnImpl::Eager]);
-    let method = prop::sample::select(vec![TrainType::Lora, TrainType::Qlora, TrainType::Full]);
-    let dtype = prop::sample::select(vec![Dtype::Bfloat16, Dtype::Float16, Dtype::Float32]);
     let count = || prop_oneof![4 => 1u32..5000, 1 => any::<u32>()];
-    let share = prop_oneof![Just(1.0), 0.0001f64..1.0];
-    (attention, method, dtype, any::<[bool; 4]>(), [count(), count(), count(), count()], share).prop_map(
-        |(
-            attn_impl,
-            train_type,
-            dtype,
-            flags,
-            [micro_batch, max_length, lora_rank, accumulation],
-            logit_share,
-        )| {
-            let [packing, padded, gradient_checkpointing, liger_kernel] = flags;
-            Workload {
-                train_type,
-                lora_rank,
-                targets: Targets::AllLinear,
-                dtype,
-                micro_batch,
-                accumulation,
-                max_length,
-                packing,
-                padded,
-                attn_impl,
-                gradient_checkpointing,
-                liger_kernel,
-                logit_share,
-            }
-        },
-    )
+    any_workload([count(), count(), count(), count()])
 }
 
 proptest! {

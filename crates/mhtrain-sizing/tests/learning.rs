@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod recipe;
+
 use mhtrain_sizing::learn::{Learned, Nearness, learn};
 use mhtrain_sizing::observation::{Fingerprint, Observation, Seen, Versions};
 use mhtrain_sizing::reserve::{Group, Ratio};
@@ -201,38 +203,14 @@ proptest! {
 }
 
 mod plans {
-    use mhtrain_sizing::gpu::Card;
     use mhtrain_sizing::ladder::TierBook;
-    use mhtrain_sizing::model::Model;
     use mhtrain_sizing::plan::{History, Plan, plan, plan_learned};
-    use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
-    use mhtrain_sizing::workload::Targets;
+    use mhtrain_sizing::request::Request;
 
     use super::*;
 
     fn request(free: Bytes) -> Request {
-        Request {
-            model: Model::resolve("Qwen/Qwen2.5-7B", None, None).unwrap(),
-            card: Card {
-                name: "A100-SXM4-80GB".to_owned(),
-                index: Some(0),
-                total: Bytes::from_gib(80),
-                free,
-                compute_capability: None,
-            },
-            held_by_others: Bytes::ZERO,
-            train_type: TrainType::Lora,
-            lora_rank: 8,
-            targets: Targets::AllLinear,
-            length: Length::Standard,
-            save: Save::Standard,
-            learning: Learning::Standard,
-            min_effective_batch: 32,
-            allow: Allow::default(),
-            pins: Pins::default(),
-            features: TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true },
-            oom_risk: 0.1,
-        }
+        super::recipe::request("Qwen/Qwen2.5-7B", free)
     }
 
     fn history(request: &Request, ratio: f64, runs: usize) -> History {

@@ -2,40 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use mhtrain_sizing::gpu::{Card, ComputeCapability};
+mod recipe;
+
+use mhtrain_sizing::explain::{bar, what_would_change};
+use mhtrain_sizing::gpu::ComputeCapability;
 use mhtrain_sizing::ladder::TierBook;
-use mhtrain_sizing::model::Model;
-use mhtrain_sizing::plan::{Plan, PlanError, after_oom, plan};
-use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
+use mhtrain_sizing::plan::{History, Plan, PlanError, Rung, after_oom, plan};
+use mhtrain_sizing::request::{Learning, Length, Pins, Request, Save};
 use mhtrain_sizing::tier::{Profile, Steps, Tier};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType};
 use proptest::prelude::*;
-
-fn request(model: &str, free: Bytes) -> Request {
-    Request {
-        model: Model::resolve(model, None, None).unwrap(),
-        card: Card {
-            name: "A100-SXM4-80GB".to_owned(),
-            index: Some(0),
-            total: Bytes::from_gib(80),
-            free,
-            compute_capability: Some(ComputeCapability::AMPERE),
-        },
-        held_by_others: Bytes::ZERO,
-        train_type: TrainType::Lora,
-        lora_rank: 8,
-        targets: Targets::AllLinear,
-        length: Length::Standard,
-        save: Save::Standard,
-        learning: Learning::Standard,
-        min_effective_batch: 32,
-        allow: Allow::default(),
-        pins: Pins::default(),
-        features: TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true },
-        oom_risk: 0.10,
-    }
-}
+use recipe::request;
 
 /// An idle 80 GiB card, less what the driver keeps.
 fn idle(model: &str) -> Request {
@@ -157,7 +135,7 @@ fn weights_that_do_not_fit_are_an_error_with_both_numbers_and_help() {
     let error = plan(&request("Qwen/Qwen2.5-72B", Bytes::from_gib(24)), &TierBook::builtin()).unwrap_err();
     insta::assert_snapshot!(format!("{error}\n{}", error.help().unwrap()), @r"
     `Qwen/Qwen2.5-72B` does not fit on GPU 0 (A100-SXM4-80GB): what stays in memory needs 137.10 GiB, 24.00 GiB are free
-    free 113.10 GiB more on GPU 0 (A100-SXM4-80GB), pack the weights into 4 bits (`train_type` qlora), or take a smaller model
+    pack the weights into 4 bits (`train_type` qlora), or take a smaller model or a larger card
     ");
 }
 
@@ -167,6 +145,11 @@ fn both_factors_pinned_under_the_minimum_are_an_error_with_both_numbers() {
     request.pins = Pins { micro_batch: Some(2), accumulation: Some(4), ..Pins::default() };
     let error = plan(&request, &TierBook::builtin()).unwrap_err();
     assert!(matches!(error, PlanError::PinnedBatchTooSmall { product: 8, min_effective_batch: 32, .. }));
+    request.pins = Pins { micro_batch: Some(31), accumulation: Some(1), ..Pins::default() };
+    let error = plan(&request, &TierBook::builtin()).unwrap_err();
+    assert!(matches!(error, PlanError::PinnedBatchTooSmall { product: 31, .. }), "one row under is under");
+    request.pins.micro_batch = Some(32);
+    assert_eq!(planned(&request).effective_batch, 32);
 }
 
 #[test]
@@ -276,6 +259,14 @@ fn rungs_that_the_reported_need_rules_out_are_skipped() {
 }
 
 #[test]
+fn a_reported_need_under_the_prediction_lowers_no_other_prediction() {
+    let plan = planned(&idle("Qwen/Qwen2.5-7B"));
+    // 4x8 is predicted at 42 GiB. That 8x4 died at 50 GiB instead of 69 is no reason to believe in 32.
+    let next = after_oom(&plan, plan.chosen, Some(Bytes::from_gib(50)), Some(Bytes::from_gib(40))).unwrap();
+    assert_eq!(plan.rungs[next].tier.micro_batch, 2);
+}
+
+#[test]
 fn the_emergency_rung_is_the_last_answer_and_there_is_none_after_it() {
     let plan = planned(&idle("Qwen/Qwen2.5-7B"));
     let last = plan.rungs.len() - 1;
@@ -305,6 +296,127 @@ fn the_plan_of_a_7b_on_a_24_gib_card_reads_well() {
     insta::assert_snapshot!(format!("{}\n\n{}", rungs.join("\n"), plan.notes.join("\n")));
 }
 
+#[test]
+fn a_full_card_says_what_would_take_a_higher_rung() {
+    let mut request = request("Qwen/Qwen2.5-7B", Bytes::from_gib(23));
+    request.features.liger = true;
+    let (plan, book) = (planned(&request), TierBook::builtin());
+    let lines = what_would_change(&request, &book, &History::default(), &plan);
+    assert!(lines[0].starts_with('+') && lines[0].contains("free -> standard 1x32"), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("liger")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("qlora")), "{lines:?}");
+    request.card.total = Bytes::from_gib(24);
+    let lines = what_would_change(&request, &book, &History::default(), &plan);
+    assert!(
+        lines.iter().all(|line| !line.starts_with('+')),
+        "a card of 24 GiB cannot have 25 free: {lines:?}"
+    );
+}
+
+#[test]
+fn a_bar_longer_than_what_is_free_shows_where_that_ends() {
+    let free = Bytes::from_gib(23);
+    let plan = planned(&request("Qwen/Qwen2.5-7B", free));
+    let text = bar(&plan.rungs[0].estimate, free, 60);
+    let (drawn, _) = text.split_once("  ").unwrap();
+    assert_eq!(drawn.chars().count(), 61, "{text}");
+    let limit = drawn.find('|').unwrap();
+    assert!(limit > 0 && limit < 10, "{text}");
+}
+
+#[test]
+fn fewer_targets_come_after_shorter_rows_and_before_the_emergency_profile_where_allowed() {
+    let mut request = request("Qwen/Qwen2.5-7B", Bytes::from_mib(20_000));
+    let targets = |plan: &Plan| -> Vec<(Profile, String)> {
+        let adapters = |rung: &Rung| rung.tier.adapters.clone().unwrap().target_modules.to_string();
+        plan.rungs.iter().map(|rung| (rung.tier.name, adapters(rung))).collect()
+    };
+    assert!(targets(&planned(&request)).iter().all(|(_, targets)| targets == "all-linear"));
+    request.allow.fewer_targets = true;
+    let plan = planned(&request);
+    let rungs = targets(&plan);
+    let place = rungs.iter().position(|(name, _)| *name == Profile::FewerTargets).unwrap();
+    assert_eq!(place, rungs.len() - 2);
+    assert_eq!(rungs[place - 1].0, Profile::Shorter);
+    assert!(rungs[place..].iter().all(|(_, targets)| targets == "q_proj,v_proj"), "{rungs:?}");
+    assert!(rungs[..place].iter().all(|(_, targets)| targets == "all-linear"), "{rungs:?}");
+    assert!(plan.rungs[place].predicted_peak_bytes < plan.rungs[place - 1].predicted_peak_bytes);
+    request.allow.fewer_targets = false;
+    let whole = planned(&request);
+    let last = |plan: &Plan| plan.rungs.last().unwrap().predicted_peak_bytes;
+    assert!(last(&plan) < last(&whole), "the emergency rung has the fewer adapters too");
+    assert!(!plan.rungs[place - 1].tier.trains_the_same_as(&plan.rungs[place].tier));
+    let said = plan.notes.iter().any(|note| note.contains("q_proj,v_proj instead of all-linear"));
+    assert!(said, "{:?}", plan.notes);
+}
+
+#[test]
+fn fewer_targets_leave_a_pin_alone_and_say_where_a_model_has_none() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.allow.fewer_targets = true;
+    request.pins.target_modules = Some(Targets::AllLinear);
+    assert!(planned(&request).rungs.iter().all(|rung| rung.tier.name != Profile::FewerTargets));
+    let mut request = idle("baichuan-inc/Baichuan2-7B-Chat");
+    request.allow.fewer_targets = true;
+    let plan = planned(&request);
+    assert!(plan.rungs.iter().all(|rung| rung.tier.name != Profile::FewerTargets));
+    assert!(plan.notes.iter().any(|note| note.contains("`allow.fewer_targets` changes nothing")));
+}
+
+#[test]
+fn the_books_adapters_are_sized_and_a_pin_goes_before_them() {
+    let text = include_str!("../../../config/tiers.toml");
+    let edited = text.replace("rank = 8\n", "rank = 64\n").replace("\"all-linear\"\n", "\"q_proj\"\n");
+    let book = TierBook::from_toml(&edited).unwrap();
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    let adapters =
+        |request: &Request| plan(request, &book).unwrap().chosen_rung().tier.adapters.clone().unwrap();
+    assert_eq!(
+        (adapters(&request).lora_rank, adapters(&request).target_modules.to_string()),
+        (64, "q_proj".into())
+    );
+    request.pins.lora_rank = Some(16);
+    assert_eq!(adapters(&request).lora_rank, 16);
+    request.train_type = TrainType::Full;
+    assert_eq!(plan(&request, &book).unwrap().chosen_rung().tier.adapters, None);
+}
+
+#[test]
+fn help_names_only_what_can_be_done() {
+    let help = |model: &str, total: u64| {
+        let mut request = request(model, Bytes::from_gib(total));
+        request.card.total = Bytes::from_gib(total);
+        plan(&request, &TierBook::builtin()).unwrap_err().help().unwrap()
+    };
+    assert!(!help("Qwen/Qwen2.5-7B", 12).contains("free"), "the card is smaller than the weights");
+    assert!(help("Qwen/Qwen2.5-7B", 12).contains("qlora"));
+    for model in ["openai/gpt-oss-20b", "Qwen/Qwen2.5-72B-Instruct-AWQ"] {
+        assert!(!help(model, 24).contains("qlora"), "{model}: {}", help(model, 24));
+    }
+}
+
+#[test]
+fn a_batch_that_is_pinned_whole_has_no_note_about_another_one() {
+    let mut request = idle("openai/gpt-oss-20b");
+    request.min_effective_batch = 16;
+    request.pins = Pins { micro_batch: Some(1), accumulation: Some(16), ..Pins::default() };
+    let plan = planned(&request);
+    assert_eq!(plan.effective_batch, 16);
+    assert!(plan.notes.iter().all(|note| !note.contains("effective batch of 32")), "{:?}", plan.notes);
+}
+
+#[test]
+fn full_fine_tuning_says_that_its_learning_rate_was_chosen_for_adapters() {
+    let mut request = idle("Qwen/Qwen2.5-0.5B");
+    let said =
+        |request: &Request| planned(request).notes.iter().any(|note| note.contains("chosen for adapters"));
+    assert!(!said(&request));
+    request.train_type = TrainType::Full;
+    assert_eq!((chosen(&request).learning_rate, said(&request)), (2e-4, true));
+    request.pins.learning_rate = Some(1e-5);
+    assert!(!said(&request));
+}
+
 const MODELS: [&str; 8] = [
     "Qwen/Qwen2.5-0.5B",
     "Qwen/Qwen2.5-7B",
@@ -329,7 +441,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         prop::sample::select(vec![TrainType::Lora, TrainType::Qlora, TrainType::Full]),
         prop::sample::select(vec![Length::Standard, Length::Long, Length::Short, Length::Tokens(1000)]),
         1u32..100,
-        any::<(bool, bool, bool, bool)>(),
+        any::<(bool, bool, bool, bool, bool)>(),
         any::<(bool, bool)>(),
         prop::sample::select(vec![(7, 0), (7, 5), (8, 0), (9, 0)]),
     );
@@ -355,6 +467,7 @@ fn any_request() -> impl Strategy<Value = Request> {
                 request.allow.no_packing,
                 request.allow.emergency,
                 request.allow.liger,
+                request.allow.fewer_targets,
             ) = allow;
             (request.features.flash_attn, request.features.liger) = features;
             request.card.compute_capability = Some(ComputeCapability { major, minor });
@@ -413,6 +526,7 @@ proptest! {
                 prop_assert!(request.allow.shorter_max_length || rung.tier.max_length >= first.max_length);
                 prop_assert!(request.allow.no_packing || rung.tier.packing == first.packing);
                 prop_assert!(request.allow.liger || !rung.tier.liger_kernel);
+                prop_assert!(request.allow.fewer_targets || rung.tier.adapters == first.adapters);
             }
             prop_assert!(plan.rungs.is_sorted_by_key(|rung| rung.tier.name));
         }

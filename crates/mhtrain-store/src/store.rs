@@ -53,7 +53,7 @@ pub enum Written {
     /// The job is in the store.
     Submitted(Submitted),
     /// The event is in the store, and this is the state after it.
-    Appended(JobState),
+    Appended(Box<JobState>),
 }
 
 /// A job that is in the store.
@@ -106,7 +106,7 @@ impl Store {
     /// [`StoreError::Illegal`], and nothing is changed; [`StoreError::NoSuchJob`]; what keeps the store from writing.
     pub fn append(&mut self, id: JobId, record: &Record) -> Result<JobState, StoreError> {
         match self.write_one(Write::Append(id, record))? {
-            Written::Appended(state) => Ok(state),
+            Written::Appended(state) => Ok(*state),
             Written::Submitted(_) => unreachable!("an event is answered as one"),
         }
     }
@@ -121,7 +121,7 @@ impl Store {
     ) -> Result<Vec<Result<JobState, StoreError>>, StoreError> {
         let writes: Vec<_> = events.iter().map(|(id, record)| Write::Append(*id, record)).collect();
         let state = |written| match written {
-            Written::Appended(state) => state,
+            Written::Appended(state) => *state,
             Written::Submitted(_) => unreachable!("an event is answered as one"),
         };
         Ok(self.write_all(&writes)?.into_iter().map(|result| result.map(state)).collect())
@@ -343,7 +343,7 @@ fn one(
             let after = append(connection, id, &before, record)?;
             let state = after.state.clone();
             fresh.insert(id, after);
-            Ok(Written::Appended(state))
+            Ok(Written::Appended(Box::new(state)))
         }
     }
 }

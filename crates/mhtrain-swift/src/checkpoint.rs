@@ -342,7 +342,7 @@ impl ResumeDecision {
 pub enum NoResume {
     /// Nothing was saved yet.
     NothingSaved,
-    /// A step means other rows now.
+    /// A step means other rows or other adapters now.
     OtherRows {
         /// What changed, in words: `effective batch 36 -> 32`.
         changes: Vec<String>,
@@ -359,7 +359,7 @@ impl fmt::Display for NoResume {
         match self {
             NoResume::NothingSaved => f.write_str("no checkpoint was saved yet"),
             NoResume::OtherRows { changes } => {
-                write!(f, "a step of the old checkpoints means other rows now: {}", changes.join(", "))
+                write!(f, "a step of the old checkpoints means other training now: {}", changes.join(", "))
             }
             NoResume::NoneUsable { passed_over } => {
                 f.write_str("no checkpoint can be resumed")?;
@@ -388,7 +388,7 @@ pub fn choose_resume(checkpoints: &[CheckpointFacts], question: &ResumeQuestion<
     if newest_first.is_empty() {
         return no_resume(NoResume::NothingSaved);
     }
-    if !question.old.trains_same_rows_as(question.new) {
+    if !question.old.trains_the_same_as(question.new) {
         return no_resume(NoResume::OtherRows { changes: changes(question.old, question.new) });
     }
     let mut passed_over = Vec::new();
@@ -456,6 +456,14 @@ fn changes(old: &Tier, new: &Tier) -> Vec<String> {
     if old.packing != new.packing {
         changes.push(format!("packing {} -> {}", old.packing, new.packing));
     }
+    let adapters = |tier: &Tier| tier.adapters.clone().unwrap_or_default();
+    let (before, now) = (adapters(old), adapters(new));
+    if before.lora_rank != now.lora_rank {
+        changes.push(format!("lora_rank {} -> {}", before.lora_rank, now.lora_rank));
+    }
+    if before.target_modules != now.target_modules {
+        changes.push(format!("target_modules {} -> {}", before.target_modules, now.target_modules));
+    }
     changes
 }
 
@@ -486,6 +494,7 @@ mod tests {
             save_total_limit: 2,
             logging_steps: Steps::Count(1),
             router_aux_loss_coef: None,
+            adapters: None,
         }
     }
 

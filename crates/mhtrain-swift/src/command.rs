@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 pub use mhtrain_job::rerun::Adjustment;
 use mhtrain_job::spec::{JobSpec, SpecError, Validation};
+use mhtrain_sizing::ladder::RunAdvice;
 use mhtrain_sizing::request::Pins;
-use mhtrain_sizing::tier::{Steps, Tier};
+use mhtrain_sizing::tier::{Adapters, Steps, Tier};
 use mhtrain_sizing::workload::{Dtype, TrainType};
 use serde_json::Value;
 
@@ -41,7 +42,7 @@ pub const EXACT_FLAGS: [(&str, &str); 12] = [
     ),
     (
         "--learning_rate, --warmup_ratio, --max_grad_norm",
-        "1e-4, 0.15 and 0.5 after a divergence (recipe 5.3), unless the job pins them",
+        "those of `learning.stable` in tiers.toml after a divergence (recipe 5.3), unless the job pins them",
     ),
     ("MASTER_PORT", "another port after the first was in use"),
     (
@@ -60,15 +61,8 @@ const NO_PROXY_NAMES: [&str; 3] = ["127.0.0.1", "localhost", "::1"];
 /// The two names of the allocator's settings. Which of them torch prefers is not known, so both are set alike.
 const ALLOCATOR_VARIABLES: [&str; 2] = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"];
 
-/// Recipe 8.4: evaluate every 50 steps where a step is slow, every 200 otherwise.
-const EVAL_STEPS_LARGE: u32 = 50;
-const EVAL_STEPS: u32 = 200;
-
-/// LoRA's scale for each rank (recipe 8.1). ms-swift takes 32 whatever the rank is, which is the same only for rank 8.
-const ALPHA_PER_RANK: u32 = 4;
-
-/// The recipe's answer to a diverging loss (section 5.3).
-const STABLE: [(&str, f64); 3] = [("learning_rate", 1e-4), ("warmup_ratio", 0.15), ("max_grad_norm", 0.5)];
+/// LoRA's scale where the command says nothing: ms-swift takes it whatever the rank is.
+const ALPHA_DEFAULT: u32 = 32;
 
 /// What a command is made from.
 #[derive(Clone, Debug)]
@@ -81,10 +75,8 @@ pub struct CommandRequest<'a> {
     pub dialect: &'a Dialect,
     /// NVML index of the card; `None` leaves `CUDA_VISIBLE_DEVICES` alone.
     pub device_index: Option<u32>,
-    /// Cores of the host, for the number of data-loader workers (recipe 8.4).
-    pub cores: u32,
-    /// Whether the model has 10 billion parameters or more: evaluation is then every 50 steps, not every 200.
-    pub large_model: bool,
+    /// What the site's tiers.toml advises beside the rung.
+    pub advice: &'a RunAdvice,
     /// What the trainer inherits. Only `NO_PROXY`, `no_proxy` and the allocator's settings are read, to be merged.
     pub inherited: &'a BTreeMap<String, String>,
 }
@@ -235,7 +227,7 @@ pub fn exact_command(
         command.env.insert("MASTER_PORT".to_owned(), port.to_string());
     }
     for adjustment in &flags.adjustments {
-        command.adjust(request.spec, *adjustment);
+        command.adjust(request, *adjustment);
     }
     command.replace("output_dir", vec![path_text(&flags.output_dir)]);
     command.replace("add_version", vec!["false".to_owned()]);
@@ -278,11 +270,6 @@ pub fn merge_expandable_segments(existing: Option<&str>) -> String {
         Some(text) if text.contains("expandable_segments") => text.to_owned(),
         Some(text) => format!("{text},expandable_segments:True"),
     }
-}
-
-/// Returns the number of data-loader workers for a host (recipe 8.4: half of the cores, 1 to 8).
-pub fn dataloader_workers(cores: u32) -> u32 {
-    (cores / 2).clamp(1, 8)
 }
 
 /// Returns a number as a person writes it: `2e-4`, `0.1`, `1`; whichever of the two spellings is shorter.
@@ -532,26 +519,43 @@ impl Command {
         arguments: &BTreeMap<String, Vec<String>>,
     ) {
         debug_assert!(!pins.leave_nothing_to_size());
+        let advice = request.advice;
         if request.spec.validation.is_some() {
-            let steps = if request.large_model { EVAL_STEPS_LARGE } else { EVAL_STEPS };
-            let size =
-                if request.large_model { "from 10 billion parameters on" } else { "for a smaller model" };
-            self.add("eval_steps", steps, &format!("recipe 8.4 {size}"), arguments);
-            self.add("per_device_eval_batch_size", 1, "recipe 8.2", arguments);
+            let why = format!("for a model of class `{}` (recipe 8.4)", advice.class);
+            self.add("eval_steps", advice.eval_steps, &why, arguments);
+            let rows = advice.per_device_eval_batch_size;
+            self.add("per_device_eval_batch_size", rows, "recipe 8.2", arguments);
         }
-        if request.spec.train_type != TrainType::Full
-            && let Ok(rank) = request.spec.lora_rank()
-            && arguments.contains_key("lora_rank")
-        {
-            self.add(
-                "lora_alpha",
-                rank.saturating_mul(ALPHA_PER_RANK),
-                "4 x the rank (recipe 8.1)",
-                arguments,
-            );
+        if request.spec.train_type != TrainType::Full {
+            let rung = request.tier.adapters.clone().unwrap_or_default();
+            let adapters = Adapters { lora_rank: pins.lora_rank.unwrap_or(rung.lora_rank), ..rung };
+            self.push_adapters(&adapters, advice, arguments);
         }
-        let why = format!("half of {} cores, 1 to 8 (recipe 8.4)", request.cores);
-        self.add("dataloader_num_workers", dataloader_workers(request.cores), &why, arguments);
+        let why = format!("for {} cores (recipe 8.4)", advice.cores);
+        self.add("dataloader_num_workers", advice.dataloader_num_workers, &why, arguments);
+    }
+
+    /// Adds what the rung's adapters have beyond ms-swift's own defaults, and the scale that goes with a rank.
+    fn push_adapters(
+        &mut self,
+        adapters: &Adapters,
+        advice: &RunAdvice,
+        arguments: &BTreeMap<String, Vec<String>>,
+    ) {
+        let (rank, own) = (adapters.lora_rank, Adapters::default());
+        if rank != own.lora_rank {
+            self.add("lora_rank", rank, "tiers.toml", arguments);
+        }
+        let alpha = advice.lora.alpha_for(rank);
+        if arguments.contains_key("lora_rank") || alpha != ALPHA_DEFAULT {
+            let why = format!("{}/{} x the rank (recipe 8.1)", advice.lora.alpha, advice.lora.rank);
+            self.add("lora_alpha", alpha, &why, arguments);
+        }
+        if adapters.target_modules != own.target_modules && !arguments.contains_key("target_modules") {
+            let targets = adapters.target_modules.to_string();
+            self.notes.push(format!("`target_modules {targets}` was added: the rung's adapters"));
+            self.push("target_modules", targets.split(',').map(str::to_owned).collect());
+        }
     }
 
     fn add(&mut self, name: &str, value: u32, why: &str, arguments: &BTreeMap<String, Vec<String>>) {
@@ -601,7 +605,8 @@ impl Command {
     }
 
     /// Changes what an earlier attempt's end asks for. What the job pins stays.
-    fn adjust(&mut self, spec: &JobSpec, adjustment: Adjustment) {
+    fn adjust(&mut self, request: &CommandRequest<'_>, adjustment: Adjustment) {
+        let spec = request.spec;
         match adjustment {
             Adjustment::EvalBatch(rows) => {
                 self.adjust_one(spec, "per_device_eval_batch_size", rows.to_string());
@@ -615,8 +620,16 @@ impl Command {
             // Both are the supervisor's to carry out: `expandable_segments` and `master_port` of the flags.
             Adjustment::ExpandableSegments | Adjustment::NewPort => {}
             Adjustment::RecipeStable => {
-                for (name, value) in STABLE {
-                    self.adjust_one(spec, name, number_text(value));
+                let stable = &request.advice.stable;
+                let values = [
+                    ("learning_rate", stable.learning_rate),
+                    ("warmup_ratio", stable.warmup_ratio),
+                    ("max_grad_norm", stable.max_grad_norm),
+                ];
+                for (name, value) in values {
+                    if let Some(value) = value {
+                        self.adjust_one(spec, name, number_text(value));
+                    }
                 }
             }
         }

@@ -17,7 +17,7 @@ use mhtrain_sizing::plan::{History, Plan, after_oom, plan, plan_learned, workloa
 use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
-use mhtrain_sizing::workload::{Targets, TrainType};
+use mhtrain_sizing::workload::TrainType;
 
 /// Arguments of `cargo xtask score-plan`.
 #[derive(Debug, clap::Args)]
@@ -101,14 +101,12 @@ impl Case {
             },
             held_by_others: Bytes::ZERO,
             train_type: draws.pick(&[TrainType::Lora, TrainType::Lora, TrainType::Qlora, TrainType::Full]),
-            lora_rank: draws.pick(&[8, 16, 64]),
-            targets: Targets::AllLinear,
             length: Length::Standard,
             save: Save::Standard,
             learning: Learning::Standard,
             min_effective_batch: 32,
             allow: Allow::default(),
-            pins,
+            pins: Pins { lora_rank: Some(draws.pick(&[8, 16, 64])), ..pins },
             features: TrainerFeatures { flash_attn: draws.uniform() < 0.8, liger: false, bitsandbytes: true },
             oom_risk: 0.10,
         };

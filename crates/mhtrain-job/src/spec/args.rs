@@ -74,7 +74,6 @@ pub const ABBREVIATIONS_GUARDED: [&str; 28] = [
     "report_to",
 ];
 
-const LORA_RANK_DEFAULT: u32 = 8;
 const COUNT_MAX: u32 = 1_000_000;
 
 type Args = BTreeMap<String, Value>;
@@ -206,28 +205,16 @@ impl JobSpec {
             save_total_limit: args.count("save_total_limit", 1, COUNT_MAX)?,
             logging_steps: args.steps("logging_steps")?,
             router_aux_loss_coef: args.number("router_aux_loss_coef", "a number from 0", |n| n >= 0.0)?,
+            lora_rank: args.count("lora_rank", 1, 65_536)?,
+            target_modules: self.target_modules()?,
         })
     }
 
-    /// Returns the rank of the adapters: `args.lora_rank`, else 8 as in ms-swift.
-    ///
-    /// # Errors
-    /// A value that is no whole number from 1 to 65536; none after [`JobSpec::parse`].
-    pub fn lora_rank(&self) -> Result<u32, SpecError> {
-        Ok(ArgReader(&self.args).count("lora_rank", 1, 65_536)?.unwrap_or(LORA_RANK_DEFAULT))
-    }
-
-    /// Returns the adapted layers: `args.target_modules`, a text or a list; else all linear layers.
-    ///
-    /// # Errors
-    /// A value that is neither; none after [`JobSpec::parse`].
-    pub fn targets(&self) -> Result<Targets, SpecError> {
-        const KEY: &str = "args.target_modules";
-        const EXPECTED: &str = "the name of a layer";
-        match self.args.get("target_modules") {
-            None => Ok(Targets::default()),
-            Some(value) => At::new(KEY, value).lines(EXPECTED).map(|names| Targets::parse(&names.join(","))),
-        }
+    /// Returns the adapted layers if the job pins them: `args.target_modules`, a text or a list.
+    fn target_modules(&self) -> Result<Option<Targets>, SpecError> {
+        let names = |value| At::new("args.target_modules", value).lines("the name of a layer");
+        let names = self.args.get("target_modules").map(names).transpose()?;
+        Ok(names.map(|names| Targets::parse(&names.join(","))))
     }
 
     /// Returns `args.max_steps`, the number of optimizer steps after which training ends; `None`: by epochs.
@@ -275,8 +262,6 @@ impl JobSpec {
     /// Checks every parameter that is read here, and the effective batch where it is pinned whole.
     pub(super) fn check_pins(&self) -> Result<(), SpecError> {
         let pins = self.pins()?;
-        self.lora_rank()?;
-        self.targets()?;
         self.max_steps()?;
         self.dataloader_workers()?;
         self.eval_batch()?;

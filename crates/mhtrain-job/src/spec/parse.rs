@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use mhtrain_sizing::request::{Allow, Learning, Length, Save};
+use mhtrain_sizing::unique_json::Unique;
 use mhtrain_sizing::workload::TrainType;
 use serde_json::{Map, Value};
 
 use super::read::{At, check_line, clip, nearest, show};
-use super::unique::Unique;
 use super::{DeviceWish, JOB_FILE_BYTES_MAX, JobSpec, SpecError, Validation, args};
 use crate::secrets::{is_secret_name, is_secret_value, is_variable_name, shell_reference, variable_for};
 
@@ -112,7 +112,7 @@ fn not_json(error: &serde_json::Error) -> SpecError {
     let text = error.to_string();
     let message = text.rsplit_once(" at line ").map_or(text.as_str(), |(message, _)| message);
     if error.is_data() {
-        return SpecError::KeyTwice { key: message.to_owned(), line: error.line(), column: error.column() };
+        return SpecError::KeyTwice { key: clip(message), line: error.line(), column: error.column() };
     }
     SpecError::NotJson { message: clip(message), line: error.line(), column: error.column() }
 }

@@ -36,7 +36,7 @@ fn the_smallest_job_gets_the_documented_defaults() {
     assert_eq!(job.name, "qwen2.5-7b-instruct-sft");
     assert_eq!(job.output_dir, "./output/qwen2.5-7b-instruct-sft");
     assert_eq!((job.device.clone(), job.devices, job.min_effective_batch), (DeviceWish::Auto, 1, 32));
-    assert_eq!((job.lora_rank(), job.targets(), job.max_steps()), (Ok(8), Ok(Targets::AllLinear), Ok(None)));
+    assert_eq!(job.max_steps(), Ok(None));
     assert!(job.validation.is_none() && job.report_to.is_empty() && job.allow == Allow::default());
     assert_eq!(job.pins(), Ok(mhtrain_sizing::request::Pins::default()));
 }
@@ -264,7 +264,7 @@ fn validation_is_a_share_or_datasets() {
 fn names_of_arguments_are_normalised() {
     let job = good(json!({"args": {"--lora-rank": 16, "lora_alpha": 64}}));
     assert_eq!(job.args.keys().collect::<Vec<_>>(), ["lora_alpha", "lora_rank"]);
-    assert_eq!(job.lora_rank(), Ok(16));
+    assert_eq!(job.pins().unwrap().lora_rank, Some(16));
     assert_eq!(error(json!({"args": {"--lora-rank": 16, "lora_rank": 8}})).code(), "arg_twice");
     for name in ["", "--", "a b", "a=b", "ä", "1a"] {
         assert_eq!(error(json!({"args": {name: 1}})).code(), "unknown_key", "{name}");
@@ -414,9 +414,11 @@ fn a_pinned_batch_below_the_minimum_is_refused_with_both_numbers() {
 fn targets_are_a_text_or_a_list() {
     let names = Targets::Names(vec!["q_proj".to_owned(), "v_proj".to_owned()]);
     for value in [json!("q_proj,v_proj"), json!("q_proj v_proj"), json!(["q_proj", "v_proj"])] {
-        assert_eq!(good(json!({"args": {"target_modules": value}})).targets(), Ok(names.clone()));
+        let pins = good(json!({"args": {"target_modules": value}})).pins().unwrap();
+        assert_eq!(pins.target_modules.as_ref(), Some(&names));
     }
-    assert_eq!(good(json!({"args": {"target_modules": ["all-linear"]}})).targets(), Ok(Targets::AllLinear));
+    let pins = good(json!({"args": {"target_modules": ["all-linear"]}})).pins().unwrap();
+    assert_eq!(pins.target_modules, Some(Targets::AllLinear));
 }
 
 #[test]
@@ -544,7 +546,10 @@ fn the_sizing_request_carries_the_wishes_and_the_pins() {
     let features = TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: false };
     let request = job.sizing_request(any_model(), card.clone(), Bytes::from_gib(10), features, 0.1).unwrap();
     assert_eq!((request.card, request.held_by_others), (card, Bytes::from_gib(10)));
-    assert_eq!((request.train_type, request.length, request.lora_rank), (TrainType::Full, Length::Short, 4));
+    assert_eq!(
+        (request.train_type, request.length, request.pins.lora_rank),
+        (TrainType::Full, Length::Short, Some(4))
+    );
     assert_eq!((request.pins.packing, request.oom_risk), (Some(false), 0.1));
 }
 

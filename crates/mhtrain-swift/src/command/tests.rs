@@ -1,3 +1,5 @@
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
 use mhtrain_sizing::tier::Profile;
 use mhtrain_sizing::workload::AttnImpl;
 use proptest::prelude::*;
@@ -25,6 +27,7 @@ fn tier() -> Tier {
         save_total_limit: 3,
         logging_steps: Steps::Count(20),
         router_aux_loss_coef: None,
+        adapters: None,
     }
 }
 
@@ -34,6 +37,11 @@ fn spec(extra: Value) -> JobSpec {
         job[key] = value.clone();
     }
     JobSpec::from_value(&job).unwrap()
+}
+
+fn advice() -> RunAdvice {
+    let model = Model::resolve("org/M-7B", None, None).unwrap();
+    TierBook::builtin().run_advice(&model, 12)
 }
 
 fn dialect(ms_swift: &str) -> Dialect {
@@ -54,8 +62,7 @@ fn with_request<T>(
         tier,
         dialect: &dialect(version),
         device_index: Some(6),
-        cores: 12,
-        large_model: false,
+        advice: &advice(),
         inherited: &inherited,
     })
 }

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use mhtrain_job::secrets::{is_secret_name, is_secret_value, variable_for};
 use mhtrain_job::spec::{FORBIDDEN_ARGS, FORBIDDEN_ENV, JobSpec, TRACKERS};
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
 use serde_json::{Map, Value, json};
 
 use super::ImportError;
@@ -488,10 +490,20 @@ impl Import<'_> {
             ));
         } else {
             self.warn(format!(
-                "`max_length {tokens}` is left to the engine, which begins at {STANDARD_LENGTH}"
+                "`max_length {tokens}` is left to the engine, which begins at {}",
+                self.first_length()
             ));
         }
         self.call.take("max_length");
+    }
+
+    /// Returns the length at which the engine begins for the block's model, as far as its name tells.
+    fn first_length(&self) -> u32 {
+        let book = TierBook::builtin();
+        let model = self.job.get("model").and_then(Value::as_str);
+        let model = model.and_then(|name| Model::resolve(name, None, None).ok());
+        let own = model.and_then(|model| book.class_of(&model).max_length);
+        own.unwrap_or(book.profiles.standard.max_length)
     }
 
     fn choose_learning(&mut self) {

@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
 
 use mhtrain_job::spec::JobSpec;
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
 use mhtrain_sizing::tier::{Profile, Steps, Tier};
 use mhtrain_sizing::workload::{AttnImpl, Dtype};
 use proptest::prelude::*;
@@ -378,6 +380,7 @@ fn tier() -> Tier {
         save_total_limit: 3,
         logging_steps: Steps::Count(20),
         router_aux_loss_coef: None,
+        adapters: None,
     }
 }
 
@@ -389,8 +392,7 @@ fn command_of(job: &Value) -> Vec<String> {
         tier: &tier(),
         dialect: &dialect,
         device_index: Some(0),
-        cores: 8,
-        large_model: false,
+        advice: &TierBook::builtin().run_advice(&Model::resolve("org/M-7B", None, None).unwrap(), 8),
         inherited: &BTreeMap::new(),
     };
     user_command(&request).unwrap().argv
@@ -401,6 +403,16 @@ fn words<'a>(argv: &'a [String], name: &str) -> Vec<&'a str> {
     let start = argv.iter().position(|word| word.strip_prefix("--") == Some(name));
     let rest = start.map(|start| &argv[start + 1..]).unwrap_or_default();
     rest.iter().take_while(|word| !word.starts_with("--")).map(String::as_str).collect()
+}
+
+#[test]
+fn a_length_that_is_left_to_the_engine_names_where_the_models_class_begins() {
+    for (model, begins) in [("openai/gpt-oss-20b", 2048), ("org/M-7B", 3072)] {
+        let text = format!("swift sft --model {model} --dataset d --max_length 2048");
+        let warnings = import(&text, false).unwrap().warnings;
+        let said = format!("`max_length 2048` is left to the engine, which begins at {begins}");
+        assert!(warnings.contains(&said), "{warnings:?}");
+    }
 }
 
 #[test]

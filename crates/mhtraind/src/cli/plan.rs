@@ -6,10 +6,11 @@ use clap::{Args, ValueEnum};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_probe::probe::{ProbeQuery, probe};
 use mhtrain_probe::trainer_environment::TrainerQuery;
+use mhtrain_sizing::explain::bar;
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::plan::Rung;
 use mhtrain_sizing::request::TrainerFeatures;
-use mhtrain_sizing::units::Bytes;
+use mhtrain_sizing::units::{Bytes, card_memory};
 use mhtrain_swift::command::{
     AttemptFlags, Invocation, TRAINER_COMMAND, TrainerStart, exact_command, shell_block, user_command,
 };
@@ -43,10 +44,10 @@ pub struct PlanArgs {
     #[arg(long)]
     exact: bool,
     /// Free memory of a described card, for example 22.5GiB
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = card_memory)]
     gpu_free: Option<Bytes>,
     /// Whole memory of a described card [default: the free memory]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = card_memory)]
     gpu_total: Option<Bytes>,
     /// Compute capability of a described card [default: 8.0]
     #[arg(long, value_name = "X.Y")]
@@ -267,7 +268,11 @@ fn all_notes(prepared: &Prepared, invocation: &Invocation) -> Vec<String> {
         .collect()
 }
 
-/// Returns the plan for people: card, rungs with their reasons, notes, and the command as a block that can be pasted.
+/// Letters of the bar that shows what a rung needs.
+const BAR_WIDTH: u32 = 60;
+
+/// Returns the plan for people: card, rungs with their reasons, the bar of the one that is taken, what would change it, notes, and
+/// the command as a block that can be pasted.
 pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
     let mut lines = vec![card_line(&prepared.candidate), String::new()];
     lines.push(format!("rungs (effective batch {}), best first:", prepared.plan.effective_batch));
@@ -275,6 +280,15 @@ pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
         let mark = if index == prepared.plan.chosen { '>' } else { ' ' };
         let tier = rung.tier.to_string();
         lines.push(format!("{mark} {tier:<42} {:>11}  {}", rung.predicted_peak_bytes, rung.why));
+    }
+    let taken = prepared.plan.chosen_rung();
+    lines.push(String::new());
+    lines.push(format!("what {} needs, and where the free memory ends (|):", taken.tier));
+    lines.push(format!("  {}", bar(&taken.estimate, prepared.candidate.card.free, BAR_WIDTH)));
+    if !prepared.would_change.is_empty() {
+        lines.push(String::new());
+        lines.push("what would take a higher rung:".to_owned());
+        lines.extend(prepared.would_change.iter().map(|line| format!("  {line}")));
     }
     let notes = all_notes(prepared, invocation);
     if !notes.is_empty() {

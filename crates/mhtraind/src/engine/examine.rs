@@ -9,7 +9,7 @@ use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::host::probe_host;
 use mhtrain_probe::probe::{ProbeReport, TrainerReport};
 use mhtrain_probe::trainer_environment::trainer_environment;
-use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{Plan, PlanError, plan};
 use mhtrain_sizing::tier::Profile;
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::origin::Origin;
-use super::prepare::{Candidate, Datasets, LARGE_MODEL_PARAMETERS, Prepared, chain, find_files};
+use super::prepare::{Candidate, Datasets, Prepared, chain, find_files, sizing_request};
 use super::secrets;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -49,8 +49,7 @@ pub struct Sized {
     candidate: Candidate,
     plan: Plan,
     environment: TrainerEnvironment,
-    cores: u32,
-    large_model: bool,
+    advice: RunAdvice,
     notes: Vec<String>,
     /// What was probed, for the receipt.
     probe: Value,
@@ -92,22 +91,15 @@ impl Examined {
         let mut idle = Candidate { held_by_others: Bytes::ZERO, ..now.clone() };
         idle.card.free = idle.card.total;
         let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
-            let request = self.spec.sizing_request(
-                self.model.clone(),
-                candidate.card.clone(),
-                candidate.held_by_others,
-                self.environment.features(),
-                config.sizing.oom_risk,
-            );
-            let request = request.map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
-            Ok(plan(&request, book))
+            let features = self.environment.features();
+            Ok(plan(&sizing_request(&self.spec, &self.model, candidate, features, config)?, book))
         };
         let is_idle = held_by_others < IDLE_BELOW;
         if let Ok(plan) = size(&now)?
             && (plan.chosen_rung().fits || is_idle)
         {
             let rank = rank(&plan, now.card.free);
-            return Ok((Fit::Now(rank), Some(self.sized(now, plan))));
+            return Ok((Fit::Now(rank), Some(self.sized(now, plan, book))));
         }
         let best = match size(&idle)? {
             Ok(plan) => plan,
@@ -120,13 +112,12 @@ impl Examined {
         Ok((Fit::Later { rank, need, free: now.card.free, holders: holders(gpu) }, None))
     }
 
-    fn sized(&self, candidate: Candidate, plan: Plan) -> Sized {
+    fn sized(&self, candidate: Candidate, plan: Plan, book: &TierBook) -> Sized {
         Sized {
             candidate,
             plan,
             environment: self.environment.clone(),
-            cores: self.cores,
-            large_model: self.model.parameters() >= LARGE_MODEL_PARAMETERS,
+            advice: book.run_advice(&self.model, self.cores),
             notes: self.notes.clone(),
             probe: Value::Null,
         }
@@ -175,9 +166,10 @@ impl Sized {
             candidate: self.candidate,
             plan: self.plan,
             dialect,
-            cores: self.cores,
-            large_model: self.large_model,
+            advice: self.advice,
             notes: self.notes,
+            // A line for somebody who still decides; this job is started.
+            would_change: Vec::new(),
             inherited: origin.text_variables(),
         };
         (prepared, self.environment)

@@ -28,7 +28,7 @@ use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
 use mhtrain_supervisor::record::{Ended as TrainerEnd, ExitRecord, Extent, RecordError};
 use mhtrain_swift::checkpoint::{CheckpointFacts, ResumeDecision, ResumeQuestion, choose_resume};
-use mhtrain_swift::command::{AttemptFlags, TrainerStart, dataloader_workers, exact_command};
+use mhtrain_swift::command::{AttemptFlags, TrainerStart, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
 use mhtrain_swift::environment::TrainerEnvironment;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
@@ -56,9 +56,6 @@ const TAKE_OVERS_MAX: u32 = 20;
 
 /// How often NVML is asked about a running attempt.
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
-
-/// Rows of one evaluation pass where the job pins none (recipe 8.2).
-const EVAL_BATCH: u32 = 1;
 
 /// Everything that a local run starts from.
 #[derive(Debug)]
@@ -194,8 +191,8 @@ impl<'a> Job<'a> {
         let mut policy = Policy::for_job(
             spec,
             expandable_segments(&prepared),
-            EVAL_BATCH,
-            dataloader_workers(prepared.cores),
+            prepared.advice.per_device_eval_batch_size,
+            prepared.advice.dataloader_num_workers,
         )
         .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
@@ -605,7 +602,7 @@ impl<'a> Job<'a> {
         let (mut same, mut other, mut other_tier) = (Vec::new(), Vec::new(), None);
         for (path, old) in sources {
             let found = checkpoints_in(&path).map_err(|e| unreadable(&path, &e))?;
-            if old.trains_same_rows_as(tier) {
+            if old.trains_the_same_as(tier) {
                 same.extend(found);
             } else if !found.is_empty() {
                 other = found;

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use mhtrain_job::spec::{JobSpec, SpecError};
 use mhtrain_probe::model_files::{FoundModel, Places, find_dataset, find_model};
 use mhtrain_probe::probe::ProbeReport;
+use mhtrain_sizing::explain::what_would_change;
 use mhtrain_sizing::gpu::Card;
-use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::plan::{Plan, PlanError, plan};
-use mhtrain_sizing::request::TrainerFeatures;
+use mhtrain_sizing::plan::{History, Plan, PlanError, plan};
+use mhtrain_sizing::request::{Request, TrainerFeatures};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::command::CommandRequest;
 use mhtrain_swift::dialect::Dialect;
@@ -22,9 +23,6 @@ use super::origin::Origin;
 use crate::cli::output;
 use crate::config::Config;
 use crate::failure::{Failure, Status, unreadable};
-
-/// Parameters from which a model counts as large: evaluation is then every 50 steps and not every 200 (recipe 8.4).
-pub const LARGE_MODEL_PARAMETERS: u64 = 10_000_000_000;
 
 /// A card that a job could take.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,12 +61,12 @@ pub struct Prepared {
     pub plan: Plan,
     /// How the installed ms-swift spells things.
     pub dialect: Dialect,
-    /// Cores that the trainer may use.
-    pub cores: u32,
-    /// Whether the model counts as large.
-    pub large_model: bool,
+    /// What the site's tiers.toml advises beside the rungs.
+    pub advice: RunAdvice,
     /// What was assumed about the host, a sentence each.
     pub notes: Vec<String>,
+    /// What would make the plan take a higher rung, for people; a line each.
+    pub would_change: Vec<String>,
     /// Variables that the trainer inherits.
     pub inherited: BTreeMap<String, String>,
 }
@@ -81,8 +79,7 @@ impl Prepared {
             tier: &self.plan.rungs[rung].tier,
             dialect: &self.dialect,
             device_index: self.candidate.card.index,
-            cores: self.cores,
-            large_model: self.large_model,
+            advice: &self.advice,
             inherited: &self.inherited,
         }
     }
@@ -241,24 +238,13 @@ pub fn prepare(
     origin: &Origin,
     config: &Config,
 ) -> Result<Prepared, Failure> {
-    let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
-        let request = spec
-            .sizing_request(
-                model.clone(),
-                candidate.card.clone(),
-                candidate.held_by_others,
-                host.features,
-                config.sizing.oom_risk,
-            )
-            .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
-        Ok(plan(&request, book))
-    };
+    let asked = |candidate: &Candidate| sizing_request(&spec, model, candidate, host.features, config);
     let mut by_free = host.candidates.clone();
     by_free.sort_by_key(|candidate| std::cmp::Reverse(candidate.card.free));
     let mut best: Option<(Candidate, Plan)> = None;
     let mut refusal: Option<(Candidate, PlanError)> = None;
     for candidate in by_free {
-        match size(&candidate)? {
+        match plan(&asked(&candidate)?, book) {
             Ok(plan) if best.as_ref().is_none_or(|(_, other)| is_better(&plan, other)) => {
                 best = Some((candidate, plan));
             }
@@ -270,12 +256,12 @@ pub fn prepare(
     }
     match (best, refusal) {
         (Some((candidate, plan)), _) => Ok(Prepared {
-            large_model: model.parameters() >= LARGE_MODEL_PARAMETERS,
+            would_change: what_would_change(&asked(&candidate)?, book, &History::default(), &plan),
+            advice: book.run_advice(model, host.cores),
             spec,
             candidate,
             plan,
             dialect: host.dialect,
-            cores: host.cores,
             notes: host.notes,
             inherited: origin.text_variables(),
         }),
@@ -287,6 +273,22 @@ pub fn prepare(
         }
         (None, None) => Err(Failure::new(Status::Bug, "bug", "a job without any card to size it for")),
     }
+}
+
+/// Returns what a job asks the sizing engine about one card.
+///
+/// # Errors
+/// A pinned value that cannot be.
+pub fn sizing_request(
+    spec: &JobSpec,
+    model: &Model,
+    candidate: &Candidate,
+    features: TrainerFeatures,
+    config: &Config,
+) -> Result<Request, Failure> {
+    let Candidate { card, held_by_others, .. } = candidate;
+    spec.sizing_request(model.clone(), card.clone(), *held_by_others, features, config.sizing.oom_risk)
+        .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))
 }
 
 fn is_better(plan: &Plan, other: &Plan) -> bool {

@@ -1,16 +1,20 @@
 //! How is JSON read so that no key is lost?
 //!
-//! `serde_json` keeps the last of two equal keys and says nothing: the first model of a file with two was dropped.
+//! `serde_json` keeps the last of two equal keys and says nothing: the first model of a file with two was dropped. Job
+//! files and the lines of `mhtraind estimate` are read so.
 
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::read::clip;
+/// A JSON value whose objects have each key once, those inside it too. The message of the error for a second one is the
+/// key alone, cut short, and the error is one of data ([`serde_json::Error::is_data`]).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unique(pub Value);
 
-/// A JSON value whose objects have each key once.
-pub(super) struct Unique(pub(super) Value);
+/// Longest key in a message, in characters.
+const KEY_MAX: usize = 60;
 
 impl<'de> Deserialize<'de> for Unique {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Unique, D::Error> {
@@ -64,7 +68,7 @@ impl<'de> Visitor<'de> for UniqueVisitor {
         while let Some(key) = entries.next_key::<String>()? {
             if object.contains_key(&key) {
                 // The key alone: the reader of this error puts the rest around it.
-                return Err(A::Error::custom(clip(&key)));
+                return Err(A::Error::custom(key.chars().take(KEY_MAX).collect::<String>()));
             }
             let Unique(value) = entries.next_value()?;
             object.insert(key, value);

@@ -1,0 +1,538 @@
+//! What does each operation of a forward pass take, and what does it keep for the way back?
+//!
+//! One function for each: the tensors that it makes, in the order in which the kernel or the Python code makes them, and
+//! the [`Rule`] of its way back with what is saved for it. Parameters are described at the end.
+
+use super::backward::Rule;
+use super::{NONE, Tape, Tensor};
+
+impl Tape {
+    /// `x.to(width)`; `x` itself when it has that width.
+    pub(crate) fn cast(&mut self, x: Tensor, width: f64) -> Tensor {
+        if x.width == width {
+            return self.hold(x);
+        }
+        self.result(x.n, width, Rule::New(x.bytes()), [x.node, NONE, NONE], [])
+    }
+
+    /// Autocast's copy of a parameter of `n` elements of `width`, cached until the forward pass is left.
+    pub(crate) fn weight_copy(&mut self, n: f64, width: f64, to: f64, trains: bool) -> Tensor {
+        let leaf = self.leaf(trains);
+        let copy = self.result(n, to, Rule::New(n * width), [leaf, NONE, NONE], []);
+        if trains {
+            let id = self.retain(copy.storage);
+            self.cached.push(id);
+        }
+        copy
+    }
+
+    /// A parameter of `n` elements of `width` lifted to fp32 by the model's own code.
+    pub(crate) fn lifted_parameter(&mut self, n: f64, width: f64, trains: bool) -> Tensor {
+        let leaf = self.leaf(trains);
+        self.result(n, 4.0, Rule::New(n * width), [leaf, NONE, NONE], [])
+    }
+
+    /// Sum over `k` neighbours.
+    pub(crate) fn sum_over(&mut self, x: Tensor, k: f64) -> Tensor {
+        self.result(x.n / k, x.width, Rule::New(x.bytes()), [x.node, NONE, NONE], [])
+    }
+
+    /// Liger's fused head and loss: the gradient of its input, and of its weight when it trains, are made in the forward
+    /// pass and kept.
+    pub(crate) fn liger(&mut self, x: Tensor, weight: Option<f64>, tied: bool) -> Tensor {
+        let input = self.plain(x.n, x.width);
+        let mut out = self.plain(1.0, 4.0);
+        self.tied = tied;
+        let weight = weight.map(|bytes| (self.plain(bytes, 1.0), self.leaf(true)));
+        self.tied = false;
+        if let Some((made, leaf)) = weight {
+            out = self.link(out, Rule::Made, [leaf, x.node, NONE], [made, input]);
+            self.drop(made);
+        } else {
+            out = self.link(out, Rule::Made, [NONE, x.node, NONE], [input, input]);
+        }
+        self.drop(input);
+        out
+    }
+
+    /// An operation whose backward formula makes one tensor of the size of `x` out of the gradient and of what is saved.
+    pub(crate) fn unary(&mut self, x: Tensor, saved: Saved) -> Tensor {
+        let out = self.plain(x.n, x.width);
+        let kept = match saved {
+            Saved::Nothing => None,
+            Saved::Input => Some(x),
+            Saved::Output => Some(out),
+        };
+        self.link(out, Rule::New(x.bytes()), [x.node, NONE, NONE], kept)
+    }
+
+    /// `x` in another order or of another kind, whose gradient takes a copy of the same size.
+    pub(crate) fn copied_back(&mut self, x: Tensor) -> Tensor {
+        let mut out = self.hold(x);
+        out.node = NONE;
+        out = self.link(out, Rule::New(x.bytes()), [x.node, NONE, NONE], []);
+        out
+    }
+
+    /// `a + b`, of the wider type; both get the same gradient.
+    pub(crate) fn add(&mut self, a: Tensor, b: Tensor) -> Tensor {
+        self.result(a.n, a.width.max(b.width), Rule::Pass, [a.node, b.node, NONE], [])
+    }
+
+    /// `x * factor`, a number.
+    pub(crate) fn scale(&mut self, x: Tensor) -> Tensor {
+        self.unary(x, Saved::Nothing)
+    }
+
+    /// `a * b`; a smaller one of the two is spread, and its gradient summed.
+    pub(crate) fn multiply(&mut self, a: Tensor, b: Tensor) -> Tensor {
+        let n = a.n.max(b.n);
+        let width = a.width.max(b.width);
+        let sum = |x: Tensor| if x.n < n { x.n * width } else { 0.0 };
+        let rule = Rule::Product { full: n * width, sums: [sum(a), sum(b)] };
+        let mut out = self.plain(n, width);
+        match (a.needs_gradient(), b.needs_gradient()) {
+            (true, true) => out = self.link(out, rule, [a.node, b.node, NONE], [a, b]),
+            (true, false) => out = self.link(out, rule, [a.node, NONE, NONE], [b]),
+            (false, true) => out = self.link(out, rule, [NONE, b.node, NONE], [a]),
+            (false, false) => {}
+        }
+        out
+    }
+
+    /// `weight * x` with a parameter of `weight_n` elements; `x` is kept only if it trains.
+    pub(crate) fn multiply_by_parameter(&mut self, x: Tensor, parameter: Parameter) -> Tensor {
+        let width = x.width.max(parameter.width);
+        let full = x.n * width;
+        let rule = Rule::Product { full, sums: [parameter.n * width, 0.0] };
+        let out = self.plain(x.n, width);
+        let leaf = self.leaf(parameter.trains);
+        self.link(out, rule, [leaf, x.node, NONE], parameter.trains.then_some(x))
+    }
+
+    /// `x.pow(2)`.
+    pub(crate) fn square(&mut self, x: Tensor) -> Tensor {
+        self.result(x.n, x.width, Rule::Power(x.bytes()), [x.node, NONE, NONE], [x])
+    }
+
+    /// Mean over the last dimension, `rows` of which are left.
+    pub(crate) fn mean(&mut self, x: Tensor, rows: f64) -> Tensor {
+        self.result(rows, x.width, Rule::New(x.bytes()), [x.node, NONE, NONE], [])
+    }
+
+    /// `x + epsilon`.
+    pub(crate) fn plus_number(&mut self, x: Tensor) -> Tensor {
+        self.result(x.n, x.width, Rule::Pass, [x.node, NONE, NONE], [])
+    }
+
+    /// `1 / sqrt(x)`.
+    pub(crate) fn rsqrt(&mut self, x: Tensor) -> Tensor {
+        let mut out = self.plain(x.n, x.width);
+        out = self.link(out, Rule::Power(x.bytes()), [x.node, NONE, NONE], [out]);
+        out
+    }
+
+    /// Dropout: a mask of one byte an element, kept if `x` needs a gradient.
+    pub(crate) fn dropout(&mut self, x: Tensor) -> Tensor {
+        let mut out = self.plain(x.n, x.width);
+        let mask = self.plain(x.n, 1.0);
+        out = self.link(out, Rule::New(x.bytes()), [x.node, NONE, NONE], [mask]);
+        self.drop(mask);
+        out
+    }
+
+    /// `x @ weight`, the weight a parameter or a copy of one.
+    pub(crate) fn matrix(&mut self, x: Tensor, rows: f64, weight: Weight) -> Tensor {
+        let Weight { input, output, width, trains, copy, bias } = weight;
+        let weight_node = match copy {
+            Some(copy) => copy.node,
+            None => self.leaf(trains),
+        };
+        let out = self.plain(rows * output, x.width.min(width));
+        let in_bytes = if x.needs_gradient() { rows * input * x.width } else { 0.0 };
+        let weight_bytes = if weight_node == NONE { 0.0 } else { input * output * width };
+        let rule = if bias {
+            let bias = if weight_bytes > 0.0 { output * width } else { 0.0 };
+            Rule::Affine { weight: weight_bytes, input: in_bytes, bias }
+        } else {
+            Rule::Matrix { weight: weight_bytes, input: in_bytes }
+        };
+        let inputs = [weight_node, x.node, NONE];
+        let kept_input = (weight_node != NONE).then_some(x);
+        let kept_weight = copy.filter(|_| x.needs_gradient());
+        self.link(out, rule, inputs, kept_input.into_iter().chain(kept_weight))
+    }
+
+    /// `x @ unpack(weight)` with a frozen 4-bit weight; peft clones the result.
+    pub(crate) fn four_bit(&mut self, x: Tensor, rows: f64, input: f64, output: f64, width: f64) -> Tensor {
+        let scales = 4.0 * (input * output / 64.0).ceil();
+        let unpacked = width * input * output;
+        let temporary = self.plain(scales, 1.0);
+        let weight = self.plain(unpacked, 1.0);
+        self.drop(temporary);
+        let mut out = self.plain(rows * output, width);
+        self.drop(weight);
+        let rule = Rule::FourBit { scales, weight: unpacked, input: rows * input * width };
+        out = self.link(out, rule, [x.node, NONE, NONE], []);
+        let clone = self.result(out.n, out.width, Rule::Pass, [out.node, NONE, NONE], []);
+        self.drop(out);
+        clone
+    }
+
+    /// The point to which the gradients of a rotated part and of the rest come back; call it for q and k before
+    /// [`Tape::rotate`], because the parts are cut before either is rotated.
+    pub(crate) fn cut(&mut self, x: Tensor, rotation: Rotation) -> Tensor {
+        let part = match rotation {
+            Rotation::Whole | Rotation::Halves => return x,
+            Rotation::WholeJoined => 1.0,
+            Rotation::Partial(part) => part,
+        };
+        let mut cut = Tensor { node: NONE, ..x };
+        let rule = Rule::Rejoin { all: x.bytes(), part: x.bytes() * part };
+        cut = self.link(cut, rule, [x.node, NONE, NONE], []);
+        cut
+    }
+
+    /// `x * cos + rotate_half(x) * sin`; a part that is not rotated is joined to it.
+    pub(crate) fn rotate(&mut self, x: Tensor, rotation: Rotation, tables: [Tensor; 2]) -> Tensor {
+        let width = x.width.max(tables[0].width);
+        let n = match rotation {
+            Rotation::Halves => return self.rotate_halves(x, width, tables),
+            Rotation::Whole | Rotation::WholeJoined => x.n,
+            Rotation::Partial(part) => x.n * part,
+        };
+        let straight = self.plain(n, width);
+        let half = self.plain(n / 2.0, x.width);
+        let turned = self.plain(n, x.width);
+        self.drop(half);
+        let crossed = self.plain(n, width);
+        self.drop(turned);
+        let mut out = self.plain(n, width);
+        self.drop(straight);
+        self.drop(crossed);
+        let joined = matches!(rotation, Rotation::WholeJoined | Rotation::Partial(_));
+        if joined {
+            let all = self.plain(x.n, width);
+            self.drop(out);
+            out = all;
+        }
+        let rule = Rule::Rotate { n: n * width, joined };
+        out = self.link(out, rule, [x.node, NONE, NONE], [tables[0], tables[1]]);
+        out
+    }
+
+    fn rotate_halves(&mut self, x: Tensor, width: f64, tables: [Tensor; 2]) -> Tensor {
+        let half = x.n / 2.0;
+        let mut halves = [x; 2];
+        for out in &mut halves {
+            let a = self.plain(half, width);
+            let b = self.plain(half, width);
+            *out = self.plain(half, width);
+            self.drop(a);
+            self.drop(b);
+        }
+        let mut out = self.plain(x.n, width);
+        self.drop(halves[0]);
+        self.drop(halves[1]);
+        out = self.link(out, Rule::RotateHalves(half * width), [x.node, NONE, NONE], [tables[0], tables[1]]);
+        out
+    }
+
+    /// A fused attention kernel on q, k, v: its result and the log-sum-exp of `sums` bytes.
+    pub(crate) fn attention(&mut self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor {
+        let mut repeated = [k, v];
+        if kernel.repeats {
+            for tensor in &mut repeated {
+                *tensor = self.plain(q.n, tensor.width);
+            }
+        } else {
+            self.hold(k);
+            self.hold(v);
+        }
+        let bias = (kernel.bias > 0.0).then(|| self.plain(kernel.bias, 1.0));
+        let mut out = self.plain(q.n, v.width);
+        let sums = self.plain(kernel.sums, 1.0);
+        let unrepeated = if kernel.spreads { k.bytes() } else { 0.0 };
+        let each = |x: Tensor| if kernel.spreads { q.n * x.width } else { x.bytes() };
+        let rule = Rule::Attention {
+            gradients: [q.bytes(), each(k), each(v)],
+            workspace: kernel.workspace,
+            unrepeated,
+        };
+        let inputs = [q.node, k.node, v.node];
+        let saved = [q, repeated[0], repeated[1], out, sums].into_iter().chain(bias);
+        out = self.link(out, rule, inputs, saved);
+        self.drop(sums);
+        self.drop(repeated[0]);
+        self.drop(repeated[1]);
+        if let Some(bias) = bias {
+            self.drop(bias);
+        }
+        out
+    }
+
+    /// Attention by plain products: every score is kept.
+    ///
+    /// `rows` is rows x heads x length, `scores` that times the length; `sinks` adds one column.
+    pub(crate) fn eager(&mut self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor {
+        let Scores { elements, rows, masked, sinks, capped, lifts, contiguous_query } = scores;
+        let width = q.width;
+        // K and V are repeated to all heads, or made contiguous for the products: a copy in either case.
+        let repeated = [self.plain(q.n, k.width), self.plain(q.n, v.width)];
+        let query = if contiguous_query { self.hold(q) } else { self.plain(q.n, width) };
+        let products = self.plain(elements, width);
+        let scaled = self.plain(elements, width);
+        self.drop(products);
+        let mut logits = scaled;
+        let mut tanh = None;
+        if capped {
+            let divided = self.plain(elements, width);
+            self.drop(logits);
+            let squeezed = self.plain(elements, width);
+            self.drop(divided);
+            logits = self.plain(elements, width);
+            tanh = Some(squeezed);
+        }
+        if masked {
+            let added = self.plain(elements, width);
+            self.drop(logits);
+            logits = added;
+        }
+        let mut saved_probabilities = None;
+        let mut extra = None;
+        let probabilities;
+        if sinks {
+            let joined = self.plain(elements + rows, width);
+            let maxima = self.plain(rows, width);
+            let places = self.plain(rows, 8.0);
+            let shifted = self.plain(elements + rows, width);
+            self.drop(maxima);
+            self.drop(joined);
+            probabilities = self.plain(elements + rows, width);
+            extra = Some((places, shifted));
+            self.drop(logits);
+        } else if lifts && width < 4.0 {
+            let wide = self.plain(elements, 4.0);
+            let softmax = self.plain(elements, 4.0);
+            self.drop(wide);
+            probabilities = self.plain(elements, width);
+            saved_probabilities = Some(softmax);
+            self.drop(logits);
+        } else {
+            probabilities = self.plain(elements, width);
+            self.drop(logits);
+        }
+        let product = self.plain(q.n, width);
+        let mut out = self.plain(q.n, width);
+        self.drop(product);
+        let rule = Rule::Eager {
+            scores: elements * width,
+            wide: if saved_probabilities.is_some() { elements * 4.0 } else { 0.0 },
+            query: q.bytes(),
+            key: if k.n < q.n { k.bytes() } else { 0.0 },
+            sinks: if sinks { (elements + rows) * width } else { 0.0 },
+            sums: rows * width,
+            capped,
+        };
+        let inputs = [q.node, k.node, v.node];
+        let kept = [query, repeated[0], repeated[1], probabilities].into_iter().chain(saved_probabilities);
+        let kept = kept.chain(extra.map(|(places, _)| places)).chain(tanh);
+        out = self.link(out, rule, inputs, kept);
+        for tensor in [query, repeated[0], repeated[1], probabilities]
+            .into_iter()
+            .chain(saved_probabilities)
+            .chain(tanh)
+        {
+            self.drop(tensor);
+        }
+        if let Some((places, shifted)) = extra {
+            self.drop(places);
+            self.drop(shifted);
+        }
+        out
+    }
+
+    /// `x[index]`: `n` elements of it.
+    pub(crate) fn index(&mut self, x: Tensor, n: f64, index: Tensor) -> Tensor {
+        self.result(n, x.width, Rule::Scatter(x.bytes()), [x.node, NONE, NONE], [index])
+    }
+
+    /// `x[:, -k:]`: a view whose gradient is as large as all of `x`.
+    pub(crate) fn slice(&mut self, x: Tensor, n: f64) -> Tensor {
+        let mut out = self.hold(x).view(n);
+        out.node = NONE;
+        out = self.link(out, Rule::New(x.bytes()), [x.node, NONE, NONE], []);
+        out
+    }
+
+    /// Two halves of `x`, views of it, as one handle each; their gradients are joined.
+    pub(crate) fn halves(&mut self, x: Tensor) -> [Tensor; 2] {
+        let mut first = self.hold(x).view(x.n / 2.0);
+        let mut second = self.hold(x).view(x.n / 2.0);
+        let mut node = Tensor { node: NONE, ..x };
+        node = self.link(node, Rule::Join(x.bytes()), [x.node, NONE, NONE], []);
+        first.node = node.node;
+        second.node = node.node;
+        [first, second]
+    }
+
+    /// Three parts of one product as views; each gradient is as large as all of it, and they are summed.
+    pub(crate) fn parts(&mut self, x: Tensor, sizes: [f64; 3]) -> [Tensor; 3] {
+        sizes.map(|n| {
+            let mut part = self.hold(x).view(n);
+            part.node = NONE;
+            part = self.link(part, Rule::New(x.bytes()), [x.node, NONE, NONE], []);
+            part
+        })
+    }
+
+    /// Experts' weights on sorted rows; `weight` elements in all.
+    pub(crate) fn grouped(
+        &mut self,
+        x: Tensor,
+        n: f64,
+        parameter: Parameter,
+        offsets: Option<Tensor>,
+    ) -> Tensor {
+        let leaf = self.leaf(parameter.trains);
+        let weight = if parameter.trains { parameter.n * parameter.width } else { 0.0 };
+        let rule = Rule::Grouped { weight, input: x.bytes() };
+        let inputs = [leaf, x.node, NONE];
+        let out = self.plain(n, x.width);
+        self.link(out, rule, inputs, parameter.trains.then_some(x).into_iter().chain(offsets))
+    }
+
+    /// The largest `k` of the scores in each row: values, and places of 8 bytes.
+    pub(crate) fn top(&mut self, scores: Tensor, n: f64) -> [Tensor; 2] {
+        let mut values = self.plain(n, scores.width);
+        let places = self.plain(n, 8.0);
+        values = self.link(values, Rule::Scatter(scores.bytes()), [scores.node, NONE, NONE], [places]);
+        [values, places]
+    }
+
+    /// `values /= values.sum()`, in place.
+    pub(crate) fn normalised(&mut self, values: Tensor, rows: f64) -> Tensor {
+        let sum = self.plain(rows, values.width);
+        let mut out = values;
+        if self.recording && values.needs_gradient() {
+            let copy = self.plain(values.n, values.width);
+            let rule = Rule::Normalise { n: values.bytes(), sum: rows * values.width };
+            out.node = NONE;
+            out = self.link(out, rule, [values.node, NONE, NONE], [sum, copy]);
+            self.drop(copy);
+        }
+        self.drop(sum);
+        out
+    }
+
+    /// The clamped gate of gpt-oss on a fused product: `(up + 1) * gate * sigmoid(1.702 * gate)`.
+    pub(crate) fn clamped_gate(&mut self, fused: Tensor) -> Tensor {
+        let n = fused.n / 2.0;
+        let width = fused.width;
+        let gate = self.plain(n, width);
+        let up = self.plain(n, width);
+        let scaled = self.plain(n, width);
+        let sigmoid = self.plain(n, width);
+        self.drop(scaled);
+        let glu = self.plain(n, width);
+        let raised = self.plain(n, width);
+        let mut out = self.plain(n, width);
+        out = self.link(
+            out,
+            Rule::ClampedGate(n * width),
+            [fused.node, NONE, NONE],
+            [fused, gate, sigmoid, glu, raised],
+        );
+        for tensor in [raised, gate, up, glu] {
+            self.drop(tensor);
+        }
+        self.drop(sigmoid);
+        out
+    }
+}
+
+/// What an operation with one input keeps for its backward formula.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Saved {
+    /// Nothing.
+    Nothing,
+    /// Its input (silu, gelu).
+    Input,
+    /// Its result (tanh, sigmoid, softmax).
+    Output,
+}
+
+/// A parameter: elements, bytes of one, and whether it trains.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Parameter {
+    /// Elements.
+    pub n: f64,
+    /// Bytes of an element.
+    pub width: f64,
+    /// It gets a gradient.
+    pub trains: bool,
+}
+
+/// The weight of a matrix product.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Weight {
+    /// Inputs.
+    pub input: f64,
+    /// Outputs.
+    pub output: f64,
+    /// Bytes of an element as the product sees it.
+    pub width: f64,
+    /// It gets a gradient.
+    pub trains: bool,
+    /// Autocast's copy, when the product sees one.
+    pub copy: Option<Tensor>,
+    /// A bias is added.
+    pub bias: bool,
+}
+
+/// How positions are written into q and k.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub(crate) enum Rotation {
+    /// All of a head, by halves.
+    Whole,
+    /// The same, joined to a rest that is empty (Phi-3).
+    WholeJoined,
+    /// This share of a head (GLM).
+    Partial(f64),
+    /// Both halves apart (gpt-oss).
+    Halves,
+}
+
+/// What a fused attention kernel takes beside q, k, v and its result.
+#[derive(Copy, Clone, Debug, Default)]
+pub(crate) struct Kernel {
+    /// Log-sum-exp, bytes.
+    pub sums: f64,
+    /// Mask in the type of q, bytes; 0 without.
+    pub bias: f64,
+    /// K and V are copied out to all heads.
+    pub repeats: bool,
+    /// K and V are spread to all heads by a copy or a view, and their gradients summed.
+    pub spreads: bool,
+    /// Buffers of the backward pass, bytes.
+    pub workspace: [f64; 5],
+}
+
+/// Scores of eager attention.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Scores {
+    /// Scores: rows x heads x length x length.
+    pub elements: f64,
+    /// Rows x heads x length.
+    pub rows: f64,
+    /// A mask is added.
+    pub masked: bool,
+    /// A learned sink is joined to each row.
+    pub sinks: bool,
+    /// Scores are squeezed through tanh (Gemma 2).
+    pub capped: bool,
+    /// The softmax is computed in fp32.
+    pub lifts: bool,
+    /// q needs no copy for the product.
+    pub contiguous_query: bool,
+}
