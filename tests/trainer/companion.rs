@@ -66,6 +66,36 @@ fn a_full_disk_takes_the_companions_words_and_nothing_else() {
     assert!(trained.telemetry.begin().is_none());
 }
 
+#[test]
+fn room_is_taken_for_moments_that_are_known_to_come() {
+    let Some(mut warm) = Warm::start() else { return };
+    for (name, plugins, comes) in [("plain", &[][..], true), ("8bit", &["eight_bits.py"][..], false)] {
+        let trained = warm.train(name, &Case { epochs: 1, plugins, ..Case::default() });
+        assert_eq!(trained.code, Some(0), "{}", trained.output);
+        let telemetry = std::fs::read_to_string(warm.env.path(&format!("{name}.telemetry"))).unwrap();
+        let lines = telemetry.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let preflight = lines.into_iter().find(|line| line["kind"] == "preflight").expect("it ran");
+        assert_eq!(preflight["ballast_bytes"].as_u64() > Some(0), comes, "{name}: {preflight}");
+    }
+}
+
+#[test]
+fn the_second_of_two_ranks_leaves_the_rescue_of_the_first() {
+    let Some(mut warm) = Warm::start() else { return };
+    let env = [("MHT_SIM_GROWTH_STEP", "7")];
+    let died = warm.train("two", &Case { plugins: &["second_rank.py"], env: &env, ..Case::default() });
+    assert_eq!(died.code, Some(1), "{}", died.output);
+    let Some(Rescue::Saved { step: 6, path }) = died.telemetry.rescue() else {
+        panic!("{:?}", died.telemetry)
+    };
+    assert!(path.join("trainer_state.json").exists());
+    let telemetry = std::fs::read_to_string(warm.env.path("two.telemetry")).unwrap();
+    assert_eq!(telemetry.matches("\"rescued\"").count(), 1, "{telemetry}");
+    assert!(telemetry.contains("another rank has saved it"), "{telemetry}");
+    let mut left = std::fs::read_dir(&died.dir).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(!left.any(|name| name.to_string_lossy().starts_with("rescue-tmp")));
+}
+
 /// LoRA is shown by whole jobs (`an_oom_is_resumed_one_rung_lower_at_the_exact_row`).
 #[test]
 fn a_rescue_of_full_fine_tuning_is_exact_in_both_epochs() {

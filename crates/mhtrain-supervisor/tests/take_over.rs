@@ -276,6 +276,16 @@ fn cut_off(lab: &Lab) -> Attempt {
     Attempt::open(&lab.path("record")).unwrap()
 }
 
+/// Returns whether a process that was started here ended well.
+fn ended_well(mut child: Child) -> bool {
+    let mut status = None;
+    until("it ends", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status.is_some_and(|status| status.success())
+}
+
 /// Starts what the launching process would have started.
 fn start_recorder(lab: &Lab) -> Child {
     let mut command = Command::new(exe());
@@ -292,7 +302,7 @@ fn a_launch_that_was_cut_off_is_given_up_for_good() {
         assert!(!cgroup.is_some_and(|cgroup| cgroup.exists()));
         assert_eq!(attempt.state().unwrap(), AttemptState::Lost { trainer_alive: false });
         // The recorder that was under way when its launcher died.
-        assert!(!start_recorder(&lab).wait().unwrap().success());
+        assert!(!ended_well(start_recorder(&lab)));
         assert!(attempt.abandon_unrecorded().is_ok_and(|again| !again), "somebody is recorded: nobody");
         assert!(!lab.path("ran").exists() && attempt.record().trainer().unwrap().is_none());
         assert_nobody_is_left(&lab, &attempt);
@@ -318,17 +328,17 @@ fn a_recorder_that_comes_up_meanwhile_runs_the_trainer_or_nobody_does() {
     for round in 0..24 {
         let lab = Lab::new(": > $D/ran; exec sleep 600");
         let attempt = cut_off(&lab);
-        let mut recorder = start_recorder(&lab);
+        let recorder = start_recorder(&lab);
         std::thread::sleep(Duration::from_micros(250 * round));
         if attempt.abandon_unrecorded().unwrap() {
             given_up += 1;
-            assert!(!recorder.wait().unwrap().success());
+            assert!(!ended_well(recorder));
             assert!(!lab.path("ran").exists() && attempt.record().trainer().unwrap().is_none());
         } else {
             until("the trainer runs", || lab.path("ran").exists());
             assert!(trainer(&attempt).is_alive());
             attempt.kill_everything().unwrap();
-            recorder.wait().unwrap();
+            ended_well(recorder);
         }
         assert_eq!(marked(&lab), Vec::<u32>::new());
     }
