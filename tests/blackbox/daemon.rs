@@ -10,8 +10,8 @@ use crate::environment::{CARD, FakeHost, Ran};
 const GIB: u64 = 1 << 30;
 
 /// A daemon on a host with one simulated card. It is killed at the end of the test.
-struct Served {
-    host: FakeHost,
+pub(crate) struct Served {
+    pub(crate) host: FakeHost,
     daemon: Child,
 }
 
@@ -24,8 +24,12 @@ impl Drop for Served {
 }
 
 impl Served {
-    fn new() -> Served {
-        let host = FakeHost::with_card(80 * GIB);
+    pub(crate) fn new() -> Served {
+        Served::on(FakeHost::with_card(80 * GIB))
+    }
+
+    /// Starts a daemon on a host and waits until it answers.
+    pub(crate) fn on(host: FakeHost) -> Served {
         let daemon = Served::spawn(&host);
         let served = Served { host, daemon };
         served.wait_until("the daemon", |served| served.run(&["status", "--json"]).code == Some(0));
@@ -47,14 +51,14 @@ impl Served {
     }
 
     /// Kills the daemon with SIGKILL and starts another one.
-    fn kill_and_restart(&mut self) {
+    pub(crate) fn kill_and_restart(&mut self) {
         self.daemon.kill().unwrap();
         self.daemon.wait().unwrap();
         self.daemon = Served::spawn(&self.host);
         self.wait_until("the next daemon", |served| served.run(&["status", "--json"]).code == Some(0));
     }
 
-    fn run(&self, args: &[&str]) -> Ran {
+    pub(crate) fn run(&self, args: &[&str]) -> Ran {
         let mut command = self.host.command(args, &json!({}));
         Served::places(&self.host, &mut command);
         Ran::from(command.output().expect("the binary starts"))
@@ -71,21 +75,21 @@ impl Served {
         id
     }
 
-    fn job(&self, id: &str) -> Value {
+    pub(crate) fn job(&self, id: &str) -> Value {
         self.run(&["status", id, "--json"]).expect(0).json()["jobs"][0].clone()
     }
 
-    fn state(&self, id: &str) -> String {
+    pub(crate) fn state(&self, id: &str) -> String {
         self.job(id)["state"].as_str().unwrap().to_owned()
     }
 
-    fn receipt(&self, id: &str) -> Value {
+    pub(crate) fn receipt(&self, id: &str) -> Value {
         self.run(&["explain", id, "--json"]).expect(0).json()
     }
 
     /// Waits for a condition, at most a minute.
     #[track_caller]
-    fn wait_until(&self, what: &str, condition: impl Fn(&Served) -> bool) {
+    pub(crate) fn wait_until(&self, what: &str, condition: impl Fn(&Served) -> bool) {
         let until = Instant::now() + Duration::from_secs(60);
         while !condition(self) {
             if Instant::now() >= until {
@@ -508,32 +512,7 @@ fn a_second_daemon_is_refused() {
     assert!(ran.stderr.contains("in use"), "{}", ran.stderr);
 }
 
-#[test]
-fn another_user_is_refused_with_4_and_a_sentence() {
-    if !is_root() {
-        println!("skipped: only root can become another user");
-        return;
-    }
-    let served = Served::new();
-    // The socket is made reachable; the test's own directory is closed to others.
-    std::fs::set_permissions(served.host.env.path("."), std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .unwrap();
-    let copy = served.host.env.path("mhtraind-for-others");
-    std::fs::copy(env!("CARGO_BIN_EXE_mhtraind"), &copy).unwrap();
-    let ran = Command::new("setpriv")
-        .args(["--reuid", "61001", "--regid", "61001", "--clear-groups"])
-        .arg(&copy)
-        .args(["status", "--socket"])
-        .arg(served.host.env.path("daemon.sock"))
-        .env_clear()
-        .env("HOME", "/")
-        .output()
-        .unwrap();
-    let ran = Ran::from(ran).expect(4);
-    assert!(ran.stderr.contains("serves") && ran.stderr.contains("61001"), "{}", ran.stderr);
-}
-
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     status.lines().any(|line| line.starts_with("Uid:\t0\t"))
 }

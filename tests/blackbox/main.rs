@@ -14,3 +14,4 @@ mod job_files;
 mod plan;
 mod run;
 mod usage;
+mod users;

@@ -15,7 +15,7 @@ use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_store::{JobId, UnfinishedJob};
 
-use super::{Daemon, Submission, job};
+use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
 use crate::failure::{Failure, Status};
@@ -29,16 +29,28 @@ const EXAMINE_AGAIN: Duration = Duration::from_secs(15);
 /// How often that is tried before the job fails.
 const EXAMINED_MAX: u32 = 20;
 
+/// How long the files of a job may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
+const EXAMINED_WITHIN: Duration = Duration::from_secs(90);
+
 /// What each job would start with on each device, by UUID.
 type Plans = BTreeMap<(JobId, String), Sized>;
 
-/// A job that waits for a device.
+/// A job as it came in.
 #[derive(Clone, Debug)]
-pub struct QueuedEntry {
+pub struct HandedIn {
     /// The job.
     pub spec: JobSpec,
     /// What its submitter left.
     pub submission: Submission,
+    /// Whose it is.
+    pub account: Arc<Account>,
+}
+
+/// A job that waits for a device.
+#[derive(Clone, Debug)]
+pub struct QueuedEntry {
+    /// As it came.
+    pub handed_in: HandedIn,
     /// What is known about its model and trainer; `None` until that was read.
     pub examined: Option<Arc<Examined>>,
     /// Why it does not start.
@@ -51,10 +63,10 @@ pub struct QueuedEntry {
 
 impl QueuedEntry {
     /// Returns a job that has just come.
-    pub fn new(spec: JobSpec, submission: Submission, examined: Option<Arc<Examined>>) -> QueuedEntry {
+    pub fn new(handed_in: HandedIn, examined: Option<Arc<Examined>>) -> QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
         let try_at = Instant::now();
-        QueuedEntry { spec, submission, examined, reason, told: false, tries: 0, try_at }
+        QueuedEntry { handed_in, examined, reason, told: false, tries: 0, try_at }
     }
 }
 
@@ -69,10 +81,10 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
     for UnfinishedJob { job, state } in unfinished {
         let id = job.row.id;
         let read = JobSpec::from_value(&job.row.spec).map_err(|e| e.to_string()).and_then(|spec| {
-            let submission = serde_json::from_value(job.context).map_err(|e| e.to_string())?;
+            let submission: Submission = serde_json::from_value(job.context).map_err(|e| e.to_string())?;
             Ok((spec, submission))
         });
-        let (spec, submission): (JobSpec, Submission) = match read {
+        let (spec, submission) = match read {
             Ok(read) => read,
             Err(why) => {
                 tracing::error!(job = id.get(), why, "the job cannot be read; it is left as it is");
@@ -86,13 +98,19 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
             daemon.store.append(id, Record::new(now(), event)).await?;
             continue;
         }
+        let account = daemon.served.account(job.row.owner.uid).await.unwrap_or_else(|failure| {
+            // What runs still runs as them, and needs to be followed; a new trainer finds no home.
+            tracing::warn!(job = id.get(), error = failure.message, "the job's owner is not known any more");
+            Account::as_submitted(&job.row.owner)
+        });
+        let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
         match sized(daemon, id).await? {
             Some(sized) if state.attempts() > 0 || state.has_live_attempt() => {
-                job::start(daemon, id, spec, submission, sized);
+                job::start(daemon, id, handed_in, sized);
             }
             _ => {
                 let told = matches!(state, JobState::Waiting { .. });
-                daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(spec, submission, None) });
+                daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(handed_in, None) });
             }
         }
     }
@@ -142,9 +160,10 @@ async fn look(daemon: &Arc<Daemon>, gpus: &Arc<Mutex<Gpus>>) -> Result<(), Failu
     for (id, entry) in &entries {
         let Some(examined) = &entry.examined else { continue };
         let offers = offers(*id, entry, examined, &report, daemon, &mut plans);
-        let after = dependencies(daemon, &entry.spec).await?;
-        let output_dir = entry.spec.output_dir.clone();
-        queue.push(QueuedJob { id: id.get(), priority: entry.spec.priority, output_dir, after, offers });
+        let spec = &entry.handed_in.spec;
+        let after = dependencies(daemon, spec).await?;
+        let output_dir = spec.output_dir.clone();
+        queue.push(QueuedJob { id: id.get(), priority: spec.priority, output_dir, after, offers });
     }
     for (id, verdict) in decide(&queue, &daemon.leases(), daemon.is_drained()) {
         let Some(id) = JobId::new(id) else { continue };
@@ -173,7 +192,7 @@ async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
         due.map(|(id, entry)| (*id, entry.clone())).collect()
     };
     for (id, entry) in new {
-        let answer = examined(daemon, entry.spec.clone(), &entry.submission).await;
+        let answer = examined(daemon, &entry.handed_in).await;
         let tries = entry.tries + 1;
         let failure = match answer {
             Ok(examined) => {
@@ -199,19 +218,24 @@ async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
 ///
 /// # Errors
 /// Something that the job needs is missing.
-pub async fn examined(
-    daemon: &Arc<Daemon>,
-    spec: JobSpec,
-    submission: &Submission,
-) -> Result<Examined, Failure> {
+pub async fn examined(daemon: &Arc<Daemon>, handed_in: &HandedIn) -> Result<Examined, Failure> {
     let daemon = Arc::clone(daemon);
-    let submission = submission.clone();
-    let work = tokio::task::spawn_blocking(move || {
-        let origin = submission.origin(&daemon.account, &daemon.config);
+    let HandedIn { spec, submission, account } = handed_in.clone();
+    let owner = Arc::clone(&account);
+    let work = account.act(move || {
+        let origin = submission.origin(&owner, &daemon.config);
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         examine(spec, &origin, &daemon.config, u32::try_from(cores).unwrap_or(u32::MAX))
     });
-    work.await.map_err(|e| Failure::new(Status::Bug, "examine_thread", e))?
+    match tokio::time::timeout(EXAMINED_WITHIN, work).await {
+        Ok(done) => done?,
+        Err(_) => {
+            let what =
+                format!("the files of the job could not be read within {} s", EXAMINED_WITHIN.as_secs());
+            Err(Failure::failed("slow_files", what)
+                .help("is the disk that holds model, data and trainer there?".to_owned()))
+        }
+    }
 }
 
 /// Returns what each device that the job may take offers it.
@@ -223,12 +247,13 @@ fn offers(
     daemon: &Daemon,
     plans: &mut Plans,
 ) -> Vec<Offer> {
-    let wished = |gpu: &&GpuState| match (&entry.submission.device_uuid, &entry.spec.device) {
-        (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
-        (None, DeviceWish::Auto) => true,
-        (None, DeviceWish::Index(index)) => gpu.index == *index,
-        (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
-    };
+    let wished =
+        |gpu: &&GpuState| match (&entry.handed_in.submission.device_uuid, &entry.handed_in.spec.device) {
+            (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
+            (None, DeviceWish::Auto) => true,
+            (None, DeviceWish::Index(index)) => gpu.index == *index,
+            (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
+        };
     let mut offers = Vec::new();
     for gpu in report.devices().iter().filter(wished) {
         let Some(device) = gpu.uuid.clone() else { continue };
@@ -323,7 +348,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
     if daemon.queued().remove(&id).is_none() {
         return Ok(());
     }
-    job::start(daemon, id, entry.spec, entry.submission, sized);
+    job::start(daemon, id, entry.handed_in, sized);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use mhtrain_job::spec::JobSpec;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::host::probe_host;
 use mhtrain_probe::probe::{ProbeReport, TrainerReport};
-use mhtrain_probe::trainer_environment::trainer_environment;
+use mhtrain_probe::trainer_environment::trainer_environment_as;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{Plan, PlanError, plan};
@@ -61,7 +61,8 @@ pub struct Sized {
 /// Something is missing; nothing was started.
 pub fn examine(spec: JobSpec, origin: &Origin, config: &Config, cores: u32) -> Result<Examined, Failure> {
     let model = find_files(&spec, Datasets::MustExist, origin)?;
-    let environment = trainer_environment(&origin.trainer_query(config))
+    let query = origin.trainer_query(config);
+    let environment = trainer_environment_as(&query, &|command| origin.prepare(command))
         .map_err(|e| Failure::failed("no_trainer", chain(&e)).help(e.help()))?;
     secrets::find(&spec.secrets, &origin.secrets)?;
     let (_, notes) = Dialect::for_environment(&environment);

@@ -85,16 +85,12 @@ impl Prepared {
     }
 }
 
-/// Returns where everything of a job goes, absolute.
-pub fn output_dir(spec: &JobSpec, working_dir: &Path) -> PathBuf {
-    absolute(working_dir, &spec.output_dir)
-}
-
-/// Returns `path` relative to `working_dir`, with a leading `~` for the home directory.
-fn absolute(working_dir: &Path, path: &str) -> PathBuf {
-    match (path.strip_prefix("~/"), std::env::home_dir()) {
+/// Returns where everything of a job goes, absolute. A leading `~` is the home directory.
+pub fn output_dir(spec: &JobSpec, origin: &Origin) -> PathBuf {
+    let path = &spec.output_dir;
+    match (path.strip_prefix("~/"), origin.home()) {
         (Some(rest), Some(home)) => home.join(rest),
-        _ => working_dir.join(path.strip_prefix("./").unwrap_or(path)),
+        _ => origin.cwd.join(path.strip_prefix("./").unwrap_or(path)),
     }
 }
 
