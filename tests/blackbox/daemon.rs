@@ -492,6 +492,69 @@ fn what_a_job_makes_has_the_submitters_umask_and_the_receipt_the_probe() {
 }
 
 #[test]
+fn a_model_is_downloaded_before_the_job_has_a_card() {
+    let mut served = Served::new();
+    let config = std::fs::read(served.host.env.path("model/config.json")).unwrap();
+    served.host.env.write("hub/acme/tiny/config.json", config);
+    served.host.env.write("hub/acme/far/unreachable", "");
+    let path = |relative: &str| served.host.env.path(relative).display().to_string();
+    let env = json!({"FAKE_HUB": path("hub"), "HF_HUB_CACHE": path("hf"), "FAKE_SWIFT_SCENARIO": "{}"});
+    let submit = |served: &Served, extra: Value| {
+        let mut job = extra;
+        job["env"] = env.clone();
+        served.host.job(job);
+        served.run(&["submit", "job.json"]).expect(0).stdout.trim().to_owned()
+    };
+    let reason = |served: &Served, id: &str| served.job(id)["reason"].as_str().unwrap_or_default().to_owned();
+
+    // Its size is in no list: only its files can tell it.
+    let id = submit(&served, json!({"model": "acme/tiny"}));
+    served.wait_until("the download", |served| reason(served, &id).starts_with("downloading acme/tiny"));
+    assert_eq!(served.state(&id), "waiting");
+    // Nobody waits for it: the card is free.
+    let other = submit(&served, json!({"output_dir": "other"}));
+    served.run(&["wait", &other, "--timeout", "60"]).expect(0);
+    // It dies with the daemon, and the next one begins it again.
+    let downloads =
+        |served: &Served| processes_with("FAKE_HUB", &served.host.env.path("hub").display().to_string());
+    assert_eq!(downloads(&served).len(), 1);
+    served.kill_and_restart();
+    served.wait_until("another download", |served| reason(served, &id).starts_with("downloading acme/tiny"));
+    served.wait_until("one download alone", |served| downloads(served).len() == 1);
+    served.host.env.write("hub/acme/tiny/go", "");
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    assert_eq!(served.job(&id)["attempt"], 1);
+
+    let unknown = submit(&served, json!({"model": "acme/typo", "output_dir": "typo"}));
+    served.run(&["wait", &unknown, "--timeout", "60"]).expect(1);
+    assert!(reason(&served, &unknown).contains("404"), "{}", reason(&served, &unknown));
+    // The network may come back, an unknown name does not.
+    let far = submit(&served, json!({"model": "acme/far", "output_dir": "far"}));
+    served.wait_until("the back-off", |served| reason(served, &far).contains("tried again in 30 s"));
+    served.run(&["cancel", &far]).expect(0);
+    assert_eq!(served.state(&far), "cancelled");
+
+    std::fs::remove_file(served.host.env.path("hub/acme/tiny/go")).unwrap();
+    std::fs::remove_dir_all(served.host.env.path("hf")).unwrap();
+    let cancelled = submit(&served, json!({"model": "acme/tiny", "output_dir": "cancelled"}));
+    served.wait_until("a download", |served| !downloads(served).is_empty());
+    served.run(&["cancel", &cancelled]).expect(0);
+    served.wait_until("its end", |served| downloads(served).is_empty());
+}
+
+/// Returns the processes that have this value in their environment.
+fn processes_with(name: &str, value: &str) -> Vec<u32> {
+    let wanted = format!("{name}={value}");
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    let numbered = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let has = |pid: &u32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|entry| entry == wanted.as_bytes())
+    };
+    numbered.filter(has).collect()
+}
+
+#[test]
 fn without_a_daemon_clients_end_with_3() {
     let host = FakeHost::with_card(80 * GIB);
     host.job(json!({}));

@@ -90,14 +90,10 @@ enum After {
 impl Worker {
     /// Runs the job to its end, over everything that goes wrong outside of it.
     fn run(&self) {
-        // From here on this thread and those that it starts touch files as the submitter.
-        if let Some(identity) = self.account.identity()
-            && let Err(error) = identity.take_file_rights()
-        {
-            tracing::error!(job = self.id.get(), %error, "the job is left as it is: no rights of its submitter");
+        if let Err(failure) = become_submitter(&self.account, self.submission.umask) {
+            tracing::error!(job = self.id.get(), error = failure.message, "the job is left as it is");
             return;
         }
-        take_umask(self.submission.umask);
         for tries in 1.. {
             let Err(failure) = self.attempt_to_run() else { return };
             tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
@@ -233,6 +229,20 @@ impl Worker {
         self.daemon.store.tell();
         Ok(())
     }
+}
+
+/// Lets this thread and those that it starts touch files as the submitter, for good.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn become_submitter(account: &Account, umask: u32) -> Result<(), Failure> {
+    if let Some(identity) = account.identity() {
+        let refused =
+            |e| Failure::failed("no_rights", format!("the rights of {} cannot be taken: {e}", account.name));
+        identity.take_file_rights().map_err(refused)?;
+    }
+    take_umask(umask);
+    Ok(())
 }
 
 /// Gives this thread the submitter's umask: what it makes in the output directory is as if the submitter had made it.

@@ -12,6 +12,7 @@
 //! recorders need nobody, and the next daemon takes them over. So the daemon may be killed at any moment.
 
 mod accounts;
+mod download;
 mod job;
 mod live;
 mod queue;

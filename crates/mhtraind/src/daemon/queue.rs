@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mhtrain_job::event::{JobEvent, Record};
-use mhtrain_job::queue::{Dependency, DependencyState, Offer, QueuedJob, Verdict, decide};
+use mhtrain_job::queue::{DRAINED, Dependency, DependencyState, Offer, QueuedJob, Verdict, decide};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_store::{JobId, UnfinishedJob};
 
+use super::download::{self, Download};
 use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
@@ -53,6 +54,8 @@ pub struct QueuedEntry {
     pub handed_in: HandedIn,
     /// What is known about its model and trainer; `None` until that was read.
     pub examined: Option<Arc<Examined>>,
+    /// How far the download of what it needs is.
+    pub download: Download,
     /// Why it does not start.
     pub reason: String,
     /// Whether the store knows that it waits.
@@ -66,7 +69,15 @@ impl QueuedEntry {
     pub fn new(handed_in: HandedIn, examined: Option<Arc<Examined>>) -> QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
         let try_at = Instant::now();
-        QueuedEntry { handed_in, examined, reason, told: false, tries: 0, try_at }
+        let download = Download::default();
+        QueuedEntry { handed_in, examined, download, reason, told: false, tries: 0, try_at }
+    }
+}
+
+impl QueuedEntry {
+    /// Returns whether something that the job needs is not here.
+    fn waits_for_download(&self) -> bool {
+        self.examined.as_ref().is_some_and(|examined| !download::is_here(self, examined))
     }
 }
 
@@ -153,12 +164,15 @@ async fn look(daemon: &Arc<Daemon>, gpus: &Arc<Mutex<Gpus>>) -> Result<(), Failu
         return Ok(());
     }
     examine_new(daemon).await?;
+    download_missing(daemon).await?;
     let report = ask_nvml(gpus).await?;
     let entries: Vec<(JobId, QueuedEntry)> =
         daemon.queued().iter().map(|(id, entry)| (*id, entry.clone())).collect();
     let (mut queue, mut plans) = (Vec::new(), BTreeMap::new());
     for (id, entry) in &entries {
-        let Some(examined) = &entry.examined else { continue };
+        let Some(examined) = entry.examined.as_ref().filter(|_| !entry.waits_for_download()) else {
+            continue;
+        };
         let offers = offers(*id, entry, examined, &report, daemon, &mut plans);
         let spec = &entry.handed_in.spec;
         let after = dependencies(daemon, spec).await?;
@@ -195,6 +209,13 @@ async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
         let answer = examined(daemon, &entry.handed_in).await;
         let tries = entry.tries + 1;
         let failure = match answer {
+            Ok(examined) if examined.model.is_none() && matches!(entry.download, Download::Over) => {
+                let model = &entry.handed_in.spec.model;
+                let what = format!("{model} was downloaded, and no cache that is known has it");
+                let help = "name its directory as the model".to_owned();
+                fail(daemon, id, what, Some(help)).await?;
+                continue;
+            }
             Ok(examined) => {
                 if let Some(entry) = daemon.queued().get_mut(&id) {
                     entry.examined = Some(Arc::new(examined));
@@ -210,6 +231,31 @@ async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
             entry.try_at = Instant::now() + EXAMINE_AGAIN;
             entry.reason = failure.message;
         }
+    }
+    Ok(())
+}
+
+/// Lets what queued jobs need be downloaded, unless nothing may start.
+async fn download_missing(daemon: &Arc<Daemon>) -> Result<(), Failure> {
+    let drained = daemon.is_drained();
+    if !drained {
+        for (id, failure) in download::start_due(daemon) {
+            fail(daemon, id, failure.message, failure.help).await?;
+        }
+    }
+    let under_way: Vec<(JobId, String)> = {
+        let mut queued = daemon.queued();
+        let waits = queued.iter_mut().filter(|(_, entry)| entry.waits_for_download());
+        let tell = waits.filter_map(|(id, entry)| {
+            if drained && matches!(entry.download, Download::Due) {
+                entry.reason = DRAINED.to_owned();
+            }
+            (!entry.told).then(|| (*id, entry.reason.clone()))
+        });
+        tell.collect()
+    };
+    for (id, reason) in under_way {
+        wait(daemon, id, reason).await?;
     }
     Ok(())
 }
@@ -312,23 +358,28 @@ async fn carry_out(
                 Some((problem, _)) => problem,
                 None => reason,
             };
-            let first = {
-                let mut queued = daemon.queued();
-                let Some(entry) = queued.get_mut(&id) else { return Ok(()) };
-                let changed = entry.reason != reason;
-                entry.reason.clone_from(&reason);
-                if changed {
-                    daemon.store.tell();
-                }
-                !std::mem::replace(&mut entry.told, true)
-            };
-            // The numbers change every second; the event only says since when it waits, and why at first.
-            if first {
-                append(daemon, id, JobEvent::Waiting { reason }).await?;
-            }
-            Ok(())
+            wait(daemon, id, reason).await
         }
     }
+}
+
+/// Lets a job wait, for this reason.
+async fn wait(daemon: &Daemon, id: JobId, reason: String) -> Result<(), Failure> {
+    let first = {
+        let mut queued = daemon.queued();
+        let Some(entry) = queued.get_mut(&id) else { return Ok(()) };
+        let changed = entry.reason != reason;
+        entry.reason.clone_from(&reason);
+        if changed {
+            daemon.store.tell();
+        }
+        !std::mem::replace(&mut entry.told, true)
+    };
+    // The numbers change every second; the event only says since when it waits, and why at first.
+    if first {
+        append(daemon, id, JobEvent::Waiting { reason }).await?;
+    }
+    Ok(())
 }
 
 /// Gives a job its device.
