@@ -47,6 +47,7 @@ impl Served {
     fn places(host: &FakeHost, command: &mut Command) {
         command.env("MHTRAIND_SOCKET", host.env.path("daemon.sock"));
         command.env("MHTRAIND_STATE_DIR", host.env.path("state"));
+        command.env("NVML_SIM_USAGE", host.env.path("usage"));
         command.env_remove("FAKE_SWIFT_SCENARIO");
     }
 
@@ -489,6 +490,39 @@ fn what_a_job_makes_has_the_submitters_umask_and_the_receipt_the_probe() {
     assert!(receipt["proof"].is_string() && receipt["ended_at"].is_string(), "{receipt}");
     let again = served.run(&["submit", "job.json"]).expect(0);
     assert!(again.stderr.contains("previous-"), "{}", again.stderr);
+}
+
+#[test]
+fn the_next_prediction_is_corrected_by_what_nvml_showed_of_the_last_run() {
+    let mut served = Served::new();
+    std::fs::create_dir(served.host.env.path("usage")).unwrap();
+    let id = served.submit(json!({}), &json!({"step_seconds": 0.4}));
+    served.wait_until("a step", |served| served.job(&id)["progress"]["step"].as_u64() >= Some(1));
+    let pids = std::fs::read_to_string(served.host.env.path("out/attempt-1/fake-pids.json")).unwrap();
+    let pid = serde_json::from_str::<Value>(&pids).unwrap()["trainer"].as_u64().unwrap();
+    let first = served.receipt(&id);
+    let predicted = |receipt: &Value| {
+        let rungs = receipt["rungs"].as_array().unwrap();
+        let rung = rungs.iter().find(|rung| rung["tier"] == first["chosen"]).unwrap();
+        rung["predicted_peak_bytes"].as_u64().unwrap()
+    };
+    let cold = predicted(&first);
+    assert!(!first["notes"].to_string().contains("because of"), "{}", first["notes"]);
+    // Half as much again as was predicted, CUDA context and all.
+    let used = cold + cold / 2;
+    served.host.env.write(&format!("usage/{CARD}.{pid}"), used.to_string());
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+
+    // The next daemon knows it too.
+    served.kill_and_restart();
+    let next = served.submit(json!({"output_dir": "next"}), &json!({}));
+    served.run(&["wait", &next, "--timeout", "60"]).expect(0);
+    let receipt = served.receipt(&next);
+    let (learned, notes) = (predicted(&receipt), receipt["notes"].to_string());
+    assert!(notes.contains(&format!("because of job {id}, attempt 1")), "{notes}");
+    assert_ne!(receipt["chosen"], first["chosen"], "so much does not fit");
+    let near = |a: u64, b: u64| a.abs_diff(b) < b / 20;
+    assert!(near(learned, used), "{learned} is predicted, {used} was seen, {cold} was predicted before");
 }
 
 #[test]

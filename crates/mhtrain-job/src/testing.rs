@@ -1,10 +1,12 @@
 //! Values that the tests of several modules need.
 
 use mhtrain_sizing::estimate::{Estimate, Terms};
+use mhtrain_sizing::observation::{Fingerprint, Versions};
 use mhtrain_sizing::plan::{Plan, Rung};
+use mhtrain_sizing::reserve::Group;
 use mhtrain_sizing::tier::{Profile, Steps, Tier};
 use mhtrain_sizing::units::Bytes;
-use mhtrain_sizing::workload::{AttnImpl, Dtype};
+use mhtrain_sizing::workload::{AttnImpl, Dtype, TrainType};
 
 use crate::diagnosis::{Answer, Diagnosis, Evidence, Kind};
 
@@ -66,8 +68,21 @@ pub(crate) fn plan() -> Plan {
             rung(tier(Profile::Emergency, 1, 32), 16),
         ],
         effective_batch: 32,
+        fingerprint: fingerprint(),
         notes: Vec::new(),
         can_quantise: true,
+    }
+}
+
+/// Returns what a job of the tests has in common with others.
+pub(crate) fn fingerprint() -> Fingerprint {
+    Fingerprint {
+        model: "Qwen/Qwen2.5-7B-Instruct".to_owned(),
+        family: "qwen2".to_owned(),
+        method: TrainType::Lora,
+        group: Group::Equal,
+        versions: Versions::default(),
+        card: "Simulated GPU".to_owned(),
     }
 }
 

@@ -14,7 +14,7 @@ pub use crate::correct::after_oom;
 use crate::estimate::{Estimate, EstimateError, estimate_with};
 use crate::ladder::{Class, TierBook, Values};
 use crate::learn::{Learned, learn};
-use crate::observation::{Fingerprint, Observation, Versions};
+use crate::observation::{Fingerprint, Observation, Seen, Versions};
 use crate::request::{Learning, Length, Request};
 use crate::reserve::{Group, Reserve};
 use crate::tier::{Adapters, Profile, Tier};
@@ -47,6 +47,8 @@ pub struct Plan {
     pub rungs: Vec<Rung>,
     /// Effective batch of every rung.
     pub effective_batch: u64,
+    /// What an attempt of the first rung has in common with others.
+    pub fingerprint: Fingerprint,
     /// What differs from the recipe or from what the job asked, and why; a sentence each.
     pub notes: Vec<String>,
     /// Whether the weights are not packed into 4 bits and could be (`train_type` qlora).
@@ -58,6 +60,15 @@ impl Plan {
     /// Returns the rung that the first attempt takes.
     pub fn chosen_rung(&self) -> &Rung {
         &self.rungs[self.chosen]
+    }
+
+    /// Returns what an attempt of a rung leaves behind for later predictions.
+    pub fn observation(&self, rung: usize, name: String, seen: Seen) -> Option<Observation> {
+        let Rung { tier, estimate, .. } = self.rungs.get(rung)?;
+        let group = Group::of_attempt(tier.packing);
+        let fingerprint = Fingerprint { group, ..self.fingerprint.clone() };
+        let predicted = estimate.allocated_peak_bytes;
+        Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, seen })
     }
 }
 
@@ -175,8 +186,7 @@ impl History {
             model: request.model.name.clone(),
             family: request.model.shape.model_type.clone(),
             method: request.train_type,
-            // The daemon switches expandable segments on; unpacked rows differ in length even in batches of one.
-            group: if packing { Group::Equal } else { Group::Expandable },
+            group: Group::of_attempt(packing),
             versions: self.versions.clone(),
             card: request.card.name.clone(),
         }
@@ -200,7 +210,8 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
     let rungs = sizing.rungs(&candidates, chosen);
     let notes = sizing.notes(&candidates, chosen);
     let can_quantise = request.train_type != TrainType::Qlora && request.model.can_be_packed();
-    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, notes, can_quantise })
+    let fingerprint = history.fingerprint(request, rungs[chosen].tier.packing);
+    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, fingerprint, notes, can_quantise })
 }
 
 /// Returns the pass that a rung means for the card.

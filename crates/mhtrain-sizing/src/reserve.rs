@@ -33,6 +33,12 @@ impl Group {
         if work.packing || !work.padded { Group::Equal } else { Group::Unequal }
     }
 
+    /// Returns the group of an attempt: expandable segments are switched on for it, and unpacked rows differ in length even
+    /// in batches of one.
+    pub fn of_attempt(packing: bool) -> Group {
+        if packing { Group::Equal } else { Group::Expandable }
+    }
+
     /// Returns what published peaks say about the ratio for a pass of which `resident_share` (0 to 1) of the allocated
     /// peak is weights, adapters and moments.
     ///

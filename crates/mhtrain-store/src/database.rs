@@ -14,7 +14,8 @@ use crate::directory::StateDirectory;
 use crate::error::StoreError;
 
 /// The schema, one file per version; the database's `user_version` says how many of them it has had.
-const SCHEMA: [&str; 1] = [include_str!("../schema/0001_jobs.sql")];
+const SCHEMA: [&str; 2] =
+    [include_str!("../schema/0001_jobs.sql"), include_str!("../schema/0002_observations.sql")];
 
 /// The version of the schema that this program writes.
 pub(crate) const SCHEMA_VERSION: usize = SCHEMA.len();

@@ -11,8 +11,8 @@
 //!                                                       +─ the open files are those at the path ─+
 //! ```
 //!
-//! When a call that writes returns `Ok`, what it wrote survives a power cut; [`Store::note_samples`] alone is
-//! weaker, and says so. When it returns an error, nothing is known to be written, and the next call may try
+//! When a call that writes returns `Ok`, what it wrote survives a power cut; [`Store::note_samples`] and
+//! [`Store::note_observation`] alone are weaker, and say so. When it returns an error, nothing is known to be written, and the next call may try
 //! again: a full disk ends by itself when there is room.
 //!
 //! A [`Store`] is one connection, used by one thread; its calls block. Only one process at a time has a directory
@@ -22,6 +22,7 @@ mod database;
 mod directory;
 mod error;
 mod job;
+mod observations;
 mod series;
 mod store;
 #[cfg(test)]
@@ -29,5 +30,6 @@ mod testing;
 
 pub use error::StoreError;
 pub use job::{Filter, Job, JobId, JobRow, NewJob, Order, Owner, UnfinishedJob};
+pub use observations::{OBSERVATIONS_KEPT, ObservationOf};
 pub use series::{SAMPLES_KEPT, Sample, SampleOf};
 pub use store::{Store, Submitted, Write, Written};

@@ -12,6 +12,7 @@ use crate::database::{Database, Durability};
 use crate::directory::StateDirectory;
 use crate::error::StoreError;
 use crate::job::{self, Filter, Job, JobId, JobRow, NewJob, UnfinishedJob};
+use crate::observations::{self, ObservationOf};
 use crate::series::{self, Sample, SampleOf};
 
 /// The store of one daemon.
@@ -282,6 +283,28 @@ impl Store {
             }
             series::series(connection, id, attempt)
         })
+    }
+
+    /// Notes what an attempt showed about memory. Not one fsync: the last may be missing after a power cut.
+    ///
+    /// # Errors
+    /// What keeps the store from writing.
+    pub fn note_observation(
+        &mut self,
+        id: JobId,
+        attempt: u32,
+        noted: &ObservationOf,
+    ) -> Result<(), StoreError> {
+        self.database
+            .write(Durability::ProcessEnd, |connection| observations::note(connection, id, attempt, noted))
+    }
+
+    /// Returns what earlier attempts showed about memory, oldest first.
+    ///
+    /// # Errors
+    /// What keeps the store from reading.
+    pub fn observations(&self) -> Result<Vec<ObservationOf>, StoreError> {
+        self.database.read(observations::all)
     }
 
     /// Sets what the daemon must remember about itself under `name`; `None` forgets it.

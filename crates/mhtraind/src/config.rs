@@ -166,7 +166,7 @@ impl Config {
         if rustix::process::geteuid().is_root() {
             return system;
         }
-        xdg("XDG_STATE_HOME", ".local/state").unwrap_or(system)
+        state_home().unwrap_or(system)
     }
 
     /// Returns the NVML library to open; `None` means the driver's own.
@@ -221,6 +221,11 @@ pub fn config_home() -> Option<PathBuf> {
 /// Returns the user's own directory of data, `$XDG_DATA_HOME/mhtraind`; `None` without a home.
 pub fn data_home() -> Option<PathBuf> {
     xdg("XDG_DATA_HOME", ".local/share")
+}
+
+/// Returns the user's own directory of state, `$XDG_STATE_HOME/mhtraind`; `None` without a home.
+pub fn state_home() -> Option<PathBuf> {
+    xdg("XDG_STATE_HOME", ".local/state")
 }
 
 /// Returns the user's own cache directory, `$XDG_CACHE_HOME/mhtraind`; `None` without a home.

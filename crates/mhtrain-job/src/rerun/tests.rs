@@ -371,7 +371,7 @@ fn any_plan() -> impl Strategy<Value = Plan> {
             };
             rung(tier(name, 1, 32), gib)
         });
-        Plan { chosen: 0, rungs: rungs.collect(), effective_batch: 32, notes: Vec::new(), can_quantise: true }
+        Plan { rungs: rungs.collect(), ..plan() }
     })
 }
 

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::job::Order;
+use crate::observations::OBSERVATIONS_KEPT;
 use crate::series::SAMPLES_KEPT;
 use crate::testing::{failed, life, new_job, record};
 
@@ -377,13 +378,48 @@ fn after_an_error_the_disk_says_what_was_written() {
     store.append(id, &life()[6]).unwrap();
 }
 
+fn observation(name: &str) -> ObservationOf {
+    let text = json!({"name": name, "predicted": 1 << 30, "seen": {"kind": "more_than", "limit": 2_u64 << 30},
+        "fingerprint": {"model": "m", "family": "qwen2", "method": "lora", "group": "equal", "versions": {}, "card": "c"}});
+    ObservationOf { owner_uid: 7, observation: serde_json::from_value(text).unwrap() }
+}
+
+#[test]
+fn observations_outlive_their_job_and_a_database_of_version_1_learns_to_keep_them() {
+    let (dir, store) = store();
+    drop(store);
+    // As version 1 left it.
+    let old = raw(&dir);
+    old.execute_batch("DROP TABLE observations").unwrap();
+    old.pragma_update(None, "user_version", 1).unwrap();
+    drop(old);
+    let mut store = Store::open(dir.path()).unwrap();
+    let id = store.submit(&new_job(None)).unwrap().id;
+    for event in &life()[1..] {
+        store.append(id, event).unwrap();
+    }
+    store.note_observation(id, 1, &observation("first")).unwrap();
+    store.note_observation(id, 1, &observation("again")).unwrap();
+    store.note_observation(id, 2, &observation("second")).unwrap();
+    store.remove(id).unwrap();
+    drop(store);
+    let mut store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.observations().unwrap(), [observation("again"), observation("second")]);
+    for attempt in 3..OBSERVATIONS_KEPT + 10 {
+        store.note_observation(id, attempt, &observation("more")).unwrap();
+    }
+    let kept = store.observations().unwrap();
+    assert_eq!(kept.len(), OBSERVATIONS_KEPT as usize);
+    assert!(kept.iter().all(|kept| kept.observation.name == "more"));
+}
+
 #[test]
 fn what_is_not_a_store_is_refused_by_name() {
     let (dir, store) = store();
     drop(store);
     raw(&dir).pragma_update(None, "user_version", 7).unwrap();
     let error = Store::open(dir.path()).unwrap_err();
-    assert!(error.to_string().ends_with("has schema version 7, this program knows up to 1"), "{error}");
+    assert!(error.to_string().ends_with("has schema version 7, this program knows up to 2"), "{error}");
 
     let foreign = tempfile::tempdir().unwrap();
     raw(&foreign).execute_batch("CREATE TABLE songs (title)").unwrap();

@@ -1,6 +1,7 @@
 //! `mhtraind plan`: what would run, and why?
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
@@ -163,6 +164,8 @@ impl PlanArgs {
             dialect,
             cores: cores(),
             notes,
+            // Another card's: what was seen here says nothing about it.
+            history: Arc::default(),
         })
     }
 

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::engine::directory::JobDirectory;
 use crate::engine::journal::Journal;
 use crate::engine::local::{self, LocalRun};
+use crate::engine::observations::{ObservationFile, Observer};
 use crate::engine::origin::Origin;
 use crate::engine::prepare::{self, Datasets};
 use crate::engine::screen::{Screen, Sentences};
@@ -133,6 +134,7 @@ pub fn start(
         earlier: from,
         origin,
         screen: Screen::terminal(sentences),
+        observer: ObservationFile::of_this_user().map(|file| Box::new(file) as Box<dyn Observer>),
     })
 }
 

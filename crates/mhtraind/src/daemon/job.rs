@@ -10,8 +10,9 @@ use std::time::Duration;
 use mhtrain_job::event::{Exit, JobEvent, Record};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
+use mhtrain_sizing::observation::Observation;
 use mhtrain_sizing::tier::Tier;
-use mhtrain_store::JobId;
+use mhtrain_store::{JobId, ObservationOf};
 use mhtrain_supervisor::Attempt;
 use rustix::fs::Mode;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -24,6 +25,7 @@ use crate::engine::directory::JobDirectory;
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
 use crate::engine::local::{self, LocalRun, interrupted};
+use crate::engine::observations::Observer;
 use crate::engine::prepare::{self, chain};
 use crate::engine::screen::Screen;
 use crate::engine::signals::StopSignals;
@@ -143,6 +145,11 @@ impl Worker {
             earlier,
             origin,
             screen: Screen::told_to(Followers(Arc::clone(&self.live))),
+            observer: Some(Box::new(StoreObserver {
+                daemon: Arc::clone(&self.daemon),
+                id: self.id,
+                owner_uid: self.account.uid,
+            })),
         };
         local::run_until(run, config, || Ok(StopSignals::Requests(requests))).map(drop)
     }
@@ -228,6 +235,22 @@ impl Worker {
         self.daemon.store.call_blocking(move |store| store.append(id, &record))?;
         self.daemon.store.tell();
         Ok(())
+    }
+}
+
+/// Keeps what a job's attempts show, for the predictions of the next ones.
+#[derive(Debug)]
+struct StoreObserver {
+    daemon: Arc<Daemon>,
+    id: JobId,
+    owner_uid: u32,
+}
+
+impl Observer for StoreObserver {
+    fn observe(&self, attempt: u32, observation: Observation) {
+        let noted = ObservationOf { owner_uid: self.owner_uid, observation };
+        self.daemon.observations.add(noted.clone());
+        self.daemon.store.note_observation(self.id, attempt, noted);
     }
 }
 

@@ -42,6 +42,7 @@ pub use submission::Submission;
 use crate::api::routes;
 use crate::config::Config;
 use crate::engine::journal::now;
+use crate::engine::observations::Observations;
 use crate::engine::prepare::tier_book;
 use crate::engine::signals::{StopCause, StopSignals};
 use crate::failure::{Failure, Status, unwritable};
@@ -61,6 +62,8 @@ pub struct Daemon {
     pub store: StoreHandle,
     /// Whom the daemon serves.
     pub served: Served,
+    /// What earlier attempts on this host showed about memory.
+    pub observations: Observations,
     /// Jobs that have a device.
     live: Mutex<BTreeMap<JobId, Arc<LiveJob>>>,
     /// Jobs that wait for one.
@@ -182,11 +185,13 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let (store, store_ended) = StoreHandle::open(&state_dir)?;
     make_dir(&state_dir.join("jobs"), mode)?;
     let drained = store.call(|store| store.get_flag(DRAINED)).await?.is_some();
+    let observations = Observations::new(store.call(|store| store.observations()).await?);
     let daemon = Arc::new(Daemon {
         config,
         book,
         store,
         served,
+        observations,
         live: Mutex::default(),
         queued: Mutex::default(),
         wake: Notify::new(),

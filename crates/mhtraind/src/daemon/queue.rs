@@ -19,6 +19,7 @@ use super::download::{self, Download};
 use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
+use crate::engine::observations::versions;
 use crate::failure::{Failure, Status};
 
 /// How often NVML is asked while a job waits.
@@ -300,11 +301,13 @@ fn offers(
             (None, DeviceWish::Index(index)) => gpu.index == *index,
             (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
         };
+    let versions = versions(&examined.environment);
+    let history = daemon.observations.history(entry.handed_in.account.uid, &versions);
     let mut offers = Vec::new();
     for gpu in report.devices().iter().filter(wished) {
         let Some(device) = gpu.uuid.clone() else { continue };
         let name = device_name(Some(gpu.index), Some(&device));
-        match examined.fit(gpu, &daemon.book, &daemon.config) {
+        match examined.fit(gpu, &daemon.book, &history, &daemon.config) {
             Ok((fit, sized)) => {
                 if let Some(sized) = sized {
                     plans.insert((id, device.clone()), sized);

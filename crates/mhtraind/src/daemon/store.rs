@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mhtrain_job::event::Record;
 use mhtrain_job::state::JobState;
-use mhtrain_store::{JobId, Sample, Store, StoreError};
+use mhtrain_store::{JobId, ObservationOf, Sample, Store, StoreError};
 use tokio::sync::{oneshot, watch};
 
 use crate::engine::journal::EventSink;
@@ -93,6 +93,17 @@ impl StoreHandle {
             }
         }));
         // A store that is gone keeps no progress.
+        let _gone = self.send(note);
+    }
+
+    /// Keeps what an attempt showed about memory, some time soon. It may be lost.
+    pub fn note_observation(&self, id: JobId, attempt: u32, noted: ObservationOf) {
+        let note = Work::Call(Box::new(move |store| {
+            if let Err(error) = store.note_observation(id, attempt, &noted) {
+                tracing::debug!(job = id.get(), error = chain(&error), "an observation is not kept");
+            }
+        }));
+        // A store that is gone keeps nothing.
         let _gone = self.send(note);
     }
 

@@ -213,7 +213,10 @@ fn lock_soon(file: &fs::File) -> Result<(), rustix::io::Errno> {
 }
 
 /// Writes a file by a temporary one, fsync and rename, mode 0600.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");

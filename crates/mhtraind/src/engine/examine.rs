@@ -11,7 +11,7 @@ use mhtrain_probe::probe::{ProbeReport, TrainerReport};
 use mhtrain_probe::trainer_environment::trainer_environment_as;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::plan::{Plan, PlanError, plan};
+use mhtrain_sizing::plan::{History, Plan, PlanError, plan_learned};
 use mhtrain_sizing::tier::Profile;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::dialect::Dialect;
@@ -83,6 +83,7 @@ impl Examined {
         &self,
         gpu: &GpuState,
         book: &TierBook,
+        history: &History,
         config: &Config,
     ) -> Result<(Fit, Option<Sized>), Failure> {
         let Some(model) = &self.model else {
@@ -99,7 +100,8 @@ impl Examined {
         idle.card.free = idle.card.total;
         let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
             let features = self.environment.features();
-            Ok(plan(&sizing_request(&self.spec, model, candidate, features, config)?, book))
+            let request = sizing_request(&self.spec, model, candidate, features, config)?;
+            Ok(plan_learned(&request, book, history))
         };
         let is_idle = held_by_others < IDLE_BELOW;
         if let Ok(plan) = size(&now)?

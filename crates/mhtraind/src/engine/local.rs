@@ -38,6 +38,7 @@ use super::directory::JobDirectory;
 use super::follow::Follower;
 use super::journal::{Journal, now};
 use super::memory::{Waited, WatchedCard, pause};
+use super::observations::{self, Observer};
 use super::origin::Origin;
 use super::prepare::{Prepared, chain};
 use super::resume::{checkpoints_in, facts, repaired_view};
@@ -78,6 +79,8 @@ pub struct LocalRun {
     pub origin: Origin,
     /// Who is told.
     pub screen: Screen,
+    /// Who keeps what attempts show about memory; `None`: nobody.
+    pub observer: Option<Box<dyn Observer>>,
 }
 
 /// What came of a job.
@@ -161,6 +164,7 @@ struct Job<'a> {
     policy: Policy,
     origin: Origin,
     screen: Screen,
+    observer: Option<Box<dyn Observer>>,
     signals: StopSignals,
     stop: Option<StopCause>,
     deadline: Option<Instant>,
@@ -172,7 +176,18 @@ struct Job<'a> {
 
 impl<'a> Job<'a> {
     fn new(run: LocalRun, config: &'a Config, signals: StopSignals) -> Result<Job<'a>, Failure> {
-        let LocalRun { prepared, environment, probe, directory, id, journal, earlier, origin, screen } = run;
+        let LocalRun {
+            prepared,
+            environment,
+            probe,
+            directory,
+            id,
+            journal,
+            earlier,
+            origin,
+            screen,
+            observer,
+        } = run;
         let spec = &prepared.spec;
         let job = spec.to_json();
         let journal = match journal {
@@ -212,6 +227,7 @@ impl<'a> Job<'a> {
             policy,
             origin,
             screen,
+            observer,
             signals,
             stop,
             deadline: None,
@@ -855,7 +871,24 @@ impl<'a> Job<'a> {
             diagnosis: Box::new(diagnosis.clone()),
             last_step,
         })?;
+        self.observe(&start, &diagnosis, &follower);
         self.conclude(&start, &exit, &diagnosis, &follower, pids)
+    }
+
+    /// Lets later predictions learn from an attempt.
+    fn observe(&self, start: &AttemptStart, diagnosis: &Diagnosis, follower: &Follower) {
+        let Some((observer, seen)) = self.observer.as_ref().zip(observations::seen(follower, diagnosis))
+        else {
+            return;
+        };
+        let job = match self.receipt.id {
+            Some(id) => format!("job {id}"),
+            None => format!("{} of {}", self.prepared.spec.name, self.receipt.submitted_at),
+        };
+        let name = format!("{job}, attempt {}", start.attempt);
+        if let Some(observation) = self.prepared.plan.observation(start.rung, name, seen) {
+            observer.observe(start.attempt, observation);
+        }
     }
 
     /// Decides what follows on an end that is recorded.

@@ -10,6 +10,7 @@ pub mod follow;
 pub mod journal;
 pub mod local;
 pub mod memory;
+pub mod observations;
 pub mod origin;
 pub mod prepare;
 pub mod resume;

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use mhtrain_job::spec::{JobSpec, SpecError, Validation};
 use mhtrain_probe::model_files::{FoundDataset, FoundModel, Places, find_dataset, find_model};
@@ -12,13 +13,15 @@ use mhtrain_sizing::explain::what_would_change;
 use mhtrain_sizing::gpu::Card;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::{Model, ResolveError};
-use mhtrain_sizing::plan::{History, Plan, PlanError, plan};
+use mhtrain_sizing::plan::{History, Plan, PlanError, plan_learned};
 use mhtrain_sizing::request::{Request, TrainerFeatures};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::command::CommandRequest;
 use mhtrain_swift::dialect::Dialect;
+use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
 
+use super::observations::{ObservationFile, versions};
 use super::origin::Origin;
 use crate::cli::output;
 use crate::config::Config;
@@ -48,6 +51,8 @@ pub struct Host {
     pub cores: u32,
     /// What was assumed, a sentence each.
     pub notes: Vec<String>,
+    /// What earlier attempts here showed.
+    pub history: Arc<History>,
 }
 
 /// A sized job.
@@ -242,7 +247,15 @@ pub fn probed_host(spec: &JobSpec, report: &ProbeReport, ours: &[u32]) -> Result
         |environment| environment.features(),
     );
     let cores = u32::try_from(report.host.cores).unwrap_or(u32::MAX);
-    Ok(Host { candidates, features, dialect, cores, notes })
+    let history = report.trainer.environment().map(history_of_this_user).unwrap_or_default();
+    Ok(Host { candidates, features, dialect, cores, notes, history })
+}
+
+/// Returns what the foreground runs of this user showed, for a trainer.
+fn history_of_this_user(environment: &TrainerEnvironment) -> Arc<History> {
+    let uid = rustix::process::geteuid().as_raw();
+    let file = ObservationFile::of_this_user();
+    file.map(|file| file.read().history(uid, &versions(environment))).unwrap_or_default()
 }
 
 fn device_help(help: Option<String>) -> String {
@@ -287,7 +300,7 @@ pub fn prepare(
     let mut best: Option<(Candidate, Plan)> = None;
     let mut refusal: Option<(Candidate, PlanError)> = None;
     for candidate in by_free {
-        match plan(&asked(&candidate)?, book) {
+        match plan_learned(&asked(&candidate)?, book, &host.history) {
             Ok(plan) if best.as_ref().is_none_or(|(_, other)| is_better(&plan, other)) => {
                 best = Some((candidate, plan));
             }
@@ -299,7 +312,7 @@ pub fn prepare(
     }
     match (best, refusal) {
         (Some((candidate, plan)), _) => Ok(Prepared {
-            would_change: what_would_change(&asked(&candidate)?, book, &History::default(), &plan),
+            would_change: what_would_change(&asked(&candidate)?, book, &host.history, &plan),
             advice: book.run_advice(model, host.cores),
             spec,
             candidate,

@@ -1,0 +1,231 @@
+//! What did earlier attempts on this machine show about memory, and whose word counts?
+//!
+//! A daemon keeps them in its store, a foreground run in a file of its user. The numbers that a trainer reports of itself
+//! are its user's: they correct the predictions of that user alone. What NVML showed corrects everybody's.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mhtrain_job::diagnosis::{Diagnosis, Kind};
+use mhtrain_sizing::observation::{Observation, Seen, Versions};
+use mhtrain_sizing::plan::History;
+use mhtrain_sizing::units::Bytes;
+use mhtrain_store::{OBSERVATIONS_KEPT, ObservationOf};
+use mhtrain_swift::environment::TrainerEnvironment;
+
+use super::follow::Follower;
+
+/// Optimizer steps after which a peak is one: the first has the moments made, the second everything at once.
+const STEPS_MIN: u64 = 2;
+
+/// Returns what decides about memory in an environment.
+pub fn versions(environment: &TrainerEnvironment) -> Versions {
+    let version = |name: &str| environment.version(name).map(str::to_owned);
+    Versions {
+        torch: version("torch"),
+        transformers: version("transformers"),
+        ms_swift: version("ms-swift"),
+        flash_attn: version("flash-attn"),
+    }
+}
+
+/// Returns what an attempt showed about memory; `None` when it says nothing about what it needed.
+pub fn seen(follower: &Follower, diagnosis: &Diagnosis) -> Option<Seen> {
+    if diagnosis.kind == Kind::DeviceOom {
+        let evidence = &diagnosis.evidence;
+        // It held this much, there was this much more, and that was not enough.
+        let held = evidence.this_process_bytes?;
+        return Some(Seen::MoreThan {
+            limit: held.saturating_add(evidence.free_bytes.unwrap_or(Bytes::ZERO)),
+        });
+    }
+    if follower.glance(None).step < STEPS_MIN {
+        return None;
+    }
+    let peaks = follower.telemetry.peaks();
+    let seen = Seen::Peak {
+        allocated: peaks.map(|peaks| peaks.allocated),
+        reserved: peaks.map(|peaks| peaks.reserved),
+        device: follower.peak.filter(|peak| *peak > Bytes::ZERO),
+    };
+    (seen != Seen::Peak { allocated: None, reserved: None, device: None }).then_some(seen)
+}
+
+/// Whoever keeps observations.
+pub trait Observer: std::fmt::Debug + Send {
+    /// Keeps what an attempt showed. Nothing follows on it, so it cannot fail.
+    fn observe(&self, attempt: u32, observation: Observation);
+}
+
+/// What is known. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Observations(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    noted: Vec<ObservationOf>,
+    /// By user and versions, because it is asked for at every look at the queue.
+    histories: BTreeMap<(u32, String), Arc<History>>,
+}
+
+impl Observations {
+    /// Returns these, oldest first.
+    pub fn new(noted: Vec<ObservationOf>) -> Observations {
+        Observations(Arc::new(Mutex::new(Known { noted, histories: BTreeMap::new() })))
+    }
+
+    /// Adds one.
+    pub fn add(&self, new: ObservationOf) {
+        let mut known = self.known();
+        known.noted.push(new);
+        let surplus = known.noted.len().saturating_sub(OBSERVATIONS_KEPT as usize);
+        known.noted.drain(..surplus);
+        known.histories.clear();
+    }
+
+    /// Returns what corrects the predictions for a user.
+    pub fn history(&self, uid: u32, versions: &Versions) -> Arc<History> {
+        let mut known = self.known();
+        let key = (uid, format!("{versions:?}"));
+        if let Some(history) = known.histories.get(&key) {
+            return Arc::clone(history);
+        }
+        let observations = known.noted.iter().filter_map(|noted| for_user(noted, uid)).collect();
+        let history = Arc::new(History { observations, versions: versions.clone() });
+        known.histories.insert(key, Arc::clone(&history));
+        history
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns what an observation says to a user: of another's, what NVML showed alone.
+fn for_user(noted: &ObservationOf, uid: u32) -> Option<Observation> {
+    let mut observation = noted.observation.clone();
+    if noted.owner_uid == uid {
+        return Some(observation);
+    }
+    let Seen::Peak { device: Some(device), .. } = observation.seen else { return None };
+    observation.seen = Seen::Peak { allocated: None, reserved: None, device: Some(device) };
+    Some(observation)
+}
+
+/// The file in which foreground runs of a user keep what they saw, an observation a line.
+#[derive(Clone, Debug)]
+pub struct ObservationFile(PathBuf);
+
+impl ObservationFile {
+    /// Returns the user's file; `None` without a home.
+    pub fn of_this_user() -> Option<ObservationFile> {
+        crate::config::state_home().map(|home| ObservationFile(home.join("observations.jsonl")))
+    }
+
+    /// Returns what is in it. A line that cannot be read says nothing, and neither does a missing file.
+    pub fn read(&self) -> Observations {
+        let owner_uid = rustix::process::geteuid().as_raw();
+        let text = fs::read_to_string(&self.0).unwrap_or_default();
+        let lines = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+        Observations::new(lines.map(|observation| ObservationOf { owner_uid, observation }).collect())
+    }
+
+    fn append(&self, observation: &Observation) -> std::io::Result<()> {
+        if let Some(parent) = self.0.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        let mut line = serde_json::to_vec(observation)?;
+        line.push(b'\n');
+        let file = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&self.0);
+        // In one write: another run may append at the same time.
+        file?.write_all(&line)?;
+        self.forget_the_oldest()
+    }
+
+    /// Keeps the newest when there are twice as many as are wanted.
+    fn forget_the_oldest(&self) -> std::io::Result<()> {
+        let text = fs::read_to_string(&self.0)?;
+        let lines: Vec<&str> = text.lines().collect();
+        let wanted = OBSERVATIONS_KEPT as usize;
+        if lines.len() < 2 * wanted {
+            return Ok(());
+        }
+        let kept: String = lines[lines.len() - wanted..].iter().map(|line| format!("{line}\n")).collect();
+        super::directory::write_whole(&self.0, kept.as_bytes())
+    }
+}
+
+impl Observer for ObservationFile {
+    fn observe(&self, _: u32, observation: Observation) {
+        if let Err(error) = self.append(&observation) {
+            tracing::debug!(%error, path = %self.0.display(), "an observation is not kept");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mhtrain_sizing::observation::Fingerprint;
+    use mhtrain_sizing::reserve::Group;
+    use mhtrain_sizing::workload::TrainType;
+
+    fn noted(owner_uid: u32, seen: Seen) -> ObservationOf {
+        let fingerprint = Fingerprint {
+            model: "m".to_owned(),
+            family: "qwen2".to_owned(),
+            method: TrainType::Lora,
+            group: Group::Equal,
+            versions: Versions::default(),
+            card: "c".to_owned(),
+        };
+        let predicted = Bytes::from_gib(10);
+        ObservationOf {
+            owner_uid,
+            observation: Observation {
+                name: format!("of {owner_uid}"),
+                fingerprint,
+                tier: None,
+                predicted,
+                seen,
+            },
+        }
+    }
+
+    #[test]
+    fn what_others_report_of_themselves_is_not_believed_and_what_nvml_showed_is() {
+        let gib = |n| Some(Bytes::from_gib(n));
+        let observations = Observations::new(vec![
+            noted(1, Seen::Peak { allocated: gib(10), reserved: gib(40), device: gib(12) }),
+            noted(1, Seen::MoreThan { limit: Bytes::from_gib(50) }),
+            noted(1, Seen::Peak { allocated: gib(10), reserved: gib(40), device: None }),
+        ]);
+        let own = observations.history(1, &Versions::default());
+        assert_eq!(own.observations.len(), 3);
+        let others = observations.history(2, &Versions::default());
+        let seen: Vec<Seen> = others.observations.iter().map(|observation| observation.seen).collect();
+        assert_eq!(seen, [Seen::Peak { allocated: None, reserved: None, device: gib(12) }]);
+        // A new one is in the next answer.
+        observations.add(noted(2, Seen::MoreThan { limit: Bytes::from_gib(20) }));
+        assert_eq!(observations.history(2, &Versions::default()).observations.len(), 2);
+    }
+
+    #[test]
+    fn a_file_keeps_the_newest_and_skips_what_it_cannot_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = ObservationFile(dir.path().join("below/observations.jsonl"));
+        let one = noted(0, Seen::MoreThan { limit: Bytes::from_gib(20) }).observation;
+        file.observe(1, one.clone());
+        assert_eq!(file.read().known().noted.len(), 1);
+        let line = serde_json::to_string(&one).unwrap();
+        let wanted = OBSERVATIONS_KEPT as usize;
+        let many: String = (0..2 * wanted).map(|_| format!("{line}\n")).collect();
+        fs::write(&file.0, format!("not JSON\n{many}")).unwrap();
+        file.observe(1, one);
+        assert_eq!(file.read().known().noted.len(), wanted);
+    }
+}
