@@ -2,10 +2,11 @@
 
 use clap::Args;
 use mhtrain_sizing::units::Bytes;
+use serde::Deserialize;
 
 use super::{output, status};
 use crate::api::client::{Client, ReadOn};
-use crate::api::types::{FollowLine, JobView};
+use crate::api::types::{FollowLine, JobView, SeriesPoint};
 use crate::config::Config;
 use crate::engine::screen::{Glance, Screen, Sentences};
 use crate::failure::{Failure, Status};
@@ -36,7 +37,9 @@ pub fn run(args: &FollowArgs, config: &Config) -> Result<Status, Failure> {
 /// # Errors
 /// There is no such job, or the daemon is gone.
 pub fn follow(client: &Client, id: u64, as_json: bool) -> Result<Status, Failure> {
-    let mut view = View { screen: Screen::terminal(Sentences::ToStdout), attempt: 0, last: None };
+    let earlier =
+        if as_json { Vec::new() } else { client.get::<Series>(&format!("/v1/jobs/{id}/series"))?.samples };
+    let mut view = View { screen: Screen::terminal(Sentences::ToStdout), attempt: 0, last: None, earlier };
     let mut buffer = Vec::new();
     client.stream(&format!("/v1/jobs/{id}/follow"), |bytes| {
         buffer.extend_from_slice(bytes);
@@ -77,10 +80,17 @@ pub fn ended(job: &JobView) -> Result<Status, Failure> {
     }
 }
 
+#[derive(Debug, Deserialize)]
+struct Series {
+    samples: Vec<SeriesPoint>,
+}
+
 struct View {
     screen: Screen,
     attempt: u32,
     last: Option<String>,
+    /// How the job went until now.
+    earlier: Vec<SeriesPoint>,
 }
 
 impl View {
@@ -108,6 +118,9 @@ impl View {
         if self.attempt != job.attempt {
             self.attempt = job.attempt;
             self.screen.start_bar(job.attempt);
+            let of_this = self.earlier.iter().filter(|point| point.attempt == job.attempt);
+            let glances: Vec<Glance> = of_this.map(glance_of).collect();
+            self.screen.remember(&glances);
         }
         self.screen.glance(&Glance {
             step: progress.step,
@@ -117,5 +130,14 @@ impl View {
             vram_total: None,
             eta_s: progress.eta_s,
         });
+    }
+}
+
+fn glance_of(point: &SeriesPoint) -> Glance {
+    Glance {
+        step: point.step,
+        loss: point.loss,
+        vram_used: point.vram_bytes.map(Bytes::new),
+        ..Glance::default()
     }
 }

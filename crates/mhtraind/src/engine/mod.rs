@@ -3,6 +3,7 @@
 //! `local` runs one job on this host, in the foreground; a queue and other places come around it later.
 
 pub mod companion;
+mod curve;
 pub mod directory;
 pub mod download;
 pub mod examine;

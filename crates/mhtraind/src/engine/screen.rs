@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mhtrain_sizing::units::Bytes;
 
+use super::curve::Curve;
 use crate::cli::output;
 
 /// Seconds between two lines of progress where there is no terminal.
@@ -31,6 +32,8 @@ pub trait Audience: std::fmt::Debug + Send {
     fn attempt_begins(&mut self, attempt: u32);
     /// How far the attempt is.
     fn see(&mut self, glance: &Glance);
+    /// How the attempt went before it was looked at.
+    fn remember(&mut self, _earlier: &[Glance]) {}
     /// The attempt is over.
     fn attempt_ends(&mut self);
 }
@@ -52,15 +55,45 @@ pub struct Glance {
     pub eta_s: Option<f64>,
 }
 
+/// The figures of an attempt over time.
+#[derive(Clone, Debug, Default)]
+struct Curves {
+    step: u64,
+    loss: Curve,
+    vram: Curve,
+}
+
+impl Curves {
+    /// Adds a look, once for each step.
+    fn push(&mut self, glance: &Glance) {
+        if glance.step <= self.step {
+            return;
+        }
+        self.step = glance.step;
+        if let Some(loss) = glance.loss {
+            self.loss.push(loss);
+        }
+        if let Some(used) = glance.vram_used {
+            self.vram.push(used.gib());
+        }
+    }
+}
+
 impl Glance {
-    fn details(&self) -> String {
+    fn details(&self, curves: &Curves) -> String {
         let mut parts = Vec::new();
+        let mut part = |figure: String, curve: &Curve| {
+            let curve = curve.draw();
+            parts.push(if curve.is_empty() { figure } else { format!("{figure} {curve}") });
+        };
         if let Some(loss) = self.loss {
-            parts.push(format!("loss {loss:.4}"));
+            part(format!("loss {loss:.4}"), &curves.loss);
         }
         match (self.vram_used, self.vram_total) {
-            (Some(used), Some(total)) => parts.push(format!("VRAM {:.2}/{:.2} GiB", used.gib(), total.gib())),
-            (Some(used), None) => parts.push(format!("VRAM {:.2} GiB", used.gib())),
+            (Some(used), Some(total)) => {
+                part(format!("VRAM {:.2}/{:.2} GiB", used.gib(), total.gib()), &curves.vram);
+            }
+            (Some(used), None) => part(format!("VRAM {:.2} GiB", used.gib()), &curves.vram),
             (None, _) => {}
         }
         if let Some(eta) = self.eta_s {
@@ -110,6 +143,11 @@ impl Screen {
         self.0.see(glance);
     }
 
+    /// Tells how the attempt went before it was looked at.
+    pub fn remember(&mut self, earlier: &[Glance]) {
+        self.0.remember(earlier);
+    }
+
     /// Ends the showing of the attempt.
     pub fn end_bar(&mut self) {
         self.0.attempt_ends();
@@ -124,12 +162,14 @@ struct Terminal {
     interactive: bool,
     last_line: Option<Instant>,
     last_step: u64,
+    curves: Curves,
 }
 
 impl Terminal {
     fn new(sentences: Sentences) -> Terminal {
         let interactive = std::io::stderr().is_terminal();
-        Terminal { sentences, bar: no_bar(), interactive, last_line: None, last_step: 0 }
+        let (bar, curves) = (no_bar(), Curves::default());
+        Terminal { sentences, bar, interactive, last_line: None, last_step: 0, curves }
     }
 }
 
@@ -151,6 +191,7 @@ impl Audience for Terminal {
     fn attempt_begins(&mut self, attempt: u32) {
         self.last_line = None;
         self.last_step = 0;
+        self.curves = Curves::default();
         if !self.interactive {
             return;
         }
@@ -166,22 +207,27 @@ impl Audience for Terminal {
     }
 
     fn see(&mut self, glance: &Glance) {
+        self.curves.push(glance);
         if self.interactive {
             if let Some(max) = glance.max_steps {
                 self.bar.set_length(max);
             }
             self.bar.set_position(glance.step);
-            self.bar.set_message(glance.details());
+            self.bar.set_message(glance.details(&self.curves));
             return;
         }
         let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY);
         let ended = glance.max_steps == Some(glance.step);
         if glance.step > self.last_step && (due || ended) {
             let max = glance.max_steps.map_or("?".to_owned(), |max| max.to_string());
-            self.hear(&format!("  step {}/{max}  {}", glance.step, glance.details()));
+            self.hear(&format!("  step {}/{max}  {}", glance.step, glance.details(&self.curves)));
             self.last_line = Some(Instant::now());
             self.last_step = glance.step;
         }
+    }
+
+    fn remember(&mut self, earlier: &[Glance]) {
+        earlier.iter().for_each(|glance| self.curves.push(glance));
     }
 
     fn attempt_ends(&mut self) {
@@ -196,7 +242,8 @@ mod tests {
 
     #[test]
     fn details_show_what_is_known_and_nothing_else() {
-        assert_eq!(Glance::default().details(), "");
+        let none = Curves::default();
+        assert_eq!(Glance::default().details(&none), "");
         let glance = Glance {
             loss: Some(1.23456),
             vram_used: Some(Bytes::from_mib(1536)),
@@ -204,7 +251,12 @@ mod tests {
             eta_s: Some(3725.0),
             ..Glance::default()
         };
-        assert_eq!(glance.details(), "loss 1.2346  VRAM 1.50/24.00 GiB  ETA 1:02:05");
+        assert_eq!(glance.details(&none), "loss 1.2346  VRAM 1.50/24.00 GiB  ETA 1:02:05");
+        let mut curves = Curves::default();
+        for (step, loss) in [(1, 3.0), (1, 99.0), (2, 2.0), (3, 1.0)] {
+            curves.push(&Glance { step, loss: Some(loss), ..Glance::default() });
+        }
+        assert_eq!(glance.details(&curves), "loss 1.2346 █▅▁  VRAM 1.50/24.00 GiB  ETA 1:02:05");
     }
 
     #[test]
