@@ -219,7 +219,6 @@ mod tests {
             assert_eq!(check(&wrong).unwrap_err().code, "bad_output_dir");
         }
         check(&dir.path().join("out/deep")).unwrap();
-        assert_eq!(check(Path::new("/proc/out")).unwrap_err().code, "bad_output_dir");
         let nowhere = check_places(&dir.path().join("file"), &dir.path().join("out"), &state);
         assert_eq!(nowhere.unwrap_err().code, "bad_cwd");
     }
