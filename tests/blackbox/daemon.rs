@@ -172,6 +172,27 @@ fn a_killed_daemon_loses_nothing_and_trains_nothing_twice() {
 }
 
 #[test]
+fn a_daemon_whose_executable_was_replaced_still_starts_jobs() {
+    let mut served = Served::new();
+    served.daemon.kill().unwrap();
+    served.daemon.wait().unwrap();
+    // As a package manager does it: the next version is written beside, and renamed over.
+    let (installed, next) = (served.host.env.path("mhtraind"), served.host.env.path("mhtraind.next"));
+    std::fs::copy(env!("CARGO_BIN_EXE_mhtraind"), &installed).unwrap();
+    std::fs::copy(&installed, &next).unwrap();
+    let own = served.host.command(&["serve"], &json!({}));
+    let mut command = Command::new(&installed);
+    command.arg("serve").current_dir(served.host.env.path(".")).env_clear();
+    command.envs(own.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    Served::places(&served.host, &mut command);
+    served.daemon = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    served.wait_until("the daemon", |served| served.run(&["status", "--json"]).code == Some(0));
+    std::fs::rename(&next, &installed).unwrap();
+    let id = served.submit(json!({}), &json!({}));
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+}
+
+#[test]
 fn a_killed_recorder_is_replaced_with_and_without_the_daemon() {
     let mut served = Served::new();
     let id = served.submit(json!({}), &json!({"step_seconds": 0.3}));
