@@ -13,4 +13,5 @@ mod import;
 mod job_files;
 mod plan;
 mod run;
+mod units;
 mod usage;
