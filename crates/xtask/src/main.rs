@@ -1,10 +1,11 @@
-//! The developers' commands: `cargo xtask test`, `cargo xtask package` and the scores.
+//! The developers' commands: `cargo xtask test`, `cargo xtask package`, `cargo xtask systemd` and the scores.
 
 mod package;
 mod score_diagnosis;
 mod score_memory;
 mod score_plan;
 mod score_published;
+mod systemd;
 mod test;
 mod workspace;
 
@@ -23,6 +24,8 @@ enum Command {
     Test(test::TestArgs),
     /// Build the Debian package and print its path
     Package(package::PackageArgs),
+    /// Run the Debian package under a real systemd, in namespaces and on a root in memory
+    Systemd(systemd::SystemdArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
     /// Score the plan against an oracle on random simulated hosts
@@ -37,6 +40,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
         Command::Package(args) => package::run(&args),
+        Command::Systemd(args) => systemd::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
         Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),

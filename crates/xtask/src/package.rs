@@ -55,7 +55,9 @@ fn generate(binary: &Path, dir: &Path) -> anyhow::Result<()> {
         std::fs::create_dir_all(path.parent().context("it has one")?)?;
         std::fs::write(path, output(Command::new(binary).args(["completions", shell]))?)?;
     }
-    run_command(Command::new(binary).arg("man-pages").arg(dir.join("man")))
+    run_command(Command::new(binary).arg("man-pages").arg(dir.join("man")))?;
+    // cargo-deb does it for pages that are not built.
+    run_command(Command::new("gzip").args(["--best", "--no-name", "--recursive"]).arg(dir.join("man")))
 }
 
 /// Returns cargo-deb in the pinned version, installed beside what is built if it is not there yet.
