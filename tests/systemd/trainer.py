@@ -2,7 +2,8 @@
 
 While it trains it holds a file open in /tmp and, where it may, one in the daemon's runtime directory. At the end it
 writes into its output directory whether each is still at its path, and whether the token has the expected hash: never
-the token itself.
+the token itself. It goes on living until a file RELEASED appears there, so that whatever is done to the daemon is done
+under a trainer, however slow the machine is.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import runpy
 import sys
+import time
 
 FAKE_SWIFT = "/srv/mhtraind-test/fake_swift.py"
 
@@ -35,13 +37,16 @@ def main():
     try:
         runpy.run_path(FAKE_SWIFT, run_name="__main__")
     finally:
+        output_dir = sys.argv[sys.argv.index("--output_dir") + 1]
+        while not os.path.exists(os.path.join(output_dir, "RELEASED")):
+            time.sleep(0.02)
         token = os.environ.get("SWANLAB_API_KEY", "")
         seen = {
             "uid": os.getuid(),
             "held": {path: is_at_its_path(file, path) for file, path in held},
             "token_is_expected": hashlib.sha256(token.encode()).hexdigest() == os.environ.get("EXPECTED_SHA256"),
         }
-        with open(os.path.join(sys.argv[sys.argv.index("--output_dir") + 1], "seen.json"), "w") as file:
+        with open(os.path.join(output_dir, "seen.json"), "w") as file:
             json.dump(seen, file)
 
 

@@ -39,7 +39,9 @@ pub(crate) struct SystemdArgs {
 /// Runs every check.
 #[expect(clippy::print_stdout, reason = "a command for developers reports on standard output")]
 pub(crate) fn run(args: &SystemdArgs) -> anyhow::Result<()> {
-    Machine::check_host().context("a throw-away machine cannot be had here")?;
+    if let Err(why) = Machine::check_host() {
+        bail!("a throw-away machine cannot be had here: {why}");
+    }
     let root = root()?;
     let target = target_dir(&root);
     let deb = match &args.deb {
@@ -94,6 +96,13 @@ struct Job {
     output_dir: String,
 }
 
+/// A job whose trainer has trained a step and does not end before it is released.
+struct Running {
+    job: Job,
+    /// Its pid inside.
+    trainer: String,
+}
+
 struct Checks {
     machine: Machine,
     token: String,
@@ -120,20 +129,21 @@ impl Checks {
         self.check("start returns when the daemon answers", || self.start_is_ready())?;
         self.check("the status line counts jobs", || self.status_line())?;
         self.check("restart under a running trainer", || {
-            self.survives(0.5, |_| self.machine.run(&["systemctl", "restart", "mhtraind"]).map(drop))
+            self.survives(|_| self.machine.run(&["systemctl", "restart", "mhtraind"]).map(drop))
         })?;
         self.check("a hang ends by the watchdog, under a running trainer", || {
-            self.survives(1.0, |_| self.hang())
+            self.survives(|_| self.hang())
         })?;
         self.check("stop, and the trainer ends without a daemon", || {
-            self.survives(0.3, |trainer| self.stop_until_it_ends(trainer))
+            self.survives(|running| self.stop_until_it_ends(running))
         })?;
-        self.check("an upgrade by dpkg -i under a running trainer", || {
-            self.survives(0.5, |_| self.upgrade())
+        self.check("an upgrade by dpkg -i under a running trainer", || self.survives(|_| self.upgrade()))?;
+        self.check("removed and installed again under a running trainer", || {
+            self.survives(|running| self.remove_and_install(running))
         })?;
         self.check("the token is in the trainer's environment alone", || self.token_is_nowhere_else())?;
         self.check("a user's own daemon, under the user's service manager", || self.user_manager())?;
-        self.check("a removal leaves the trainer, a purge waits for its end", || self.remove_and_purge())?;
+        self.check("a purge refuses under a trainer, and keeps what jobs made", || self.purge())?;
         Ok(())
     }
 
@@ -217,9 +227,10 @@ impl Checks {
 
     fn status_line(&self) -> anyhow::Result<()> {
         self.wait_for_status("0 running, 0 waiting")?;
-        let jobs = [self.submit(0.2)?, self.submit(0.0)?];
+        let jobs = [self.submit()?, self.submit()?];
         self.wait_for_status("1 running, 1 waiting")?;
         for job in &jobs {
+            self.release(job)?;
             self.succeeds(job)?;
         }
         self.wait_for_status("0 running, 0 waiting")
@@ -230,27 +241,30 @@ impl Checks {
     }
 
     /// Hands a job in, does something to the daemon while it trains, and asserts that the trainer did not notice.
-    fn survives(
-        &self,
-        step_seconds: f64,
-        act: impl FnOnce(&str) -> anyhow::Result<()>,
-    ) -> anyhow::Result<()> {
+    fn survives(&self, act: impl FnOnce(&Running) -> anyhow::Result<()>) -> anyhow::Result<()> {
         let daemon = self.property("MainPID")?;
-        let job = self.submit(step_seconds)?;
-        let trainer = self.wait_for_trainer(&job)?;
-        act(&trainer)?;
+        let running = self.start_job()?;
+        act(&running)?;
         ensure!(self.property("ActiveState")? == "active", "the service does not run");
         ensure!(self.property("MainPID")? != daemon, "it is still the same daemon");
-        self.succeeds(&job)
+        self.release(&running.job)?;
+        self.succeeds(&running.job)
     }
 
-    /// Waits until the job has trained a step; returns the pid of its trainer.
-    fn wait_for_trainer(&self, job: &Job) -> anyhow::Result<String> {
-        wait_until("a step", || Ok(!self.steps(job).is_empty()))?;
+    /// Hands a job in and waits until it has trained a step.
+    fn start_job(&self) -> anyhow::Result<Running> {
+        let job = self.submit()?;
+        wait_until("a step", || Ok(!self.steps(&job).is_empty()))?;
         let record =
             self.machine.read(&format!("/var/lib/mhtraind/jobs/{}/attempt-1/trainer.json", job.id))?;
         let record: Value = serde_json::from_str(&record)?;
-        Ok(record["pid"].to_string())
+        Ok(Running { job, trainer: record["pid"].to_string() })
+    }
+
+    /// Lets the trainer of a job end.
+    fn release(&self, job: &Job) -> anyhow::Result<()> {
+        let file = self.machine.path(&format!("{}/attempt-1/RELEASED", job.output_dir));
+        wait_until("the attempt's directory", || Ok(std::fs::write(&file, "").is_ok()))
     }
 
     fn hang(&self) -> anyhow::Result<()> {
@@ -266,12 +280,12 @@ impl Checks {
         Ok(())
     }
 
-    fn stop_until_it_ends(&self, trainer: &str) -> anyhow::Result<()> {
+    fn stop_until_it_ends(&self, running: &Running) -> anyhow::Result<()> {
         self.machine.run(&["systemctl", "stop", "mhtraind"])?;
         ensure!(self.property("ActiveState")? == "inactive", "the service still runs");
-        ensure!(self.lives(trainer), "the trainer went with the daemon");
-        ensure!(self.machine.path("/run/mhtraind").exists(), "the runtime directory is gone");
-        wait_until("the trainer's end", || Ok(!self.lives(trainer)))?;
+        ensure!(self.lives(running), "the trainer went with the daemon");
+        self.release(&running.job)?;
+        wait_until("the trainer's end", || Ok(!self.lives(running)))?;
         self.machine.run(&["systemctl", "start", "mhtraind"]).map(drop)
     }
 
@@ -280,19 +294,19 @@ impl Checks {
     }
 
     fn token_is_nowhere_else(&self) -> anyhow::Result<()> {
-        let job = self.submit(0.3)?;
-        let trainer = self.wait_for_trainer(&job)?;
+        let running = self.start_job()?;
         let holds = |pid: &str, file: &str| {
             let bytes = std::fs::read(self.machine.path(&format!("/proc/{pid}/{file}"))).unwrap_or_default();
             String::from_utf8_lossy(&bytes).contains(&self.token)
         };
-        ensure!(holds(&trainer, "environ"), "the trainer does not have it");
+        ensure!(holds(&running.trainer, "environ"), "the trainer does not have it");
         ensure!(!holds(&self.property("MainPID")?, "environ"), "the daemon has it in its environment");
         for entry in std::fs::read_dir(self.machine.path("/proc"))?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             ensure!(!holds(&name, "cmdline"), "process {name} has it among its arguments");
         }
-        self.succeeds(&job)?;
+        self.release(&running.job)?;
+        self.succeeds(&running.job)?;
         // The pattern comes from the file, so that the search itself does not have it among its arguments.
         let pattern = "grep --fixed-strings --file=/etc/mhtraind/credentials/SWANLAB_API_KEY";
         for place in [
@@ -322,46 +336,52 @@ impl Checks {
         as_user(&["systemctl", "--user", "daemon-reload"])?;
         as_user(&["systemctl", "--user", "start", "mhtraind"])?;
         let output_dir = format!("/home/{USER}/own");
-        let spec = job_spec(&output_dir, 0.3, &[], "");
+        let spec = job_spec(&output_dir, &[], "");
         self.machine.write(&format!("/home/{USER}/job.json"), &spec.to_string())?;
         let id = as_user(&["mhtraind", "submit", &format!("/home/{USER}/job.json")])?;
         let job = Job { id, output_dir };
         wait_until("a step", || Ok(!self.steps(&job).is_empty()))?;
         as_user(&["systemctl", "--user", "restart", "mhtraind"])?;
+        self.release(&job)?;
         as_user(&["mhtraind", "wait", &job.id, "--timeout", "60"])?;
         self.trained_once(&job)?;
         ensure!(self.seen(&job)?["uid"] == json!(uid.parse::<u32>()?), "the trainer ran as somebody else");
         as_user(&["systemctl", "--user", "stop", "mhtraind"]).map(drop)
     }
 
-    fn remove_and_purge(&self) -> anyhow::Result<()> {
-        let job = self.submit(0.5)?;
-        let trainer = self.wait_for_trainer(&job)?;
+    fn remove_and_install(&self, running: &Running) -> anyhow::Result<()> {
         self.machine.run(&["dpkg", "--remove", "mhtraind"])?;
         ensure!(self.property("ActiveState")? == "inactive", "the service still runs");
-        ensure!(self.lives(&trainer), "the trainer went with the package");
+        ensure!(self.lives(running), "the trainer went with the package");
+        self.upgrade()
+    }
+
+    fn purge(&self) -> anyhow::Result<()> {
+        let running = self.start_job()?;
         let purge = self.machine.try_run(&["dpkg", "--purge", "mhtraind"])?;
         let said = String::from_utf8_lossy(&purge.stderr).into_owned();
         ensure!(!purge.status.success() && said.contains("still runs"), "the purge did not refuse: {said}");
+        ensure!(self.lives(&running), "the trainer went with the package");
         ensure!(self.machine.path("/var/lib/mhtraind/jobs").exists(), "the state is gone under the trainer");
-        wait_until("the trainer's end", || Ok(!self.lives(&trainer)))?;
-        self.trained_once(&job)?;
+        self.release(&running.job)?;
+        wait_until("the trainer's end", || Ok(!self.lives(&running)))?;
+        self.trained_once(&running.job)?;
         wait_until("the purge", || {
             Ok(self.machine.try_run(&["dpkg", "--purge", "mhtraind"])?.status.success())
         })?;
         for gone in ["/var/lib/mhtraind", "/etc/mhtraind", "/run/mhtraind", "/usr/bin/mhtraind"] {
             ensure!(!self.machine.path(gone).exists(), "{gone} is still there");
         }
-        ensure!(!self.steps(&job).is_empty(), "what the job made is gone");
+        ensure!(!self.steps(&running.job).is_empty(), "what the job made is gone");
         let kept = format!("/home/{USER}/own/receipt.json");
         ensure!(self.machine.path(&kept).exists(), "{kept} is gone");
         Ok(())
     }
 
     /// Hands a job in that names the token; each has an output directory of its own.
-    fn submit(&self, step_seconds: f64) -> anyhow::Result<Job> {
+    fn submit(&self) -> anyhow::Result<Job> {
         let output_dir = format!("/srv/results/{:x}", began_at().as_nanos());
-        let spec = job_spec(&output_dir, step_seconds, &["SWANLAB_API_KEY"], &self.token_sha256);
+        let spec = job_spec(&output_dir, &["SWANLAB_API_KEY"], &self.token_sha256);
         self.machine.write("/srv/job.json", &spec.to_string())?;
         let id = self.machine.run(&["mhtraind", "submit", "/srv/job.json"])?;
         Ok(Job { id, output_dir })
@@ -403,8 +423,8 @@ impl Checks {
         Ok(serde_json::from_str(&self.machine.read(&format!("{}/attempt-1/seen.json", job.output_dir))?)?)
     }
 
-    fn lives(&self, pid: &str) -> bool {
-        self.machine.path(&format!("/proc/{pid}")).exists()
+    fn lives(&self, running: &Running) -> bool {
+        self.machine.path(&format!("/proc/{}", running.trainer)).exists()
     }
 
     fn property(&self, name: &str) -> anyhow::Result<String> {
@@ -412,8 +432,8 @@ impl Checks {
     }
 }
 
-fn job_spec(output_dir: &str, step_seconds: f64, secrets: &[&str], sha256: &str) -> Value {
-    let scenario = json!({"step_seconds": step_seconds}).to_string();
+fn job_spec(output_dir: &str, secrets: &[&str], sha256: &str) -> Value {
+    let scenario = json!({"step_seconds": 0.1}).to_string();
     json!({"model": format!("{FILES}/model"), "dataset": format!("{FILES}/train.jsonl"), "output_dir": output_dir,
         "secrets": secrets, "env": {"FAKE_SWIFT_SCENARIO": scenario, "EXPECTED_SHA256": sha256},
         "args": {"save_steps": 3, "logging_steps": 1, "num_train_epochs": 1}})
