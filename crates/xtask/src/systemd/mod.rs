@@ -323,30 +323,42 @@ impl Checks {
     }
 
     fn user_manager(&self) -> anyhow::Result<()> {
-        let uid = self.machine.run(&["id", "-u", USER])?;
+        let uid = self.uid()?;
         self.machine.run(&["loginctl", "enable-linger", USER])?;
-        let bus = format!("XDG_RUNTIME_DIR=/run/user/{uid}");
-        let home = format!("HOME=/home/{USER}");
-        let as_user = |words: &[&str]| {
-            self.machine.run(&[&["runuser", "-u", USER, "--", "env", &bus, &home], words].concat())
-        };
         wait_until("the user's service manager", || {
             Ok(self.machine.path(&format!("/run/user/{uid}/systemd/private")).exists())
         })?;
-        as_user(&["systemctl", "--user", "daemon-reload"])?;
-        as_user(&["systemctl", "--user", "start", "mhtraind"])?;
-        let output_dir = format!("/home/{USER}/own");
-        let spec = job_spec(&output_dir, &[], "");
-        self.machine.write(&format!("/home/{USER}/job.json"), &spec.to_string())?;
-        let id = as_user(&["mhtraind", "submit", &format!("/home/{USER}/job.json")])?;
-        let job = Job { id, output_dir };
+        self.as_user(&["systemctl", "--user", "daemon-reload"])?;
+        self.as_user(&["systemctl", "--user", "start", "mhtraind"])?;
+        let job = self.submit_as_user("own")?;
         wait_until("a step", || Ok(!self.steps(&job).is_empty()))?;
-        as_user(&["systemctl", "--user", "restart", "mhtraind"])?;
+        self.as_user(&["systemctl", "--user", "restart", "mhtraind"])?;
         self.release(&job)?;
-        as_user(&["mhtraind", "wait", &job.id, "--timeout", "60"])?;
+        self.as_user(&["mhtraind", "wait", &job.id, "--timeout", "60"])?;
         self.trained_once(&job)?;
-        ensure!(self.seen(&job)?["uid"] == json!(uid.parse::<u32>()?), "the trainer ran as somebody else");
-        as_user(&["systemctl", "--user", "stop", "mhtraind"]).map(drop)
+        let seen = self.seen(&job)?;
+        ensure!(seen["uid"] == json!(uid), "the trainer ran as somebody else: {seen}");
+        self.as_user(&["systemctl", "--user", "stop", "mhtraind"]).map(drop)
+    }
+
+    fn uid(&self) -> anyhow::Result<u32> {
+        Ok(self.machine.run(&["id", "-u", USER])?.parse()?)
+    }
+
+    /// Runs a command as the ordinary user, as in a session of theirs.
+    fn as_user(&self, words: &[&str]) -> anyhow::Result<String> {
+        let runtime = format!("XDG_RUNTIME_DIR=/run/user/{}", self.uid()?);
+        let home = format!("HOME=/home/{USER}");
+        self.machine.run(&[&["runuser", "-u", USER, "--", "env", &runtime, &home], words].concat())
+    }
+
+    /// Hands a job of the ordinary user in; its output directory is in the user's home.
+    fn submit_as_user(&self, output_dir: &str) -> anyhow::Result<Job> {
+        let output_dir = format!("/home/{USER}/{output_dir}");
+        let file = format!("/home/{USER}/job.json");
+        self.machine.write(&file, &job_spec(&output_dir, &[], "").to_string())?;
+        let id = self.as_user(&["mhtraind", "submit", &file])?;
+        Ok(Job { id, output_dir })
     }
 
     fn remove_and_install(&self, running: &Running) -> anyhow::Result<()> {
