@@ -186,6 +186,24 @@ impl FakeHost {
     }
 }
 
+/// ms-swift's download, played: FAKE_HUB is a directory of models, and one comes when its file `go` is there.
+const FAKE_HUB: &str = r#"
+import os, pathlib, shutil, sys, time
+
+def safe_snapshot_download(model, revision=None, use_hf=None):
+    source = pathlib.Path(os.environ["FAKE_HUB"]) / model
+    if not source.is_dir():
+        sys.exit(f"huggingface_hub.errors.RepositoryNotFoundError: 404 Client Error. Repository Not Found: {model}")
+    if (source / "unreachable").exists():
+        sys.exit("requests.exceptions.ConnectionError: Max retries exceeded: Failed to establish a new connection")
+    while not (source / "go").exists():
+        time.sleep(0.02)
+    copy = pathlib.Path(os.environ["HF_HUB_CACHE"]) / ("models--" + model.replace("/", "--"))
+    (copy / "refs").mkdir(parents=True)
+    (copy / "refs/main").write_text("1234")
+    shutil.copytree(source, copy / "snapshots/1234")
+"#;
+
 /// Makes a virtual environment that looks like one with ms-swift in it.
 fn make_trainer(env: &TestEnv, ms_swift: &str, transformers: &str) {
     let venv = env.path("trainer");
@@ -208,7 +226,11 @@ fn make_trainer(env: &TestEnv, ms_swift: &str, transformers: &str) {
     }
     let cli = site.join("swift/cli");
     std::fs::create_dir_all(&cli).expect("swift/cli");
-    std::fs::write(site.join("swift/__init__.py"), "").expect("__init__");
+    for (file, text) in
+        [("__init__", ""), ("utils", FAKE_HUB), ("dataset", "def load_dataset(*_, **__): pass\n")]
+    {
+        std::fs::write(site.join(format!("swift/{file}.py")), text).expect("a module");
+    }
     std::fs::copy(root().join("tests/fake-swift/fake_swift.py"), cli.join("sft.py"))
         .expect("the fake trainer");
     let script =

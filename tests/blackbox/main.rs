@@ -15,3 +15,4 @@ mod plan;
 mod run;
 mod units;
 mod usage;
+mod users;

@@ -11,6 +11,7 @@
 mod environment;
 
 mod companion;
+mod daemon;
 mod lab;
 mod warm;
 
@@ -190,53 +191,4 @@ fn a_trainer_outlives_us_and_is_taken_over_untouched() {
     let receipt = lab.receipt();
     assert_eq!(attempts(&receipt).len(), 1, "it was trained once");
     assert_every_row_once(&lab.trained(1), 2);
-}
-
-#[test]
-fn a_daemon_killed_in_the_middle_of_a_training_loses_and_repeats_nothing() {
-    let Some(lab) = Lab::new() else { return };
-    let sockets =
-        [("MHTRAIND_SOCKET", lab.env.path("daemon.sock")), ("MHTRAIND_STATE_DIR", lab.env.path("state"))];
-    let command = |args: &[&str]| {
-        let mut command = lab.command(args, &[]);
-        command.envs(sockets.iter().map(|(name, path)| (*name, path)));
-        command
-    };
-    // The simulated capacity and the log of rows are the job's: a daemon passes its own environment to nobody.
-    let plugins: serde_json::Map<String, serde_json::Value> = command(&["serve"])
-        .get_envs()
-        .filter_map(|(name, value)| Some((name.to_str()?.to_owned(), json!(value?.to_str()?))))
-        .filter(|(name, _)| {
-            name.starts_with("MHT_SIM") || name.starts_with("NVML_SIM") || name == "ORDER_LOG"
-        })
-        .collect();
-    lab.job(json!({"env": plugins}), 1);
-    let serve = || command(&["serve"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let mut daemon = serve();
-    let until = Instant::now() + Duration::from_secs(30);
-    let id = loop {
-        let ran = environment::Ran::from(command(&["submit", "job.json"]).output().unwrap());
-        match ran.code {
-            Some(0) => break ran.stdout.trim().to_owned(),
-            _ => assert!(ran.code == Some(3) && Instant::now() < until, "{}", ran.stderr),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    };
-    lab.wait_for_step(1, 3);
-    daemon.kill().unwrap();
-    daemon.wait().unwrap();
-    let mut daemon = serve();
-    let until = Instant::now() + Duration::from_secs(30);
-    while command(&["status"]).output().unwrap().status.code() != Some(0) {
-        assert!(Instant::now() < until, "the next daemon is up");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let waited = environment::Ran::from(command(&["wait", &id, "--timeout", "180"]).output().unwrap());
-    daemon.kill().unwrap();
-    daemon.wait().unwrap();
-    waited.expect(0);
-    let receipt = lab.receipt();
-    assert_eq!(attempts(&receipt).len(), 1, "it was trained once");
-    assert_eq!(receipt["proof"], "rows");
-    assert_every_row_once(&lab.trained(1), 1);
 }

@@ -135,6 +135,9 @@ pub enum Verdict {
     },
 }
 
+/// Why nothing starts while a daemon is drained.
+pub const DRAINED: &str = "the daemon is drained: nothing starts until `mhtraind undrain`";
+
 /// Returns what becomes of every queued job, best placed first. `drained`: nothing may start.
 pub fn decide(queue: &[QueuedJob], leases: &Leases, drained: bool) -> Vec<(u64, Verdict)> {
     let mut order: Vec<&QueuedJob> = queue.iter().collect();
@@ -171,9 +174,7 @@ fn verdict(job: &QueuedJob, places: &mut Places, drained: bool) -> Verdict {
         return Verdict::Wait { reason: format!("waits for job {} to succeed", join(pending.iter())) };
     }
     if drained {
-        return Verdict::Wait {
-            reason: "the daemon is drained: nothing starts until `mhtraind undrain`".to_owned(),
-        };
+        return Verdict::Wait { reason: DRAINED.to_owned() };
     }
     if let Some(other) = places.taken.output_dirs.get(&job.output_dir) {
         return Verdict::Wait { reason: format!("job {other} works in the same output_dir") };

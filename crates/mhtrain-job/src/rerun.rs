@@ -336,6 +336,18 @@ impl Policy {
     }
 }
 
+/// Returns the seconds until a download is tried again that failed for the network after `failures` failures before it;
+/// `None` when that was often enough. The same as for a trainer that dies of it.
+pub fn network_backoff(failures: u32) -> Option<u64> {
+    let again = failures < Bounds::default().network_backoffs;
+    again.then(|| doubled(NETWORK_BACKOFF_S, failures, NETWORK_BACKOFF_MAX_S))
+}
+
+/// Returns `first`, doubled so many times, at most `max`.
+fn doubled(first: u64, times: u32, max: u64) -> u64 {
+    first.saturating_mul(1_u64.checked_shl(times).unwrap_or(u64::MAX)).min(max)
+}
+
 /// Returns what to do after the attempt at `history.rung` ended with `diagnosis`.
 pub fn decide(history: &History, diagnosis: &Diagnosis, plan: &Plan, policy: &Policy) -> Decision {
     let case = Case { history, diagnosis, plan, policy };
@@ -572,9 +584,7 @@ impl Case<'_> {
                 Some("check proxy and hub, or use a local copy of model and dataset"),
             );
         }
-        let factor = 1_u64.checked_shl(used).unwrap_or(u64::MAX);
-        let seconds =
-            self.policy.network_backoff_s.saturating_mul(factor).min(self.policy.network_backoff_max_s);
+        let seconds = doubled(self.policy.network_backoff_s, used, self.policy.network_backoff_max_s);
         let reason = format!("the network or the hub failed; waiting {seconds} s");
         self.same_rung(Answer::Backoff, &[], Wait::Seconds(seconds), ResumeWish::Latest, reason)
     }

@@ -50,8 +50,8 @@ pub struct TrainerQuery {
     pub command: Vec<String>,
     /// Interpreter that the configuration names; the command is not looked at then.
     pub python: Option<PathBuf>,
-    /// Where commands are looked for, as in `PATH`.
-    pub search_path: Option<OsString>,
+    /// The whole environment that the trainer will have. Commands are looked for in its `PATH`.
+    pub variables: BTreeMap<OsString, OsString>,
     /// Directory of the cache; `None`: nothing is cached.
     pub cache_dir: Option<PathBuf>,
 }
@@ -66,11 +66,18 @@ impl TrainerQuery {
         TrainerQuery {
             command,
             python,
-            search_path: std::env::var_os("PATH"),
+            variables: std::env::vars_os().collect(),
             cache_dir: cache.map(|cache| cache.join("mhtraind")),
         }
     }
+
+    fn search_path(&self) -> Option<&OsStr> {
+        self.variables.get(OsStr::new("PATH")).map(OsString::as_os_str)
+    }
 }
+
+/// Who starts the interpreter that is asked. A daemon that serves several users starts it as the trainer's.
+pub type Prepare<'a> = &'a dyn Fn(&mut Command) -> std::io::Result<()>;
 
 /// A trainer environment that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +114,14 @@ pub enum TrainerError {
     NoInterpreter {
         /// Which interpreter.
         python: PathBuf,
+    },
+    /// A directory on the way to the interpreter is closed to the user.
+    #[error("the interpreter {} of the trainer cannot be reached by the user of the job: {source}", python.display())]
+    OutOfReach {
+        /// Which interpreter.
+        python: PathBuf,
+        /// Why.
+        source: std::io::Error,
     },
     /// The interpreter does not run.
     #[error("the interpreter {} does not work: {what}", python.display())]
@@ -156,6 +171,11 @@ impl TrainerError {
                 "the environment was moved or removed: make it again, or name another in `[trainer] command`"
                     .to_owned()
             }
+            TrainerError::OutOfReach { .. } => {
+                "install the trainer where everybody who uses it can read it, for example below /opt, and name that \
+                 `swift` in `[trainer] command`; a Python that a tool keeps in somebody's home is closed to others"
+                    .to_owned()
+            }
             TrainerError::BrokenPython { python, .. } => {
                 format!("run `{} -c 'import importlib.metadata'` and mend what it says", python.display())
             }
@@ -187,20 +207,33 @@ struct Answer {
     watched: Vec<PathBuf>,
 }
 
-/// Returns the environment that the trainer will run in.
+/// Returns the environment that the trainer will run in. Files are read as the calling thread, the interpreter runs as
+/// this process.
 ///
 /// # Errors
 ///
 /// The command or its interpreter is not found or does not work, or ms-swift is not there.
 pub fn trainer_environment(query: &TrainerQuery) -> Result<TrainerEnvironment, TrainerError> {
+    trainer_environment_as(query, &|_| Ok(()))
+}
+
+/// Like [`trainer_environment`], where `prepare` has the last word about how the interpreter is started.
+///
+/// # Errors
+///
+/// As [`trainer_environment`].
+pub fn trainer_environment_as(
+    query: &TrainerQuery,
+    prepare: Prepare<'_>,
+) -> Result<TrainerEnvironment, TrainerError> {
     let python = find_python(query)?;
-    let key = python_variables();
+    let key = python_variables(&query.variables);
     let cache = query.cache_dir.as_ref().map(|directory| cache_file(directory, &python, &key));
     let cached = cache.as_ref().and_then(|file| read_cache(file, &python, &key));
     let answer = match cached {
         Some(answer) => answer,
         None => {
-            let answer = ask_python(&python, READ_TIMEOUT)?;
+            let answer = ask_python(&python, &query.variables, prepare, READ_TIMEOUT)?;
             if let Some(file) = &cache {
                 write_cache(file, &python, key, &answer);
             }
@@ -251,15 +284,18 @@ pub fn find_python(query: &TrainerQuery) -> Result<PathBuf, TrainerError> {
         None => python_of_command(query)?,
     };
     let absolute = std::path::absolute(&python).unwrap_or(python);
-    match absolute.is_file() {
-        true => Ok(absolute),
-        false => Err(TrainerError::NoInterpreter { python: absolute }),
+    match absolute.metadata() {
+        Ok(found) if found.is_file() => Ok(absolute),
+        Err(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            Err(TrainerError::OutOfReach { python: absolute, source })
+        }
+        _ => Err(TrainerError::NoInterpreter { python: absolute }),
     }
 }
 
 fn python_of_command(query: &TrainerQuery) -> Result<PathBuf, TrainerError> {
     let command = query.command.first().ok_or(TrainerError::EmptyCommand)?;
-    let search_path = query.search_path.as_deref();
+    let search_path = query.search_path();
     let not_found =
         || TrainerError::CommandNotFound { command: command.clone(), searched: !command.contains('/') };
     let path = find_command(command, search_path).ok_or_else(not_found)?;
@@ -367,15 +403,18 @@ fn trampoline(line: &str) -> Option<Interpreter> {
 
 // ---- asking it -----------------------------------------------------------------------------------------------
 
-fn ask_python(python: &Path, timeout: Duration) -> Result<Answer, TrainerError> {
+fn ask_python(
+    python: &Path,
+    variables: &BTreeMap<OsString, OsString>,
+    prepare: Prepare<'_>,
+    timeout: Duration,
+) -> Result<Answer, TrainerError> {
     let broken = |what: String| TrainerError::BrokenPython { python: python.to_owned(), what };
-    let mut child = Command::new(python)
-        .args(["-c", READER])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| broken(error.to_string()))?;
+    let mut command = Command::new(python);
+    command.args(["-c", READER]).env_clear().envs(variables);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let started = prepare(&mut command).and_then(|()| command.spawn());
+    let mut child = started.map_err(|error| broken(error.to_string()))?;
     let output = collect(child.stdout.take());
     let errors = collect(child.stderr.take());
     let deadline = Instant::now() + timeout;
@@ -447,8 +486,8 @@ struct Cached {
 /// Time of the last change and inode: an environment that is made anew at the same path differs at least in one.
 type FileTime = Option<(i64, i64, u64)>;
 
-fn python_variables() -> BTreeMap<String, String> {
-    let value = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
+fn python_variables(all: &BTreeMap<OsString, OsString>) -> BTreeMap<String, String> {
+    let value = |name: &str| Some(all.get(OsStr::new(name))?.to_string_lossy().into_owned());
     PYTHON_VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), value(name)?))).collect()
 }
 
@@ -550,7 +589,7 @@ mod tests {
             TrainerQuery {
                 command: Vec::new(),
                 python: Some(self.python()),
-                search_path: None,
+                variables: std::env::vars_os().collect(),
                 cache_dir: Some(self.directory.path().join("cache")),
             }
         }
@@ -612,15 +651,15 @@ mod tests {
         let mut query = TrainerQuery {
             command: vec!["swift".to_owned(), "sft".to_owned()],
             python: None,
-            search_path: Some(directory.path().into()),
+            variables: BTreeMap::from([("PATH".into(), directory.path().into())]),
             cache_dir: None,
         };
         assert!(matches!(find_python(&query), Err(TrainerError::CommandNotFound { searched: true, .. })));
         let script = directory.path().join("bin/swift");
         std::fs::create_dir(directory.path().join("bin")).unwrap();
         write_executable(&script, &format!("#!{}\n", fake.python().display()));
-        query.search_path =
-            Some(std::env::join_paths([directory.path(), &directory.path().join("bin")]).unwrap());
+        let places = std::env::join_paths([directory.path(), &directory.path().join("bin")]).unwrap();
+        query.variables.insert("PATH".into(), places);
         assert_eq!(find_python(&query).unwrap(), fake.python());
         write_executable(&script, "#!/nowhere/python3\n");
         assert!(matches!(find_python(&query), Err(TrainerError::NoInterpreter { .. })));
@@ -663,7 +702,8 @@ mod tests {
         let garbled = FakePython::answering("echo MHTRAIND{");
         assert!(matches!(trainer_environment(&garbled.query()), Err(TrainerError::BrokenPython { .. })));
         let silent = FakePython::answering("exec sleep 60");
-        let error = ask_python(&silent.python(), Duration::from_millis(100)).unwrap_err();
+        let error = ask_python(&silent.python(), &BTreeMap::new(), &|_| Ok(()), Duration::from_millis(100))
+            .unwrap_err();
         assert!(matches!(error, TrainerError::TimedOut { .. }));
     }
 

@@ -275,11 +275,7 @@ impl Attempt {
     /// When the record cannot be read or belongs to another user, or the recorder does not come up. Whatever ran still runs.
     pub fn take_over(&self, exe: &Path, identity: Option<&Identity>) -> Result<(), SpawnError> {
         let switch = switch_to(identity)?;
-        let wanted = identity.map_or(rustix::process::geteuid().as_raw(), |identity| identity.uid);
-        let found = self.record.owner()?;
-        if found != wanted {
-            return Err(RecordError::Foreign { path: self.record.path().to_owned(), found, wanted }.into());
-        }
+        self.must_belong_to(identity)?;
         if self.needs_no_recorder()? {
             return Ok(());
         }
@@ -332,8 +328,8 @@ impl Attempt {
 
     /// Opens an attempt that somebody else started, dead or alive.
     ///
-    /// For a daemon that serves several users: compare [`RecordDir::owner`] with the user of the job. Where that user can write
-    /// into the parent directory, another user's record may be in the place of his own.
+    /// A daemon that serves several users calls [`Attempt::open_of`]: where a user can write into the parent directory, another
+    /// user's record may be in the place of his own.
     ///
     /// # Errors
     /// When the directory holds no attempt.
@@ -344,6 +340,25 @@ impl Attempt {
         // What a recorder may not remove itself. Somebody who may not either has no reason to care.
         let _by_somebody_else = attempt.clean_up();
         Ok(attempt)
+    }
+
+    /// Like [`Attempt::open`], for an attempt that was launched with `identity`.
+    ///
+    /// # Errors
+    /// As [`Attempt::open`], and when the directory belongs to another user.
+    pub fn open_of(record_dir: &Path, identity: Option<&Identity>) -> Result<Attempt, RecordError> {
+        let attempt = Attempt::open(record_dir)?;
+        attempt.must_belong_to(identity)?;
+        Ok(attempt)
+    }
+
+    fn must_belong_to(&self, identity: Option<&Identity>) -> Result<(), RecordError> {
+        let wanted = identity.map_or(rustix::process::geteuid().as_raw(), |identity| identity.uid);
+        let found = self.record.owner()?;
+        if found == wanted {
+            return Ok(());
+        }
+        Err(RecordError::Foreign { path: self.record.path().to_owned(), found, wanted })
     }
 
     /// Removes the empty cgroups of an attempt that is over. Returns whether it left none behind. Whoever launched it, or opens

@@ -6,6 +6,8 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, geteuid, set_dumpable_behavior};
@@ -30,6 +32,34 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Lets a command run as this user, for good: with the three kinds of uid, gid and groups, and no capabilities.
+    ///
+    /// # Errors
+    /// When it is another user, and we are not root.
+    pub fn prepare(&self, command: &mut Command) -> io::Result<()> {
+        if let Some(switch) = self.switch()? {
+            // SAFETY: system calls only, with what was laid out before the fork.
+            unsafe { command.pre_exec(move || Ok(switch.carry_out()?)) };
+        }
+        Ok(())
+    }
+
+    /// Lets the calling thread touch files as this user until the thread ends: with `fsuid`, `fsgid` and the groups of
+    /// credentials(7), which each thread has for itself, as do the threads that it starts. What it executes would be root
+    /// again: see [`Identity::prepare`]. Unless we are root, nothing changes.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn take_file_rights(&self) -> io::Result<()> {
+        if !geteuid().is_root() {
+            return Ok(());
+        }
+        let groups: Vec<Gid> = self.groups.iter().map(|group| Gid::from_raw(*group)).collect();
+        set_thread_groups(&groups)?;
+        set_file_ids(self.uid, self.gid);
+        if file_ids() == (self.uid, self.gid) { Ok(()) } else { Err(Errno::PERM.into()) }
+    }
+
     /// Returns what a child needs to become this user; `None` when it is that user already and may not change anything.
     ///
     /// # Errors
@@ -87,7 +117,8 @@ impl Switch {
 /// Makes this thread touch files as somebody else, until it is dropped: `fsuid` and `fsgid` of Linux, which each thread has
 /// for itself (setfsuid(2)). Only root can; for everybody else nothing changes.
 #[derive(Debug)]
-pub(crate) struct FileRights {
+#[must_use = "the rights are given back when it is dropped"]
+pub struct FileRights {
     back: Option<(u32, u32)>,
     /// The rights are those of one thread.
     _not_send: PhantomData<*const ()>,
@@ -110,7 +141,7 @@ impl FileRights {
     }
 
     /// The rights of this process, whatever this thread was told before.
-    pub(crate) fn of_this_process() -> FileRights {
+    pub fn of_this_process() -> FileRights {
         FileRights::of(geteuid().as_raw(), rustix::process::getegid().as_raw())
     }
 }
@@ -151,6 +182,38 @@ mod tests {
             assert_eq!(file_ids().0, geteuid().as_raw());
         }
         assert_eq!(file_ids(), before);
+    }
+
+    #[test]
+    fn a_thread_that_took_the_rights_of_a_user_has_them_alone() {
+        let user = Identity { uid: 61_001, gid: 61_002, groups: vec![61_002, 61_003] };
+        let before = file_ids();
+        let (ids, groups) = std::thread::scope(|scope| {
+            let taken = scope.spawn(|| {
+                user.take_file_rights().unwrap();
+                (file_ids(), rustix::process::getgroups().unwrap())
+            });
+            taken.join().unwrap()
+        });
+        if geteuid().is_root() {
+            assert_eq!(ids, (61_001, 61_002));
+            assert_eq!(groups.iter().map(|group| group.as_raw()).collect::<Vec<_>>(), [61_002, 61_003]);
+        }
+        assert_eq!(file_ids(), before);
+    }
+
+    #[test]
+    fn a_command_runs_as_the_user_with_his_groups() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let mut id = Command::new("sh");
+        id.args(["-c", "id -u; id -G; setpriv -d 2>/dev/null | grep -i 'effective cap' || echo none"]);
+        Identity { uid: 61_001, gid: 61_002, groups: vec![61_002, 61_003] }.prepare(&mut id).unwrap();
+        let said = String::from_utf8(id.output().unwrap().stdout).unwrap();
+        let lines: Vec<&str> = said.lines().collect();
+        assert_eq!(&lines[..2], ["61001", "61002 61003"]);
+        assert!(lines[2].ends_with("none]") || lines[2].ends_with("none"), "{said}");
     }
 
     #[test]

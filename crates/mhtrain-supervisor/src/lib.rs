@@ -32,7 +32,7 @@ mod wake;
 mod watch;
 
 pub use attempt::{Attempt, AttemptState, LaunchSpec};
-pub use identity::Identity;
+pub use identity::{FileRights, Identity};
 pub use log_tail::LogTail;
 pub use process::ProcessIdentity;
 pub use record::{Ended, ExitRecord, Extent, StopTook, TrainerRecord};

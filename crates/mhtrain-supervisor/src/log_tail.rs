@@ -3,12 +3,12 @@
 //! For files that somebody else writes: it may not be there yet, grow, be truncated, be replaced, or have a hole in its
 //! middle where a capped log was cut.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 
 /// How much one call reads at most, so that a trainer that prints without end cannot hold up its follower.
@@ -57,7 +57,7 @@ impl LogTail {
     /// place, so that the halves of two different lines never become one line.
     ///
     /// # Errors
-    /// When the file is there and cannot be read.
+    /// When the file is there and cannot be read, or is no plain file.
     pub fn read_new(&mut self, mut take: impl FnMut(&[u8])) -> io::Result<usize> {
         if self.open.is_none() && !self.open_path()? {
             return Ok(0);
@@ -92,7 +92,10 @@ impl LogTail {
 
     /// Returns whether there was a file to open.
     fn open_path(&mut self) -> io::Result<bool> {
-        match File::open(&self.path) {
+        // Without waiting: a pipe of that name may have nobody at its other end.
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        match OpenOptions::new().read(true).custom_flags(flags).open(&self.path) {
+            Ok(file) if !file.metadata()?.is_file() => Err(io::ErrorKind::InvalidInput.into()),
             Ok(file) => {
                 self.open = Some(Open { file, offset: 0 });
                 Ok(true)

@@ -7,6 +7,7 @@ pub mod command;
 pub mod companion;
 pub mod diagnosis;
 pub mod dialect;
+pub mod download;
 pub mod environment;
 pub mod import;
 pub mod oom_message;

@@ -100,6 +100,8 @@ pub struct Daemon {
     pub socket: String,
     /// State directory; empty: the user's default.
     pub state_dir: String,
+    /// Group whose members may see and stop everybody's jobs; empty: none.
+    pub admin_group: String,
 }
 
 impl Config {

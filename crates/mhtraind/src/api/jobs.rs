@@ -3,20 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Extension, Json};
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::state::JobState;
 use mhtrain_sizing::tier::Tier;
-use mhtrain_store::{Filter, JobId, JobRow, SampleOf};
+use mhtrain_store::{Filter, JobId, JobRow, Owner, SampleOf};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::routes::{Answer, Asked, Id, to_the_end};
 use super::types::{JobList, JobView, SeriesPoint};
-use crate::daemon::Daemon;
+use crate::daemon::{Account, Caller, Daemon};
+use crate::engine::directory::read_plain;
 use crate::failure::{Failure, Status};
 
 /// Jobs of a page where the client names no number.
@@ -24,6 +25,9 @@ const PAGE: u32 = 100;
 
 /// Most jobs of one page.
 const PAGE_MAX: u32 = 1000;
+
+/// Largest receipt that is read: its owner could have put anything there.
+const RECEIPT_BYTES_MAX: u64 = 16 << 20;
 
 /// How long a job whose end is on disk may take to write its receipt and end its thread.
 const END_WITHIN: Duration = Duration::from_secs(10);
@@ -39,6 +43,7 @@ pub(super) struct ListQuery {
 /// Returns a page of jobs.
 pub(super) async fn list(
     State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
     Asked(query): Asked<ListQuery>,
 ) -> Answer<Json<JobList>> {
     let limit = query.limit.unwrap_or(PAGE);
@@ -55,8 +60,13 @@ pub(super) async fn list(
             .into());
     }
     // One more than asked for says whether there is another page.
-    let filter =
-        Filter { states, after: query.after_id.and_then(JobId::new), limit: limit + 1, ..Filter::default() };
+    let filter = Filter {
+        owner_uid: (!caller.is_admin).then_some(caller.uid),
+        states,
+        after: query.after_id.and_then(JobId::new),
+        limit: limit + 1,
+        ..Filter::default()
+    };
     let read = daemon.store.call(move |store| {
         let rows = store.jobs(&filter)?.into_iter();
         rows.map(|row| Ok((store.events(row.id)?, row))).collect::<Result<Vec<_>, _>>()
@@ -70,8 +80,23 @@ pub(super) async fn list(
 }
 
 /// Returns a job.
-pub(super) async fn show(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Answer<Json<JobView>> {
+pub(super) async fn show(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    Id(id): Id,
+) -> Answer<Json<JobView>> {
+    permit(&daemon, caller, id).await?;
     Ok(Json(look(&daemon, id).await?.0))
+}
+
+/// Returns whose job it is, for somebody who may see and stop it.
+///
+/// # Errors
+/// There is no such job, or it is another user's.
+pub(super) async fn permit(daemon: &Daemon, caller: Caller, id: JobId) -> Result<Owner, Failure> {
+    let owner = daemon.store.call(move |store| Ok(store.job(id)?.row.owner)).await?;
+    caller.may_touch(id.get(), &owner)?;
+    Ok(owner)
 }
 
 /// Returns a job as clients see it, and what happened to it.
@@ -113,7 +138,12 @@ fn last_tier(records: &[Record]) -> Option<Tier> {
 }
 
 /// Asks a job to end.
-pub(super) async fn cancel(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Answer<Json<JobView>> {
+pub(super) async fn cancel(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    Id(id): Id,
+) -> Answer<Json<JobView>> {
+    permit(&daemon, caller, id).await?;
     to_the_end(async move {
         let (job, _) = look(&daemon, id).await?;
         if !daemon.cancel(id).await? {
@@ -126,7 +156,12 @@ pub(super) async fn cancel(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Ans
 }
 
 /// Forgets a job that is over.
-pub(super) async fn remove(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Answer<StatusCode> {
+pub(super) async fn remove(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    Id(id): Id,
+) -> Answer<StatusCode> {
+    permit(&daemon, caller, id).await?;
     settled(&daemon, id).await?;
     to_the_end(async move {
         daemon.store.call(move |store| store.remove(id)).await?;
@@ -142,9 +177,15 @@ pub(super) async fn remove(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Ans
 }
 
 /// Returns what was chosen for a job, why, and what was retried.
-pub(super) async fn receipt(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Answer<Json<Value>> {
+pub(super) async fn receipt(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    Id(id): Id,
+) -> Answer<Json<Value>> {
+    let owner = permit(&daemon, caller, id).await?;
     let (job, records) = settled(&daemon, id).await?;
-    let kept = std::fs::read(daemon.job_dir(id).join("receipt.json"));
+    let path = daemon.job_dir(id).join("receipt.json");
+    let kept = Account::as_submitted(&owner).act(move || read_plain(&path, RECEIPT_BYTES_MAX)).await?;
     let kept: Option<Receipt> = kept.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     // One that a killed daemon left behind does not know the end. The events do.
     let told = Receipt::from_events(Some(id.get()), &records);
@@ -189,9 +230,11 @@ pub(super) struct SeriesQuery {
 /// Returns the progress of a job over time.
 pub(super) async fn series(
     State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
     Id(id): Id,
     Asked(query): Asked<SeriesQuery>,
 ) -> Answer<Json<Value>> {
+    permit(&daemon, caller, id).await?;
     let samples = daemon.store.call(move |store| store.series(id, query.attempt)).await?;
     let points = samples.into_iter().map(|SampleOf { attempt, sample }| SeriesPoint {
         attempt,

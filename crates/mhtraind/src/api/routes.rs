@@ -11,7 +11,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use mhtrain_store::JobId;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -19,7 +19,7 @@ use tokio::net::UnixListener;
 
 use super::types::DaemonView;
 use super::{jobs, streams, submit};
-use crate::daemon::{Daemon, Peer};
+use crate::daemon::{Caller, Daemon, Peer};
 use crate::failure::{Failure, Status};
 
 /// Longest request body: a job file of 10 MiB with what surrounds it.
@@ -61,14 +61,17 @@ impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     }
 }
 
-/// Lets only those in whom this daemon serves.
+/// Lets only those in whom this daemon serves. Handlers find who it is in the request: [`Caller`].
 async fn admit(
     State(daemon): State<Arc<Daemon>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Answer<Response> {
-    daemon.account.admits(peer)?;
+    let served = Arc::clone(&daemon);
+    let admitted = tokio::task::spawn_blocking(move || served.served.admit(peer)).await;
+    let caller = admitted.map_err(|e| Failure::new(Status::Bug, "no_thread", e))??;
+    request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
 }
 
@@ -87,15 +90,20 @@ async fn about(State(daemon): State<Arc<Daemon>>) -> Json<DaemonView> {
     })
 }
 
-async fn drain(state: State<Arc<Daemon>>) -> Answer<Json<DaemonView>> {
-    set_drained(state, true).await
+async fn drain(state: State<Arc<Daemon>>, caller: Extension<Caller>) -> Answer<Json<DaemonView>> {
+    set_drained(state, caller, true).await
 }
 
-async fn undrain(state: State<Arc<Daemon>>) -> Answer<Json<DaemonView>> {
-    set_drained(state, false).await
+async fn undrain(state: State<Arc<Daemon>>, caller: Extension<Caller>) -> Answer<Json<DaemonView>> {
+    set_drained(state, caller, false).await
 }
 
-async fn set_drained(State(daemon): State<Arc<Daemon>>, drained: bool) -> Answer<Json<DaemonView>> {
+async fn set_drained(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    drained: bool,
+) -> Answer<Json<DaemonView>> {
+    caller.may_drain()?;
     to_the_end(async move {
         daemon.set_drained(drained).await?;
         Ok(about(State(daemon)).await)

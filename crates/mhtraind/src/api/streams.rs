@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::header;
@@ -14,10 +15,10 @@ use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::jobs::look;
+use super::jobs::{look, permit};
 use super::routes::{Answer, Asked, Id};
 use super::types::FollowLine;
-use crate::daemon::Daemon;
+use crate::daemon::{Account, Caller, Daemon};
 use crate::failure::{Failure, Status};
 
 /// How often a followed log is read.
@@ -32,8 +33,12 @@ const BUFFER: usize = 16;
 type Chunk = Result<Bytes, std::io::Error>;
 
 /// Streams what happens to a job, a JSON object a line, until it is over.
-pub(super) async fn follow(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Answer<Response> {
-    look(&daemon, id).await?;
+pub(super) async fn follow(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    Id(id): Id,
+) -> Answer<Response> {
+    permit(&daemon, caller, id).await?;
     let (lines, stream) = mpsc::channel(BUFFER);
     tokio::spawn(async move {
         // A client that hung up ends the stream; a store that cannot be read ends it too, and the client asks again.
@@ -103,9 +108,11 @@ pub(super) struct LogQuery {
 /// Streams a trainer's output, of the last attempt where none is named.
 pub(super) async fn log(
     State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
     Id(id): Id,
     Asked(query): Asked<LogQuery>,
 ) -> Answer<Response> {
+    let account = Account::as_submitted(&permit(&daemon, caller, id).await?);
     let (job, _) = look(&daemon, id).await?;
     let attempt = query.attempt.unwrap_or(job.attempt);
     if attempt == 0 || attempt > job.attempt {
@@ -117,13 +124,14 @@ pub(super) async fn log(
     }
     let (chunks, stream) = mpsc::channel(BUFFER);
     tokio::spawn(async move {
-        let _hung_up = send_log(&daemon, id, attempt, query.follow, &chunks).await;
+        let _hung_up = send_log(&daemon, &account, id, attempt, query.follow, &chunks).await;
     });
     Ok(streamed("text/plain; charset=utf-8", stream))
 }
 
 async fn send_log(
     daemon: &Arc<Daemon>,
+    account: &Account,
     id: JobId,
     attempt: u32,
     follow: bool,
@@ -134,18 +142,23 @@ async fn send_log(
         // Asked before reading: what is written until the end is read after it.
         let goes_on = daemon.live().contains_key(&id) && look(daemon, id).await.ok()?.0.attempt == attempt;
         loop {
-            let mut chunk = Vec::new();
-            tail.read_new(|bytes| chunk.extend_from_slice(bytes)).ok()?;
+            let (read, chunk) = account.act(move || read_on(tail)).await.ok()?.ok()?;
+            tail = read;
             if chunk.is_empty() {
                 break;
             }
             chunks.send(Ok(Bytes::from(chunk))).await.ok()?;
         }
         if !follow || !goes_on {
-            let mut rest = Vec::new();
-            tail.drain(|bytes| rest.extend_from_slice(bytes)).ok()?;
-            return chunks.send(Ok(Bytes::from(rest))).await.ok();
+            return Some(());
         }
         tokio::time::sleep(LOG_LOOK).await;
     }
+}
+
+/// Reads the next piece of a log; an empty one where there is nothing new.
+fn read_on(mut tail: LogTail) -> std::io::Result<(LogTail, Vec<u8>)> {
+    let mut chunk = Vec::new();
+    tail.read_new(|bytes| chunk.extend_from_slice(bytes))?;
+    Ok((tail, chunk))
 }

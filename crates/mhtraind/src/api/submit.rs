@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Extension, Json};
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::secrets::is_secret_name;
 use mhtrain_job::spec::{DeviceWish, JobSpec, SpecError};
@@ -14,9 +14,10 @@ use mhtrain_probe::nvml::probe_gpus;
 use mhtrain_store::{JobId, NewJob, Owner};
 use serde_json::{Value, json};
 
+use super::jobs::permit;
 use super::routes::{Answer, Id, to_the_end};
 use super::types::{SubmitAnswer, SubmitRequest};
-use crate::daemon::{Daemon, QueuedEntry, Submission, examined};
+use crate::daemon::{Caller, Daemon, HandedIn, QueuedEntry, Submission, examined};
 use crate::engine::directory::holds_a_job;
 use crate::engine::journal::now;
 use crate::engine::prepare;
@@ -25,7 +26,11 @@ use crate::failure::{Failure, Status};
 type Accepted = Answer<(StatusCode, Json<SubmitAnswer>)>;
 
 /// Takes a new job.
-pub(super) async fn submit(State(daemon): State<Arc<Daemon>>, body: Bytes) -> Accepted {
+pub(super) async fn submit(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Accepted {
     let request: SubmitRequest = serde_json::from_slice(&body)
         .map_err(|e| Failure::bad_input("bad_request", format!("the request cannot be understood: {e}")))?;
     let mut spec = JobSpec::from_value(&request.job).map_err(bad_job)?;
@@ -33,29 +38,34 @@ pub(super) async fn submit(State(daemon): State<Arc<Daemon>>, body: Bytes) -> Ac
         spec = JobSpec::from_value(&smoke(spec.to_json())).map_err(bad_job)?;
     }
     spec.check_supported().map_err(bad_job)?;
-    let cwd = PathBuf::from(&request.cwd);
-    if !cwd.is_absolute() || !cwd.is_dir() {
-        let what = format!("the working directory `{}` is no absolute path of a directory", request.cwd);
-        return Err(Failure::bad_input("bad_cwd", what).into());
-    }
-    // Relative paths are the submitter's: stored absolute, they mean the same wherever they are read.
-    let output_dir = prepare::output_dir(&spec, &cwd);
-    check_output_dir(&output_dir, &daemon.config.state_dir())?;
-    spec.output_dir = output_dir.display().to_string();
     let config = &daemon.config;
     let passes = |name: &String| config.trainer.passes(name) && !is_secret_name(name);
     let submission = Submission {
-        cwd,
+        cwd: PathBuf::from(&request.cwd),
         env: request.env.into_iter().filter(|(name, _)| passes(name)).collect(),
         umask: request.umask & 0o777,
         device_uuid: device_uuid(&spec.device, config.nvml_library()).await?,
         retry_of: None,
     };
-    to_the_end(async move { accept(&daemon, spec, submission, request.key).await }).await
+    let account = daemon.served.account(caller.uid).await?;
+    let origin = submission.origin(&account, config);
+    // Relative paths are the submitter's: stored absolute, they mean the same wherever they are read.
+    let output_dir = prepare::output_dir(&spec, &origin);
+    spec.output_dir = output_dir.display().to_string();
+    let state_dir = config.state_dir();
+    let check = move || check_places(&origin.cwd, &output_dir, &state_dir);
+    account.act(check).await??;
+    let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
+    to_the_end(async move { accept(&daemon, caller, handed_in, request.key).await }).await
 }
 
 /// Takes a failed or cancelled job once more, as a new one that goes on where it ended.
-pub(super) async fn retry(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Accepted {
+pub(super) async fn retry(
+    State(daemon): State<Arc<Daemon>>,
+    Extension(caller): Extension<Caller>,
+    Id(id): Id,
+) -> Accepted {
+    let owner = permit(&daemon, caller, id).await?;
     let old = daemon.store.call(move |store| store.job(id)).await?;
     if !matches!(old.row.state.as_str(), "failed" | "cancelled") {
         let what = format!("job {id} is {}: only failed and cancelled jobs are tried again", old.row.state);
@@ -65,7 +75,10 @@ pub(super) async fn retry(State(daemon): State<Arc<Daemon>>, Id(id): Id) -> Acce
     let mut submission: Submission =
         serde_json::from_value(old.context).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
     submission.retry_of = Some(id.get());
-    to_the_end(async move { accept(&daemon, spec, submission, None).await }).await
+    // Whoever asks for it, it stays its owner's.
+    let account = Arc::new(daemon.served.account(owner.uid).await?);
+    let handed_in = HandedIn { spec, submission, account };
+    to_the_end(async move { accept(&daemon, caller, handed_in, None).await }).await
 }
 
 fn bad_job(error: SpecError) -> Failure {
@@ -73,42 +86,37 @@ fn bad_job(error: SpecError) -> Failure {
 }
 
 /// Accepts a job: when this returns without an error the job is on disk.
-async fn accept(
-    daemon: &Arc<Daemon>,
-    spec: JobSpec,
-    submission: Submission,
-    key: Option<String>,
-) -> Accepted {
-    for id in &spec.after {
-        must_exist(daemon, *id).await?;
+async fn accept(daemon: &Arc<Daemon>, caller: Caller, handed_in: HandedIn, key: Option<String>) -> Accepted {
+    for id in &handed_in.spec.after {
+        must_exist(daemon, caller, *id).await?;
     }
-    let known = examined(daemon, spec.clone(), &submission).await?;
-    let notes = notes(&spec, &submission);
-    let account = &daemon.account;
+    let known = examined(daemon, &handed_in).await?;
+    let notes = notes(&handed_in).await?;
+    let HandedIn { spec, submission, account } = &handed_in;
     let new = NewJob {
         owner: Owner { uid: account.uid, gid: account.gid, name: account.name.clone() },
         key,
         record: Record::new(now(), JobEvent::Submitted { spec: spec.to_json() }),
         name: spec.name.clone(),
         priority: i64::from(spec.priority),
-        context: serde_json::to_value(&submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
+        context: serde_json::to_value(submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
     };
     let submitted = daemon.store.call(move |store| store.submit(&new)).await?;
     let id = submitted.id.get();
     if submitted.existed {
         return Ok((StatusCode::OK, Json(SubmitAnswer { id, existing: true, notes: Vec::new() })));
     }
-    daemon.queued().insert(submitted.id, QueuedEntry::new(spec, submission, Some(Arc::new(known))));
+    daemon.queued().insert(submitted.id, QueuedEntry::new(handed_in, Some(Arc::new(known))));
     daemon.store.tell();
     daemon.wake();
     Ok((StatusCode::CREATED, Json(SubmitAnswer { id, existing: false, notes })))
 }
 
-async fn must_exist(daemon: &Daemon, id: u64) -> Result<(), Failure> {
+async fn must_exist(daemon: &Daemon, caller: Caller, id: u64) -> Result<(), Failure> {
     let unknown =
         || Failure::bad_input("no_such_job", format!("there is no job {id} that it could wait for"));
     let job = JobId::new(id).ok_or_else(unknown)?;
-    match daemon.store.call(move |store| store.state(job)).await {
+    match permit(daemon, caller, job).await {
         Ok(_) => Ok(()),
         Err(failure) if failure.status == Status::NotFound => Err(unknown()),
         Err(failure) => Err(failure),
@@ -116,28 +124,43 @@ async fn must_exist(daemon: &Daemon, id: u64) -> Result<(), Failure> {
 }
 
 /// Returns what the submitter should know.
-fn notes(spec: &JobSpec, submission: &Submission) -> Vec<String> {
-    let taken = submission.retry_of.is_none() && holds_a_job(Path::new(&spec.output_dir));
+async fn notes(handed_in: &HandedIn) -> Result<Vec<String>, Failure> {
+    let HandedIn { spec, submission, account } = handed_in;
+    let output_dir = spec.output_dir.clone();
+    let holds = account.act(move || holds_a_job(Path::new(&output_dir))).await?;
     let note = || {
         format!(
             "{} holds an earlier job: it is moved into previous-N there when this one starts",
             spec.output_dir
         )
     };
-    taken.then(note).into_iter().collect()
+    Ok((holds && submission.retry_of.is_none()).then(note).into_iter().collect())
 }
 
-/// Results do not go where the daemon keeps its own files.
-fn check_output_dir(output_dir: &Path, state_dir: &Path) -> Result<(), Failure> {
+/// Checks the directories of a job with the rights of the calling thread: where its trainer starts, and where its results
+/// go, which is not where the daemon keeps its own files.
+fn check_places(cwd: &Path, output_dir: &Path, state_dir: &Path) -> Result<(), Failure> {
+    if !cwd.is_absolute() || !cwd.is_dir() {
+        let what = format!("the working directory `{}` is no absolute path of a directory", cwd.display());
+        return Err(Failure::bad_input("bad_cwd", what));
+    }
+    let refuse = |what: String| {
+        let what = format!("the output_dir {} {what}", output_dir.display());
+        Err(Failure::bad_input("bad_output_dir", what).help("choose another one".to_owned()))
+    };
     if output_dir.starts_with(state_dir) {
-        let what = format!("the output_dir {} is in the daemon's state directory", output_dir.display());
-        return Err(Failure::bad_input("bad_output_dir", what).help("choose another one".to_owned()));
+        return refuse("is in the daemon's state directory".to_owned());
     }
-    if output_dir.exists() && !output_dir.is_dir() {
-        let what = format!("the output_dir {} is no directory", output_dir.display());
-        return Err(Failure::bad_input("bad_output_dir", what).help("choose another one".to_owned()));
+    // What is missing is made later, in the nearest directory that is there.
+    let Some(there) = output_dir.ancestors().find(|path| path.exists()) else { return Ok(()) };
+    if !there.is_dir() {
+        return refuse(format!("cannot be: {} is no directory", there.display()));
     }
-    Ok(())
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    match rustix::fs::accessat(rustix::fs::CWD, there, access, rustix::fs::AtFlags::EACCESS) {
+        Ok(()) => Ok(()),
+        Err(error) => refuse(format!("cannot be written: {}: {error}", there.display())),
+    }
 }
 
 /// Returns the UUID of the wished card; `None` where any will do, or NVML does not answer now.
@@ -185,14 +208,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_do_not_go_into_the_state_directory_or_over_a_file() {
+    fn results_do_not_go_into_the_state_directory_or_where_no_directory_can_be() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("state");
         std::fs::write(dir.path().join("file"), "").unwrap();
-        for wrong in [state.clone(), state.join("jobs/1"), dir.path().join("file")] {
-            assert_eq!(check_output_dir(&wrong, &state).unwrap_err().code, "bad_output_dir");
+        let check = |output_dir: &Path| check_places(dir.path(), output_dir, &state);
+        for wrong in
+            [state.clone(), state.join("jobs/1"), dir.path().join("file"), dir.path().join("file/out")]
+        {
+            assert_eq!(check(&wrong).unwrap_err().code, "bad_output_dir");
         }
-        check_output_dir(&dir.path().join("out"), &state).unwrap();
+        check(&dir.path().join("out/deep")).unwrap();
+        assert_eq!(check(Path::new("/proc/out")).unwrap_err().code, "bad_output_dir");
+        let nowhere = check_places(&dir.path().join("file"), &dir.path().join("out"), &state);
+        assert_eq!(nowhere.unwrap_err().code, "bad_cwd");
     }
 
     #[test]

@@ -200,7 +200,7 @@ pub fn typed(prepared: &Prepared) -> Result<Invocation, Failure> {
 
 /// Returns the command of a first attempt at the chosen rung.
 fn exact(prepared: &Prepared, config: &Config) -> Result<Invocation, Failure> {
-    let output_dir = prepare::output_dir(&prepared.spec, &prepare::working_dir()?);
+    let output_dir = prepare::output_dir(&prepared.spec, &Origin::of_this_process(config)?);
     let flags = AttemptFlags {
         companion: companion::planned(&output_dir, config),
         output_dir: output_dir.join("attempt-1"),

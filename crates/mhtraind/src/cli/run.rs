@@ -94,7 +94,7 @@ pub fn start(
     config: &Config,
 ) -> Result<LocalRun, Failure> {
     let origin = Origin::of_this_process(config)?;
-    let output_dir = prepare::output_dir(&spec, &origin.cwd);
+    let output_dir = prepare::output_dir(&spec, &origin);
     let model = prepare::find_files(&spec, Datasets::MustExist, &origin)?;
     let report = probe(&ProbeQuery {
         nvml_library: config.nvml_library(),

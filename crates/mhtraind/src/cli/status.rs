@@ -73,26 +73,34 @@ impl StatusArgs {
 }
 
 fn table(jobs: &[JobView]) -> String {
-    let mut rows = vec![["ID", "NAME", "STATE", "DEVICE", "TIER", "PROGRESS", "WHY"].map(str::to_owned)];
+    // Whose a job is matters to whoever sees those of several.
+    let several = jobs.iter().any(|job| job.owner != jobs[0].owner);
+    let row = |cells: [String; 8]| {
+        let shown = cells.into_iter().enumerate().filter(|(column, _)| several || *column != 2);
+        shown.map(|(_, cell)| cell).collect::<Vec<_>>()
+    };
+    let mut rows =
+        vec![row(["ID", "NAME", "OWNER", "STATE", "DEVICE", "TIER", "PROGRESS", "WHY"].map(str::to_owned))];
     rows.extend(jobs.iter().map(|job| {
-        [
+        row([
             job.id.to_string(),
             job.name.clone(),
+            job.owner.clone(),
             job.state.clone(),
             job.device.clone().unwrap_or_else(|| "-".to_owned()),
             tier(job),
             progress(job),
             job.reason.clone().unwrap_or_default(),
-        ]
+        ])
     }));
+    // The last column is as wide as it is.
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..6).map(width).collect();
-    let line = |row: &[String; 7]| {
+    let mut widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    widths.pop();
+    widths.push(0);
+    let line = |row: &Vec<String>| {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
-        let mut line = cells.collect::<Vec<_>>().join("  ");
-        line.push_str("  ");
-        line.push_str(&row[6]);
-        line.trim_end().to_owned()
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::live::{Followers, LiveJob};
 use super::store::StoreSink;
-use super::{Daemon, Submission};
+use super::{Account, Daemon, HandedIn, Submission};
 use crate::engine::directory::JobDirectory;
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
@@ -37,10 +37,11 @@ const TRY_AGAIN: Duration = Duration::from_secs(5);
 const TRIES_MAX: u32 = 24;
 
 /// Starts the thread of a job. When it is over, `daemon` is woken and the job is no longer among the live ones.
-pub fn start(daemon: &Arc<Daemon>, id: JobId, spec: JobSpec, submission: Submission, sized: Sized) {
+pub fn start(daemon: &Arc<Daemon>, id: JobId, handed_in: HandedIn, sized: Sized) {
+    let HandedIn { spec, submission, account } = handed_in;
     let live = Arc::new(LiveJob::new(id, spec.output_dir.clone(), &sized, daemon.store.clone()));
     daemon.live().insert(id, Arc::clone(&live));
-    let worker = Worker { daemon: Arc::clone(daemon), id, spec, submission, sized, live };
+    let worker = Worker { daemon: Arc::clone(daemon), id, spec, submission, account, sized, live };
     let started = std::thread::Builder::new().name(format!("job-{id}")).spawn(move || {
         let _over = Over { daemon: Arc::clone(&worker.daemon), id };
         worker.run();
@@ -75,6 +76,7 @@ struct Worker {
     id: JobId,
     spec: JobSpec,
     submission: Submission,
+    account: Arc<Account>,
     sized: Sized,
     live: Arc<LiveJob>,
 }
@@ -88,7 +90,10 @@ enum After {
 impl Worker {
     /// Runs the job to its end, over everything that goes wrong outside of it.
     fn run(&self) {
-        take_umask(self.submission.umask);
+        if let Err(failure) = become_submitter(&self.account, self.submission.umask) {
+            tracing::error!(job = self.id.get(), error = failure.message, "the job is left as it is");
+            return;
+        }
         for tries in 1.. {
             let Err(failure) = self.attempt_to_run() else { return };
             tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
@@ -115,11 +120,10 @@ impl Worker {
         // Before the events are read: a request that comes later is heard, one that came earlier is among them.
         let requests = self.live.listen();
         let config = &self.daemon.config;
-        let origin = self.submission.origin(&self.daemon.account, config);
+        let origin = self.submission.origin(&self.account, config);
         let records = self.records()?;
-        let own = self.daemon.job_dir(self.id);
-        super::make_private_dir(&own)?;
-        let directory = JobDirectory::open_beside(&prepare::output_dir(&self.spec, &origin.cwd), own)?;
+        let own = self.daemon.make_job_dir(self.id, &self.account)?;
+        let directory = JobDirectory::open_beside(&prepare::output_dir(&self.spec, &origin), own)?;
         let begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
         let earlier = if begun { Vec::new() } else { self.make_room(&directory)? };
         let sink = StoreSink { store: self.daemon.store.clone(), id: self.id };
@@ -200,7 +204,8 @@ impl Worker {
 
     /// Ends everything of an attempt by its record alone, which lies beside the store and not in the output directory.
     fn end_attempt(&self, number: u32) -> Result<(), Failure> {
-        match Attempt::open(&self.daemon.job_dir(self.id).join(format!("attempt-{number}"))) {
+        let record = self.daemon.job_dir(self.id).join(format!("attempt-{number}"));
+        match Attempt::open_of(&record, self.account.identity().as_ref()) {
             Ok(attempt) => {
                 let stop = |e: &mhtrain_supervisor::attempt::StopError| {
                     Failure::failed("cannot_stop", chain(e)).help(e.help())
@@ -224,6 +229,20 @@ impl Worker {
         self.daemon.store.tell();
         Ok(())
     }
+}
+
+/// Lets this thread and those that it starts touch files as the submitter, for good.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn become_submitter(account: &Account, umask: u32) -> Result<(), Failure> {
+    if let Some(identity) = account.identity() {
+        let refused =
+            |e| Failure::failed("no_rights", format!("the rights of {} cannot be taken: {e}", account.name));
+        identity.take_file_rights().map_err(refused)?;
+    }
+    take_umask(umask);
+    Ok(())
 }
 
 /// Gives this thread the submitter's umask: what it makes in the output directory is as if the submitter had made it.

@@ -12,6 +12,7 @@
 //! recorders need nobody, and the next daemon takes them over. So the daemon may be killed at any moment.
 
 mod accounts;
+mod download;
 mod job;
 mod live;
 mod queue;
@@ -20,7 +21,7 @@ pub mod store;
 mod submission;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,12 +31,13 @@ use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::Leases;
 use mhtrain_sizing::ladder::TierBook;
 use mhtrain_store::JobId;
+use mhtrain_supervisor::FileRights;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
 
-pub use accounts::{Account, Peer};
+pub use accounts::{Account, Caller, Peer, Served};
 pub use live::LiveJob;
-pub use queue::{QueuedEntry, examined};
+pub use queue::{HandedIn, QueuedEntry, examined};
 pub use submission::Submission;
 
 use crate::api::routes;
@@ -58,8 +60,8 @@ pub struct Daemon {
     pub book: TierBook,
     /// The store.
     pub store: StoreHandle,
-    /// Who runs the daemon.
-    pub account: Account,
+    /// Whom the daemon serves.
+    pub served: Served,
     /// Jobs that have a device.
     live: Mutex<BTreeMap<JobId, Arc<LiveJob>>>,
     /// Jobs that wait for one.
@@ -136,9 +138,23 @@ impl Daemon {
         Ok(true)
     }
 
-    /// Returns where a job's own files lie.
+    /// Returns where a job's own files lie. They are their owner's, and may hold traps for whoever has more rights.
     pub fn job_dir(&self, id: JobId) -> PathBuf {
         self.config.state_dir().join("jobs").join(id.to_string())
+    }
+
+    /// Makes the directory of a job's own files, for its owner alone.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn make_job_dir(&self, id: JobId, account: &Account) -> Result<PathBuf, Failure> {
+        let path = self.job_dir(id);
+        let _as_ourselves = FileRights::of_this_process();
+        make_dir(&path, 0o700)?;
+        if let Some(identity) = account.identity() {
+            chown(&path, Some(identity.uid), Some(identity.gid)).map_err(|e| unwritable(&path, &e))?;
+        }
+        Ok(path)
     }
 }
 
@@ -159,18 +175,20 @@ pub fn serve(config: Config) -> Result<Status, Failure> {
 
 async fn run(config: Config) -> Result<Status, Failure> {
     let mut signals = StopSignals::listen()?;
-    let account = Account::of_this_process()?;
+    let served = Served::by_this_process(&config.daemon.admin_group)?;
     let book = tier_book(&config)?;
     let state_dir = config.state_dir();
-    make_private_dir(&state_dir)?;
+    // Below it each user finds what is theirs; what is in it and below it is closed to others.
+    let mode = if matches!(served, Served::All { .. }) { 0o711 } else { 0o700 };
+    make_dir(&state_dir, mode)?;
     let (store, store_ended) = StoreHandle::open(&state_dir)?;
-    make_private_dir(&state_dir.join("jobs"))?;
+    make_dir(&state_dir.join("jobs"), mode)?;
     let drained = store.call(|store| store.get_flag(DRAINED)).await?.is_some();
     let daemon = Arc::new(Daemon {
         config,
         book,
         store,
-        account,
+        served,
         live: Mutex::default(),
         queued: Mutex::default(),
         wake: Notify::new(),
@@ -207,18 +225,21 @@ fn ended_early(what: &str, error: Option<tokio::task::JoinError>) -> Failure {
     )
 }
 
-fn make_private_dir(path: &Path) -> Result<(), Failure> {
-    if path.is_dir() {
+/// Makes a directory, or gives the one that is there the mode that it needs.
+fn make_dir(path: &Path, mode: u32) -> Result<(), Failure> {
+    let found = std::fs::symlink_metadata(path);
+    if found.as_ref().is_ok_and(|found| found.is_dir() && found.permissions().mode() & 0o7777 == mode) {
         return Ok(());
     }
     std::fs::create_dir_all(path).map_err(|e| unwritable(path, &e))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(|e| unwritable(path, &e))
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(|e| unwritable(path, &e))
 }
 
 /// Listens on the socket. One that a dead daemon left is replaced; a live daemon there is an error.
 async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
-    if let Some(parent) = socket.parent() {
-        make_private_dir(parent)?;
+    if let Some(parent) = socket.parent().filter(|parent| !parent.is_dir()) {
+        // Whoever is served must come to the socket.
+        make_dir(parent, if nix::unistd::geteuid().is_root() { 0o755 } else { 0o700 })?;
     }
     if socket.exists() {
         if tokio::time::timeout(Duration::from_secs(1), UnixStream::connect(socket))

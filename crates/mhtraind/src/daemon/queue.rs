@@ -8,14 +8,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mhtrain_job::event::{JobEvent, Record};
-use mhtrain_job::queue::{Dependency, DependencyState, Offer, QueuedJob, Verdict, decide};
+use mhtrain_job::queue::{DRAINED, Dependency, DependencyState, Offer, QueuedJob, Verdict, decide};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_store::{JobId, UnfinishedJob};
 
-use super::{Daemon, Submission, job};
+use super::download::{self, Download};
+use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
 use crate::failure::{Failure, Status};
@@ -29,18 +30,32 @@ const EXAMINE_AGAIN: Duration = Duration::from_secs(15);
 /// How often that is tried before the job fails.
 const EXAMINED_MAX: u32 = 20;
 
+/// How long the files of a job may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
+const EXAMINED_WITHIN: Duration = Duration::from_secs(90);
+
 /// What each job would start with on each device, by UUID.
 type Plans = BTreeMap<(JobId, String), Sized>;
 
-/// A job that waits for a device.
+/// A job as it came in.
 #[derive(Clone, Debug)]
-pub struct QueuedEntry {
+pub struct HandedIn {
     /// The job.
     pub spec: JobSpec,
     /// What its submitter left.
     pub submission: Submission,
+    /// Whose it is.
+    pub account: Arc<Account>,
+}
+
+/// A job that waits for a device.
+#[derive(Clone, Debug)]
+pub struct QueuedEntry {
+    /// As it came.
+    pub handed_in: HandedIn,
     /// What is known about its model and trainer; `None` until that was read.
     pub examined: Option<Arc<Examined>>,
+    /// How far the download of what it needs is.
+    pub download: Download,
     /// Why it does not start.
     pub reason: String,
     /// Whether the store knows that it waits.
@@ -51,10 +66,18 @@ pub struct QueuedEntry {
 
 impl QueuedEntry {
     /// Returns a job that has just come.
-    pub fn new(spec: JobSpec, submission: Submission, examined: Option<Arc<Examined>>) -> QueuedEntry {
+    pub fn new(handed_in: HandedIn, examined: Option<Arc<Examined>>) -> QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
         let try_at = Instant::now();
-        QueuedEntry { spec, submission, examined, reason, told: false, tries: 0, try_at }
+        let download = Download::default();
+        QueuedEntry { handed_in, examined, download, reason, told: false, tries: 0, try_at }
+    }
+}
+
+impl QueuedEntry {
+    /// Returns whether something that the job needs is not here.
+    fn waits_for_download(&self) -> bool {
+        self.examined.as_ref().is_some_and(|examined| !download::is_here(self, examined))
     }
 }
 
@@ -69,10 +92,10 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
     for UnfinishedJob { job, state } in unfinished {
         let id = job.row.id;
         let read = JobSpec::from_value(&job.row.spec).map_err(|e| e.to_string()).and_then(|spec| {
-            let submission = serde_json::from_value(job.context).map_err(|e| e.to_string())?;
+            let submission: Submission = serde_json::from_value(job.context).map_err(|e| e.to_string())?;
             Ok((spec, submission))
         });
-        let (spec, submission): (JobSpec, Submission) = match read {
+        let (spec, submission) = match read {
             Ok(read) => read,
             Err(why) => {
                 tracing::error!(job = id.get(), why, "the job cannot be read; it is left as it is");
@@ -86,13 +109,19 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
             daemon.store.append(id, Record::new(now(), event)).await?;
             continue;
         }
+        let account = daemon.served.account(job.row.owner.uid).await.unwrap_or_else(|failure| {
+            // What runs still runs as them, and needs to be followed; a new trainer finds no home.
+            tracing::warn!(job = id.get(), error = failure.message, "the job's owner is not known any more");
+            Account::as_submitted(&job.row.owner)
+        });
+        let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
         match sized(daemon, id).await? {
             Some(sized) if state.attempts() > 0 || state.has_live_attempt() => {
-                job::start(daemon, id, spec, submission, sized);
+                job::start(daemon, id, handed_in, sized);
             }
             _ => {
                 let told = matches!(state, JobState::Waiting { .. });
-                daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(spec, submission, None) });
+                daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(handed_in, None) });
             }
         }
     }
@@ -135,16 +164,20 @@ async fn look(daemon: &Arc<Daemon>, gpus: &Arc<Mutex<Gpus>>) -> Result<(), Failu
         return Ok(());
     }
     examine_new(daemon).await?;
+    download_missing(daemon).await?;
     let report = ask_nvml(gpus).await?;
     let entries: Vec<(JobId, QueuedEntry)> =
         daemon.queued().iter().map(|(id, entry)| (*id, entry.clone())).collect();
     let (mut queue, mut plans) = (Vec::new(), BTreeMap::new());
     for (id, entry) in &entries {
-        let Some(examined) = &entry.examined else { continue };
+        let Some(examined) = entry.examined.as_ref().filter(|_| !entry.waits_for_download()) else {
+            continue;
+        };
         let offers = offers(*id, entry, examined, &report, daemon, &mut plans);
-        let after = dependencies(daemon, &entry.spec).await?;
-        let output_dir = entry.spec.output_dir.clone();
-        queue.push(QueuedJob { id: id.get(), priority: entry.spec.priority, output_dir, after, offers });
+        let spec = &entry.handed_in.spec;
+        let after = dependencies(daemon, spec).await?;
+        let output_dir = spec.output_dir.clone();
+        queue.push(QueuedJob { id: id.get(), priority: spec.priority, output_dir, after, offers });
     }
     for (id, verdict) in decide(&queue, &daemon.leases(), daemon.is_drained()) {
         let Some(id) = JobId::new(id) else { continue };
@@ -173,9 +206,16 @@ async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
         due.map(|(id, entry)| (*id, entry.clone())).collect()
     };
     for (id, entry) in new {
-        let answer = examined(daemon, entry.spec.clone(), &entry.submission).await;
+        let answer = examined(daemon, &entry.handed_in).await;
         let tries = entry.tries + 1;
         let failure = match answer {
+            Ok(examined) if examined.model.is_none() && matches!(entry.download, Download::Over) => {
+                let model = &entry.handed_in.spec.model;
+                let what = format!("{model} was downloaded, and no cache that is known has it");
+                let help = "name its directory as the model".to_owned();
+                fail(daemon, id, what, Some(help)).await?;
+                continue;
+            }
             Ok(examined) => {
                 if let Some(entry) = daemon.queued().get_mut(&id) {
                     entry.examined = Some(Arc::new(examined));
@@ -195,23 +235,53 @@ async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Lets what queued jobs need be downloaded, unless nothing may start.
+async fn download_missing(daemon: &Arc<Daemon>) -> Result<(), Failure> {
+    let drained = daemon.is_drained();
+    if !drained {
+        for (id, failure) in download::start_due(daemon) {
+            fail(daemon, id, failure.message, failure.help).await?;
+        }
+    }
+    let under_way: Vec<(JobId, String)> = {
+        let mut queued = daemon.queued();
+        let waits = queued.iter_mut().filter(|(_, entry)| entry.waits_for_download());
+        let tell = waits.filter_map(|(id, entry)| {
+            if drained && matches!(entry.download, Download::Due) {
+                entry.reason = DRAINED.to_owned();
+            }
+            (!entry.told).then(|| (*id, entry.reason.clone()))
+        });
+        tell.collect()
+    };
+    for (id, reason) in under_way {
+        wait(daemon, id, reason).await?;
+    }
+    Ok(())
+}
+
 /// Examines a job away from the task that serves clients: disks may be slow.
 ///
 /// # Errors
 /// Something that the job needs is missing.
-pub async fn examined(
-    daemon: &Arc<Daemon>,
-    spec: JobSpec,
-    submission: &Submission,
-) -> Result<Examined, Failure> {
+pub async fn examined(daemon: &Arc<Daemon>, handed_in: &HandedIn) -> Result<Examined, Failure> {
     let daemon = Arc::clone(daemon);
-    let submission = submission.clone();
-    let work = tokio::task::spawn_blocking(move || {
-        let origin = submission.origin(&daemon.account, &daemon.config);
+    let HandedIn { spec, submission, account } = handed_in.clone();
+    let owner = Arc::clone(&account);
+    let work = account.act(move || {
+        let origin = submission.origin(&owner, &daemon.config);
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         examine(spec, &origin, &daemon.config, u32::try_from(cores).unwrap_or(u32::MAX))
     });
-    work.await.map_err(|e| Failure::new(Status::Bug, "examine_thread", e))?
+    match tokio::time::timeout(EXAMINED_WITHIN, work).await {
+        Ok(done) => done?,
+        Err(_) => {
+            let what =
+                format!("the files of the job could not be read within {} s", EXAMINED_WITHIN.as_secs());
+            Err(Failure::failed("slow_files", what)
+                .help("is the disk that holds model, data and trainer there?".to_owned()))
+        }
+    }
 }
 
 /// Returns what each device that the job may take offers it.
@@ -223,12 +293,13 @@ fn offers(
     daemon: &Daemon,
     plans: &mut Plans,
 ) -> Vec<Offer> {
-    let wished = |gpu: &&GpuState| match (&entry.submission.device_uuid, &entry.spec.device) {
-        (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
-        (None, DeviceWish::Auto) => true,
-        (None, DeviceWish::Index(index)) => gpu.index == *index,
-        (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
-    };
+    let wished =
+        |gpu: &&GpuState| match (&entry.handed_in.submission.device_uuid, &entry.handed_in.spec.device) {
+            (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
+            (None, DeviceWish::Auto) => true,
+            (None, DeviceWish::Index(index)) => gpu.index == *index,
+            (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
+        };
     let mut offers = Vec::new();
     for gpu in report.devices().iter().filter(wished) {
         let Some(device) = gpu.uuid.clone() else { continue };
@@ -287,23 +358,28 @@ async fn carry_out(
                 Some((problem, _)) => problem,
                 None => reason,
             };
-            let first = {
-                let mut queued = daemon.queued();
-                let Some(entry) = queued.get_mut(&id) else { return Ok(()) };
-                let changed = entry.reason != reason;
-                entry.reason.clone_from(&reason);
-                if changed {
-                    daemon.store.tell();
-                }
-                !std::mem::replace(&mut entry.told, true)
-            };
-            // The numbers change every second; the event only says since when it waits, and why at first.
-            if first {
-                append(daemon, id, JobEvent::Waiting { reason }).await?;
-            }
-            Ok(())
+            wait(daemon, id, reason).await
         }
     }
+}
+
+/// Lets a job wait, for this reason.
+async fn wait(daemon: &Daemon, id: JobId, reason: String) -> Result<(), Failure> {
+    let first = {
+        let mut queued = daemon.queued();
+        let Some(entry) = queued.get_mut(&id) else { return Ok(()) };
+        let changed = entry.reason != reason;
+        entry.reason.clone_from(&reason);
+        if changed {
+            daemon.store.tell();
+        }
+        !std::mem::replace(&mut entry.told, true)
+    };
+    // The numbers change every second; the event only says since when it waits, and why at first.
+    if first {
+        append(daemon, id, JobEvent::Waiting { reason }).await?;
+    }
+    Ok(())
 }
 
 /// Gives a job its device.
@@ -323,7 +399,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
     if daemon.queued().remove(&id).is_none() {
         return Ok(());
     }
-    job::start(daemon, id, entry.spec, entry.submission, sized);
+    job::start(daemon, id, entry.handed_in, sized);
     Ok(())
 }
 

@@ -26,16 +26,24 @@ pub struct Submission {
 }
 
 impl Submission {
-    /// Returns what the trainer of `account`, who runs this daemon, gets. The daemon's own environment is not in it.
+    /// Returns what the trainer of `account` gets. The daemon's own environment is not in it.
     pub fn origin(&self, account: &Account, config: &Config) -> Origin {
         let mut env = account.base_environment();
         env.extend(self.env.iter().map(|(name, value)| (name.into(), value.into())));
+        let (secrets, cache) = match account.identity() {
+            None => (Sources::of_this_process(config), cache_home()),
+            Some(identity) => {
+                let secrets = Sources::of_user(identity.uid, &account.home, config);
+                (secrets, Some(account.home.join(".cache/mhtraind")))
+            }
+        };
         Origin {
             cwd: self.cwd.clone(),
             env,
             umask: Some(self.umask),
-            secrets: Sources { own_environment: false, ..Sources::of_this_process(config) },
-            cache: cache_home(),
+            identity: account.identity(),
+            secrets: Sources { own_environment: false, ..secrets },
+            cache,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! interpreter before anything is launched; where that fails, training goes on without it and the receipt says why.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use mhtrain_job::event::{AttemptStart, ResumeKind};
@@ -15,6 +15,7 @@ use mhtrain_swift::environment::TrainerEnvironment;
 
 use super::directory::JobDirectory;
 use super::follow::Follower;
+use super::origin::Origin;
 use crate::config::Config;
 
 /// How long the interpreter may take to compile one small file: 0.05 s is usual, a cold network disk takes seconds.
@@ -37,11 +38,16 @@ pub enum Companion {
 
 impl Companion {
     /// Writes the companion's file and lets the trainer's interpreter compile it. Once for a job: 0.05 s.
-    pub fn prepare(directory: &JobDirectory, environment: &TrainerEnvironment, config: &Config) -> Companion {
+    pub fn prepare(
+        directory: &JobDirectory,
+        environment: &TrainerEnvironment,
+        origin: &Origin,
+        config: &Config,
+    ) -> Companion {
         if !config.trainer.companion {
             return Companion::Off;
         }
-        match written(directory, SOURCE).and_then(|file| compiled(&file, &environment.python)) {
+        match written(directory, SOURCE).and_then(|file| compiled(&file, &environment.python, origin)) {
             Ok(file) => Companion::Ready(file),
             Err(why) => Companion::Unusable(why),
         }
@@ -156,9 +162,11 @@ fn written(directory: &JobDirectory, text: &str) -> Result<PathBuf, String> {
 }
 
 /// Returns the file, when the interpreter compiles it.
-fn compiled(file: &Path, python: &Path) -> Result<PathBuf, String> {
+fn compiled(file: &Path, python: &Path, origin: &Origin) -> Result<PathBuf, String> {
     let failed = |e: std::io::Error| format!("{} cannot compile it: {e}", python.display());
-    let mut child = Command::new(python)
+    let mut child = origin
+        .command(python)
+        .map_err(failed)?
         .args(COMPILE)
         .arg(file)
         .stdin(Stdio::null())
@@ -204,16 +212,20 @@ mod tests {
         PathBuf::from("python3")
     }
 
+    fn origin() -> Origin {
+        Origin::of_this_process(&Config::load(None).unwrap()).unwrap()
+    }
+
     #[test]
     fn a_file_that_does_not_compile_is_never_passed_on() {
         let dir = tempfile::tempdir().unwrap();
         let job = JobDirectory::open(dir.path()).unwrap();
         let file = written(&job, "def broken(:\n").unwrap();
-        let why = compiled(&file, &python()).unwrap_err();
+        let why = compiled(&file, &python(), &origin()).unwrap_err();
         assert!(why.contains("SyntaxError"), "{why}");
         // The next start finds another text and writes the right one.
         let file = written(&job, SOURCE).unwrap();
-        assert_eq!(compiled(&file, &python()).unwrap(), file);
+        assert_eq!(compiled(&file, &python(), &origin()).unwrap(), file);
         assert_eq!(file.parent().unwrap().read_dir().unwrap().count(), 1, "nothing lies beside it");
     }
 
@@ -224,7 +236,7 @@ mod tests {
         std::fs::write(job.private().join(PLACE), "a file where a directory should be").unwrap();
         assert!(written(&job, SOURCE).unwrap_err().contains("cannot make"));
         let missing = dir.path().join("no-python");
-        assert!(compiled(&missing, &missing).unwrap_err().contains("cannot compile it"));
+        assert!(compiled(&missing, &missing, &origin()).unwrap_err().contains("cannot compile it"));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::failure::{Failure, Status, unwritable};
 
@@ -178,6 +178,24 @@ impl JobDirectory {
 /// Returns whether a job was run in an output directory before.
 pub fn holds_a_job(output_dir: &Path) -> bool {
     ["receipt.json", "attempt-1", ".mhtraind/journal.jsonl"].iter().any(|name| output_dir.join(name).exists())
+}
+
+/// Reads a file that somebody else may have made: a link is not followed, and nothing but a plain file of a sane size is
+/// read.
+///
+/// # Errors
+/// It is not there, cannot be read, or is something else.
+pub fn read_plain(path: &Path, bytes_max: u64) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let found = file.metadata()?;
+    if !found.is_file() || found.len() > bytes_max {
+        return Err(std::io::ErrorKind::InvalidData.into());
+    }
+    let mut bytes = Vec::new();
+    file.take(bytes_max).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Locks a file. A process that has just died may have left the lock to a child that it was about to execute, so it is

@@ -8,7 +8,7 @@ use mhtrain_job::spec::JobSpec;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::host::probe_host;
 use mhtrain_probe::probe::{ProbeReport, TrainerReport};
-use mhtrain_probe::trainer_environment::trainer_environment;
+use mhtrain_probe::trainer_environment::trainer_environment_as;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{Plan, PlanError, plan};
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::origin::Origin;
-use super::prepare::{Candidate, Datasets, Prepared, chain, find_files, sizing_request};
+use super::prepare::{Candidate, Datasets, Files, Missing, Prepared, chain, look_for_files, sizing_request};
 use super::secrets;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -33,8 +33,10 @@ const IDLE_BELOW: Bytes = Bytes::from_mib(1024);
 pub struct Examined {
     /// The job.
     pub spec: JobSpec,
-    /// Its model.
-    pub model: Model,
+    /// Its model; `None` while its size is not known, which a download mends.
+    pub model: Option<Model>,
+    /// What must be downloaded before the job may have a card.
+    pub missing: Missing,
     /// Its trainer.
     pub environment: TrainerEnvironment,
     /// What was assumed, a sentence each.
@@ -60,12 +62,13 @@ pub struct Sized {
 /// # Errors
 /// Something is missing; nothing was started.
 pub fn examine(spec: JobSpec, origin: &Origin, config: &Config, cores: u32) -> Result<Examined, Failure> {
-    let model = find_files(&spec, Datasets::MustExist, origin)?;
-    let environment = trainer_environment(&origin.trainer_query(config))
+    let Files { model, missing } = look_for_files(&spec, Datasets::MustExist, origin)?;
+    let query = origin.trainer_query(config);
+    let environment = trainer_environment_as(&query, &|command| origin.prepare(command))
         .map_err(|e| Failure::failed("no_trainer", chain(&e)).help(e.help()))?;
     secrets::find(&spec.secrets, &origin.secrets)?;
     let (_, notes) = Dialect::for_environment(&environment);
-    Ok(Examined { spec, model, environment, notes, cores })
+    Ok(Examined { spec, model: model.ok(), missing, environment, notes, cores })
 }
 
 impl Examined {
@@ -82,6 +85,10 @@ impl Examined {
         book: &TierBook,
         config: &Config,
     ) -> Result<(Fit, Option<Sized>), Failure> {
+        let Some(model) = &self.model else {
+            let why = "its size is not known before it is downloaded".to_owned();
+            return Ok((Fit::Unusable { why }, None));
+        };
         let card = match gpu.card() {
             Ok(card) => card,
             Err(refusal) => return Ok((Fit::Unusable { why: refusal.to_string() }, None)),
@@ -92,14 +99,14 @@ impl Examined {
         idle.card.free = idle.card.total;
         let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
             let features = self.environment.features();
-            Ok(plan(&sizing_request(&self.spec, &self.model, candidate, features, config)?, book))
+            Ok(plan(&sizing_request(&self.spec, model, candidate, features, config)?, book))
         };
         let is_idle = held_by_others < IDLE_BELOW;
         if let Ok(plan) = size(&now)?
             && (plan.chosen_rung().fits || is_idle)
         {
             let rank = rank(&plan, now.card.free);
-            return Ok((Fit::Now(rank), Some(self.sized(now, plan, book))));
+            return Ok((Fit::Now(rank), Some(self.sized(now, plan, book.run_advice(model, self.cores)))));
         }
         let best = match size(&idle)? {
             Ok(plan) => plan,
@@ -112,12 +119,12 @@ impl Examined {
         Ok((Fit::Later { rank, need, free: now.card.free, holders: holders(gpu) }, None))
     }
 
-    fn sized(&self, candidate: Candidate, plan: Plan, book: &TierBook) -> Sized {
+    fn sized(&self, candidate: Candidate, plan: Plan, advice: RunAdvice) -> Sized {
         Sized {
             candidate,
             plan,
             environment: self.environment.clone(),
-            advice: book.run_advice(&self.model, self.cores),
+            advice,
             notes: self.notes.clone(),
             probe: Value::Null,
         }

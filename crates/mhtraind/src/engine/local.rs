@@ -200,7 +200,7 @@ impl<'a> Job<'a> {
             WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
         // Somebody asked for the end while nobody was there to bring it about.
         let stop = journal.state().stop().map(StopCause::recorded_as);
-        let companion = Companion::prepare(&directory, &environment, config);
+        let companion = Companion::prepare(&directory, &environment, &origin, config);
         Ok(Job {
             config,
             companion,
@@ -248,7 +248,8 @@ impl<'a> Job<'a> {
                 let start = self.last_start().filter(|start| start.attempt == attempt.number);
                 let start =
                     start.ok_or_else(|| Failure::new(Status::Bug, "bug", "an attempt without its start"))?;
-                match Attempt::open(&self.directory.record(attempt.number)) {
+                let record = self.directory.record(attempt.number);
+                match Attempt::open_of(&record, self.origin.identity.as_ref()) {
                     Ok(live) if live.abandon_unrecorded().map_err(no_record)? => self.never_started(&start),
                     Ok(live) => {
                         self.screen.say(format!("attempt {} is taken over", attempt.number));
@@ -674,7 +675,7 @@ impl<'a> Job<'a> {
             grace: Duration::from_secs(u64::from(self.config.attempt.grace_s)),
             umask: self.origin.umask,
             log_cap_bytes: Some(u64::from(self.config.attempt.log_cap_mib) << 20),
-            identity: None,
+            identity: self.origin.identity.clone(),
             extent: Extent::Cgroup,
         };
         Attempt::launch(&own_exe()?, &record, &spec, &env)
@@ -753,7 +754,7 @@ impl<'a> Job<'a> {
                     take_overs += 1;
                     self.screen
                         .say("the recorder is gone: another one takes its place, the exit status is lost");
-                    if let Err(error) = attempt.take_over(&own_exe()?, None) {
+                    if let Err(error) = attempt.take_over(&own_exe()?, self.origin.identity.as_ref()) {
                         self.screen.say(format!("no other recorder comes up: {}", chain(&error)));
                     }
                 }

@@ -4,6 +4,7 @@
 
 pub mod companion;
 pub mod directory;
+pub mod download;
 pub mod examine;
 pub mod follow;
 pub mod journal;

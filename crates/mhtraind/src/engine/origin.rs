@@ -4,9 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use mhtrain_probe::trainer_environment::TrainerQuery;
+use mhtrain_supervisor::Identity;
 
 use super::prepare::working_dir;
 use super::secrets::Sources;
@@ -22,6 +24,8 @@ pub struct Origin {
     pub env: BTreeMap<OsString, OsString>,
     /// Umask; `None` keeps ours.
     pub umask: Option<u32>,
+    /// As whom everything of the job runs; `None`: as ourselves.
+    pub identity: Option<Identity>,
     /// Where the values of secrets are looked for.
     pub secrets: Sources,
     /// Where results of probes are kept; `None`: nowhere.
@@ -38,6 +42,7 @@ impl Origin {
             cwd: working_dir()?,
             env: std::env::vars_os().collect(),
             umask: None,
+            identity: None,
             secrets: Sources::of_this_process(config),
             cache: cache_home(),
         })
@@ -61,8 +66,32 @@ impl Origin {
         TrainerQuery {
             command: config.trainer.command.clone(),
             python: None,
-            search_path: self.variable("PATH"),
+            variables: self.env.clone(),
             cache_dir: self.cache.clone(),
         }
+    }
+
+    /// Returns the home directory.
+    pub fn home(&self) -> Option<PathBuf> {
+        self.variable("HOME").map(PathBuf::from).filter(|home| home.is_absolute())
+    }
+
+    /// Makes a command run as the job's user.
+    ///
+    /// # Errors
+    /// It is another user, and we are not root.
+    pub fn prepare(&self, command: &mut Command) -> std::io::Result<()> {
+        self.identity.as_ref().map_or(Ok(()), |identity| identity.prepare(command))
+    }
+
+    /// Returns a command that runs as the trainer would: with its environment, as its user.
+    ///
+    /// # Errors
+    /// As [`Origin::prepare`].
+    pub fn command(&self, program: &Path) -> std::io::Result<Command> {
+        let mut command = Command::new(program);
+        command.env_clear().envs(&self.env);
+        self.prepare(&mut command)?;
+        Ok(command)
     }
 }

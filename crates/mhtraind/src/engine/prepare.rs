@@ -5,13 +5,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use mhtrain_job::spec::{JobSpec, SpecError};
-use mhtrain_probe::model_files::{FoundModel, Places, find_dataset, find_model};
+use mhtrain_job::spec::{JobSpec, SpecError, Validation};
+use mhtrain_probe::model_files::{FoundDataset, FoundModel, Places, find_dataset, find_model};
 use mhtrain_probe::probe::ProbeReport;
 use mhtrain_sizing::explain::what_would_change;
 use mhtrain_sizing::gpu::Card;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
-use mhtrain_sizing::model::Model;
+use mhtrain_sizing::model::{Model, ResolveError};
 use mhtrain_sizing::plan::{History, Plan, PlanError, plan};
 use mhtrain_sizing::request::{Request, TrainerFeatures};
 use mhtrain_sizing::units::Bytes;
@@ -85,16 +85,12 @@ impl Prepared {
     }
 }
 
-/// Returns where everything of a job goes, absolute.
-pub fn output_dir(spec: &JobSpec, working_dir: &Path) -> PathBuf {
-    absolute(working_dir, &spec.output_dir)
-}
-
-/// Returns `path` relative to `working_dir`, with a leading `~` for the home directory.
-fn absolute(working_dir: &Path, path: &str) -> PathBuf {
-    match (path.strip_prefix("~/"), std::env::home_dir()) {
+/// Returns where everything of a job goes, absolute. A leading `~` is the home directory.
+pub fn output_dir(spec: &JobSpec, origin: &Origin) -> PathBuf {
+    let path = &spec.output_dir;
+    match (path.strip_prefix("~/"), origin.home()) {
         (Some(rest), Some(home)) => home.join(rest),
-        _ => working_dir.join(path.strip_prefix("./").unwrap_or(path)),
+        _ => origin.cwd.join(path.strip_prefix("./").unwrap_or(path)),
     }
 }
 
@@ -129,29 +125,76 @@ pub enum Datasets {
     NotNeeded,
 }
 
+/// What a job's model and data sets are, as far as they are on this machine.
+#[derive(Clone, Debug)]
+pub struct Files {
+    /// The model; an error where its size is not known, which a download mends.
+    pub model: Result<Model, Failure>,
+    /// What the trainer would download.
+    pub missing: Missing,
+}
+
+/// What a job needs and this machine may not have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// The model, when it is in no cache.
+    pub model: Option<String>,
+    /// Data sets of a hub. Their caches hold prepared tables that only their own library understands, so these may be
+    /// there; then it takes seconds to find that out.
+    pub datasets: Vec<String>,
+}
+
+impl Missing {
+    /// Returns whether everything is there.
+    pub fn is_nothing(&self) -> bool {
+        self.model.is_none() && self.datasets.is_empty()
+    }
+}
+
 /// Finds the model, and the data sets where they are needed.
 ///
 /// # Errors
 /// A local path is not there or holds no model; a hub id that no source knows the size of.
 pub fn find_files(spec: &JobSpec, datasets: Datasets, origin: &Origin) -> Result<Model, Failure> {
+    look_for_files(spec, datasets, origin)?.model
+}
+
+/// Like [`find_files`], where what is not here may still be downloaded.
+///
+/// # Errors
+/// A local path is not there or holds no model.
+pub fn look_for_files(spec: &JobSpec, datasets: Datasets, origin: &Origin) -> Result<Files, Failure> {
     let variable =
         |name: &str| spec.env.get(name).map(std::ffi::OsString::from).or_else(|| origin.variable(name));
     let places = Places::from_variables(&origin.cwd, variable);
     let found = find_model(&spec.model, &places)
         .map_err(|e| Failure::bad_input("missing_model", chain(&e)).help(e.help()))?;
+    let mut missing = Missing::default();
     if datasets == Datasets::MustExist {
-        for entry in &spec.dataset {
-            find_dataset(entry, &places)
+        let validation = match &spec.validation {
+            Some(Validation::Datasets(datasets)) => datasets.as_slice(),
+            Some(Validation::Share(_)) | None => &[],
+        };
+        for entry in spec.dataset.iter().chain(validation) {
+            let found = find_dataset(entry, &places)
                 .map_err(|e| Failure::bad_input("missing_dataset", &e).help(e.help()))?;
+            if let FoundDataset::Hub { .. } = found {
+                missing.datasets.push(entry.clone());
+            }
         }
     }
+    let unknown = |e: ResolveError| Failure::bad_input("unknown_model", chain(&e)).help(e.help());
     let model = match &found {
         FoundModel::Here(files) => {
-            Model::resolve(&spec.model, Some(&files.config), files.weights.as_ref().map(|w| w.bytes()))
+            Ok(Model::resolve(&spec.model, Some(&files.config), files.weights.as_ref().map(|w| w.bytes()))
+                .map_err(unknown)?)
         }
-        FoundModel::NotLocal { id } => Model::resolve(id, None, None),
+        FoundModel::NotLocal { id } => {
+            missing.model = Some(id.clone());
+            Model::resolve(id, None, None).map_err(unknown)
+        }
     };
-    model.map_err(|e| Failure::bad_input("unknown_model", chain(&e)).help(e.help()))
+    Ok(Files { model, missing })
 }
 
 /// Returns an error with its causes behind colons.

@@ -6,8 +6,12 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::os::unix::fs::MetadataExt;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use mhtrain_supervisor::FileRights;
+use rustix::fs::OFlags;
 
 use crate::config::{Config, config_home};
 use crate::failure::{Failure, Status};
@@ -36,9 +40,14 @@ pub struct Sources {
     pub credentials: Option<PathBuf>,
     /// The user's env file.
     pub env_file: Option<PathBuf>,
+    /// Whose it must be.
+    pub owner: u32,
     /// Whether our own environment counts: that of a foreground run is its user's.
     pub own_environment: bool,
 }
+
+/// Largest env file that is read.
+const ENV_FILE_BYTES_MAX: u64 = 1 << 20;
 
 impl Sources {
     /// Returns the sources of this process and its user.
@@ -47,9 +56,23 @@ impl Sources {
             "" => config_home().map(|home| home.join("secrets.env")),
             path => Some(PathBuf::from(path)),
         };
-        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-        Sources { credentials, env_file, own_environment: true }
+        let owner = rustix::process::geteuid().as_raw();
+        Sources { credentials: credentials(), env_file, owner, own_environment: true }
     }
+
+    /// Returns the sources of another user of this host, for whom root's daemon acts.
+    pub fn of_user(uid: u32, home: &Path, config: &Config) -> Sources {
+        let env_file = match config.secrets.env_file.as_str() {
+            "" => home.join(".config/mhtraind/secrets.env"),
+            path => PathBuf::from(path),
+        };
+        Sources { credentials: credentials(), env_file: Some(env_file), owner: uid, own_environment: false }
+    }
+}
+
+/// Returns where systemd put this service's credentials.
+fn credentials() -> Option<PathBuf> {
+    std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from)
 }
 
 /// Finds the values of `names`: systemd credentials first, then the user's env file, then our own environment.
@@ -62,7 +85,7 @@ pub fn find(names: &[String], sources: &Sources) -> Result<SecretValues, Failure
     }
     let (credentials, file) = (&sources.credentials, &sources.env_file);
     let from_file = match file {
-        Some(path) if path.exists() => read_env_file(path)?,
+        Some(path) if path.exists() => read_env_file(path, sources.owner)?,
         _ => BTreeMap::new(),
     };
     let mut values = BTreeMap::new();
@@ -90,17 +113,29 @@ pub fn find(names: &[String], sources: &Sources) -> Result<SecretValues, Failure
 }
 
 fn read_credential(path: &Path) -> Option<OsString> {
+    // A service's credentials are the service's: the site put them there for whoever names them.
+    let _as_ourselves = FileRights::of_this_process();
     let text = std::fs::read_to_string(path).ok()?;
     Some(OsString::from(text.trim_end_matches(['\n', '\r'])))
 }
 
 /// Reads `NAME=value` lines; blank lines, comments, `export` and surrounding quotes are understood.
-fn read_env_file(path: &Path) -> Result<BTreeMap<String, String>, Failure> {
+fn read_env_file(path: &Path, owner: u32) -> Result<BTreeMap<String, String>, Failure> {
     let refuse = |message: String| {
         Failure::new(Status::NotPermitted, "unsafe_secrets", message)
             .help(format!("chmod 600 {0} && chown \"$(id -un)\" {0}", path.display()))
     };
-    let meta = std::fs::metadata(path).map_err(|e| crate::failure::unreadable(path, &e))?;
+    let unreadable = |e: std::io::Error| crate::failure::unreadable(path, &e);
+    // Without waiting: a pipe of that name would have nobody at its other end.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(unreadable)?;
+    let meta = file.metadata().map_err(unreadable)?;
+    if !meta.is_file() || meta.len() > ENV_FILE_BYTES_MAX {
+        return Err(refuse(format!(
+            "{} is no plain file of at most {ENV_FILE_BYTES_MAX} bytes",
+            path.display()
+        )));
+    }
     if meta.mode() & 0o077 != 0 {
         return Err(refuse(format!(
             "{} holds secrets and others can read it (mode {:04o}, must be 0600)",
@@ -108,15 +143,15 @@ fn read_env_file(path: &Path) -> Result<BTreeMap<String, String>, Failure> {
             meta.mode() & 0o7777
         )));
     }
-    let us = rustix::process::geteuid().as_raw();
-    if meta.uid() != us {
+    if meta.uid() != owner {
         return Err(refuse(format!(
-            "{} belongs to user {}, and this is user {us}",
+            "{} belongs to user {}, and the job is of user {owner}",
             path.display(),
             meta.uid()
         )));
     }
-    let text = std::fs::read_to_string(path).map_err(|e| crate::failure::unreadable(path, &e))?;
+    let mut text = String::new();
+    file.take(ENV_FILE_BYTES_MAX).read_to_string(&mut text).map_err(unreadable)?;
     Ok(text.lines().filter_map(parse_env_line).collect())
 }
 
@@ -155,11 +190,13 @@ mod tests {
         let path = dir.path().join("secrets.env");
         std::fs::write(&path, "A=hidden").unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
-        let failure = read_env_file(&path).unwrap_err();
+        let us = rustix::process::geteuid().as_raw();
+        let failure = read_env_file(&path, us).unwrap_err();
         assert_eq!(failure.status, Status::NotPermitted);
         assert!(!failure.message.contains("hidden"));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(read_env_file(&path).unwrap()["A"], "hidden");
+        assert_eq!(read_env_file(&path, us).unwrap()["A"], "hidden");
+        assert_eq!(read_env_file(&path, us + 1).unwrap_err().status, Status::NotPermitted);
     }
 
     #[test]
