@@ -142,6 +142,7 @@ impl Checks {
             self.survives(|running| self.remove_and_install(running))
         })?;
         self.check("the token is in the trainer's environment alone", || self.token_is_nowhere_else())?;
+        self.check("the host's daemon runs a job as the user who handed it in", || self.job_of_a_user())?;
         self.check("a user's own daemon, under the user's service manager", || self.user_manager())?;
         self.check("a purge refuses under a trainer, and keeps what jobs made", || self.purge())?;
         Ok(())
@@ -322,6 +323,25 @@ impl Checks {
         Ok(())
     }
 
+    fn job_of_a_user(&self) -> anyhow::Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let host = ["env", "MHTRAIND_SOCKET=/run/mhtraind/mhtraind.sock"];
+        let job = self.submit_as_user(&host, "shared")?;
+        wait_until("a step", || Ok(!self.steps(&job).is_empty()))?;
+        self.machine.run(&["systemctl", "restart", "mhtraind"])?;
+        self.release(&job)?;
+        self.as_user(&[&host[..], &["mhtraind", "wait", &job.id, "--timeout", "60"]].concat())?;
+        self.trained_once(&job)?;
+        let (uid, seen) = (self.uid()?, self.seen(&job)?);
+        ensure!(seen["uid"] == json!(uid), "the trainer ran as somebody else: {seen}");
+        for made in ["", "/receipt.json", "/attempt-1"] {
+            let path = format!("{}{made}", job.output_dir);
+            let owner = std::fs::metadata(self.machine.path(&path))?.uid();
+            ensure!(owner == uid, "{path} belongs to user {owner}");
+        }
+        Ok(())
+    }
+
     fn user_manager(&self) -> anyhow::Result<()> {
         let uid = self.uid()?;
         self.machine.run(&["loginctl", "enable-linger", USER])?;
@@ -330,7 +350,7 @@ impl Checks {
         })?;
         self.as_user(&["systemctl", "--user", "daemon-reload"])?;
         self.as_user(&["systemctl", "--user", "start", "mhtraind"])?;
-        let job = self.submit_as_user("own")?;
+        let job = self.submit_as_user(&[], "own")?;
         wait_until("a step", || Ok(!self.steps(&job).is_empty()))?;
         self.as_user(&["systemctl", "--user", "restart", "mhtraind"])?;
         self.release(&job)?;
@@ -352,12 +372,12 @@ impl Checks {
         self.machine.run(&[&["runuser", "-u", USER, "--", "env", &runtime, &home], words].concat())
     }
 
-    /// Hands a job of the ordinary user in; its output directory is in the user's home.
-    fn submit_as_user(&self, output_dir: &str) -> anyhow::Result<Job> {
+    /// Hands a job of the ordinary user in, by a command that begins with `to`; its output directory is in the user's home.
+    fn submit_as_user(&self, to: &[&str], output_dir: &str) -> anyhow::Result<Job> {
         let output_dir = format!("/home/{USER}/{output_dir}");
         let file = format!("/home/{USER}/job.json");
         self.machine.write(&file, &job_spec(&output_dir, &[], "").to_string())?;
-        let id = self.as_user(&["mhtraind", "submit", &file])?;
+        let id = self.as_user(&[to, &["mhtraind", "submit", &file]].concat())?;
         Ok(Job { id, output_dir })
     }
 
