@@ -184,25 +184,21 @@ fn cgroup_of(dir: &Path) -> anyhow::Result<PathBuf> {
 
 /// Removes a cgroup and those below it. Its last processes may take a moment to go.
 fn remove_cgroup(cgroup: &Path) {
-    let below = |dir: &Path| -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
-    };
     for _ in 0..50 {
-        for child in below(cgroup) {
-            remove_leaves(&child, &below);
-        }
-        if std::fs::remove_dir(cgroup).is_ok() || !cgroup.exists() {
+        remove_empty(cgroup);
+        if !cgroup.exists() {
             return;
         }
         std::thread::sleep(Duration::from_millis(50));
     }
 }
 
-fn remove_leaves(dir: &Path, below: &impl Fn(&Path) -> Vec<PathBuf>) {
-    for child in below(dir) {
-        remove_leaves(&child, below);
+/// Removes what has no processes of a tree of cgroups, the deepest first.
+fn remove_empty(dir: &Path) {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    for child in entries.map(|entry| entry.path()).filter(|path| path.is_dir()) {
+        remove_empty(&child);
     }
-    // One with processes stays, and is tried again.
-    let _still_busy = std::fs::remove_dir(dir);
+    // One with processes stays.
+    let _busy = std::fs::remove_dir(dir);
 }
