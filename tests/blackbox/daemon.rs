@@ -30,18 +30,25 @@ impl Served {
 
     /// Starts a daemon on a host and waits until it answers.
     pub(crate) fn on(host: FakeHost) -> Served {
-        let daemon = Served::spawn(&host);
+        Served::with(host, |_| {})
+    }
+
+    /// Starts a daemon whose command was changed in some way.
+    fn with(host: FakeHost, change: impl FnOnce(&mut Command)) -> Served {
+        let daemon = Served::spawn(&host, change);
         let served = Served { host, daemon };
         served.wait_until("the daemon", |served| served.run(&["status", "--json"]).code == Some(0));
         served
     }
 
-    fn spawn(host: &FakeHost) -> Child {
+    fn spawn(host: &FakeHost, change: impl FnOnce(&mut Command)) -> Child {
         let log =
             std::fs::OpenOptions::new().append(true).create(true).open(host.env.path("daemon.log")).unwrap();
         let mut command = host.command(&["serve"], &json!({}));
         Served::places(host, &mut command);
-        command.env("MHTRAIND_LOG", "info").stdout(Stdio::null()).stderr(log).spawn().unwrap()
+        command.env("MHTRAIND_LOG", "info");
+        change(&mut command);
+        command.stdout(Stdio::null()).stderr(log).spawn().unwrap()
     }
 
     fn places(host: &FakeHost, command: &mut Command) {
@@ -55,7 +62,7 @@ impl Served {
     pub(crate) fn kill_and_restart(&mut self) {
         self.daemon.kill().unwrap();
         self.daemon.wait().unwrap();
-        self.daemon = Served::spawn(&self.host);
+        self.daemon = Served::spawn(&self.host, |_| {});
         self.wait_until("the next daemon", |served| served.run(&["status", "--json"]).code == Some(0));
     }
 
@@ -174,6 +181,63 @@ fn a_killed_daemon_loses_nothing_and_trains_nothing_twice() {
     let steps: Vec<u64> = served.host.trained(1).iter().map(|(step, _)| *step).collect();
     assert_eq!(steps, (1..=10).collect::<Vec<_>>(), "every step was trained once");
     assert_eq!(served.receipt(&id)["proof"], "rows");
+}
+
+#[test]
+fn the_service_manager_hears_ready_the_counts_and_the_end() {
+    let host = FakeHost::with_card(80 * GIB);
+    let notify = host.env.path("notify");
+    let messages = std::os::unix::net::UnixDatagram::bind(&notify).unwrap();
+    messages.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut served = Served::with(host, |command| {
+        command.env("NOTIFY_SOCKET", &notify).env("WATCHDOG_USEC", "3000000");
+    });
+    let wait_for = |wanted: &str| {
+        let mut heard = Vec::new();
+        loop {
+            let mut bytes = [0; 4096];
+            let length = messages.recv(&mut bytes).unwrap_or_else(|e| panic!("{e}: {heard:?}, not {wanted}"));
+            heard.push(String::from_utf8_lossy(&bytes[..length]).trim_end().to_owned());
+            if heard.last().is_some_and(|message| message == wanted) {
+                return;
+            }
+        }
+    };
+    wait_for("READY=1");
+    let first = served.submit(json!({"output_dir": "a"}), &json!({"step_seconds": 0.2}));
+    let second = served.submit(json!({"output_dir": "b"}), &json!({}));
+    wait_for("STATUS=1 running, 1 waiting");
+    wait_for("WATCHDOG=1");
+    for id in [first, second] {
+        served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    }
+    wait_for("STATUS=0 running, 0 waiting");
+    served.run(&["drain"]).expect(0);
+    wait_for("STATUS=0 running, 0 waiting; drained: nothing new starts");
+    assert!(Command::new("kill").arg(served.daemon.id().to_string()).status().unwrap().success());
+    wait_for("STOPPING=1");
+    assert!(served.daemon.wait().unwrap().success());
+}
+
+#[test]
+fn a_daemon_whose_executable_was_replaced_still_starts_jobs() {
+    let host = FakeHost::with_card(80 * GIB);
+    // As a package manager does it: the next version is written beside, and renamed over.
+    let (installed, next) = (host.env.path("mhtraind"), host.env.path("mhtraind.next"));
+    for copy in [&installed, &next] {
+        // By another process: a file that this one has open for writing, or a child that another thread is just
+        // forking, could not be executed.
+        let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_mhtraind")).arg(copy).status().unwrap();
+        assert!(copied.success());
+    }
+    let served = Served::with(host, |command| {
+        let mut installed = Command::new(&installed);
+        installed.arg("serve").envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        *command = installed;
+    });
+    std::fs::rename(&next, &installed).unwrap();
+    let id = served.submit(json!({}), &json!({}));
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
 }
 
 #[test]

@@ -13,5 +13,6 @@ mod import;
 mod job_files;
 mod plan;
 mod run;
+mod units;
 mod usage;
 mod users;

@@ -1,11 +1,13 @@
-//! The developers' commands: `cargo xtask test`, `cargo xtask score-memory`, `cargo xtask
-//! score-published`, `cargo xtask score-diagnosis`.
+//! The developers' commands: `cargo xtask test`, `cargo xtask package`, `cargo xtask systemd` and the scores.
 
+mod package;
 mod score_diagnosis;
 mod score_memory;
 mod score_plan;
 mod score_published;
+mod systemd;
 mod test;
+mod workspace;
 
 use clap::{Parser, Subcommand};
 
@@ -20,6 +22,10 @@ struct Cli {
 enum Command {
     /// Run every test, those on real ms-swift included, and print the seconds of each stage
     Test(test::TestArgs),
+    /// Build the Debian package and print its path
+    Package(package::PackageArgs),
+    /// Run the Debian package under a real systemd, in namespaces and on a root in memory
+    Systemd(systemd::SystemdArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
     /// Score the plan against an oracle on random simulated hosts
@@ -33,6 +39,8 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
+        Command::Package(args) => package::run(&args),
+        Command::Systemd(args) => systemd::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
         Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),

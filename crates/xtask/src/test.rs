@@ -1,11 +1,13 @@
 //! `cargo xtask test`: every test there is, in stages, each with its seconds.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
+
+use crate::workspace::{cargo, root, target_dir};
 
 /// The lines of ms-swift that everything is tested on; their locks are in `config/trainer/`.
 const LINES: [&str; 2] = ["4.6.0", "3.12.6"];
@@ -87,22 +89,4 @@ fn install_trainer(binary: &Path, line: &str) -> anyhow::Result<String> {
         bail!("ms-swift {line} cannot be installed ({})", output.status);
     }
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-}
-
-/// Returns the workspace's root: this crate lies two levels below it.
-fn root() -> anyhow::Result<PathBuf> {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    Ok(here.ancestors().nth(2).context("xtask lies in crates/xtask")?.to_owned())
-}
-
-/// Returns where cargo builds.
-fn target_dir(root: &Path) -> PathBuf {
-    match std::env::var_os("CARGO_TARGET_DIR") {
-        Some(dir) => root.join(dir),
-        None => root.join("target"),
-    }
 }

@@ -4,6 +4,7 @@
 //! ends with; only `main` exits.
 
 pub mod cancel;
+pub mod completions;
 pub mod demo;
 pub mod diagnose;
 pub mod doctor;
@@ -15,6 +16,7 @@ pub mod import;
 pub mod install_trainer;
 pub mod jobs;
 pub mod log;
+pub mod man_pages;
 pub mod output;
 pub mod plan;
 pub mod probe;
@@ -138,6 +140,10 @@ pub enum Command {
     /// Forget jobs that are over; their output directories stay
     #[command(name = "rm", after_help = "Example:\n  mhtraind rm 7 8")]
     Remove(jobs::JobsArgs),
+    /// Print the completion script of a shell
+    Completions(completions::CompletionsArgs),
+    /// Write the manual, a page a command, into a directory
+    ManPages(man_pages::ManPagesArgs),
 }
 
 /// Runs a parsed command line.
@@ -165,6 +171,8 @@ pub fn dispatch(cli: &Cli) -> Result<Status, Failure> {
         Command::Drain(args) => drain::drain(args, &cli.global.load_config()?),
         Command::Undrain(args) => drain::undrain(args, &cli.global.load_config()?),
         Command::Remove(args) => rm::run(args, &cli.global.load_config()?),
+        Command::Completions(args) => completions::run(args),
+        Command::ManPages(args) => man_pages::run(args),
     }
 }
 
@@ -199,6 +207,8 @@ pub fn wants_json(cli: &Cli) -> bool {
         | Command::Log(_)
         | Command::Schema(_)
         | Command::InstallTrainer(_)
-        | Command::Demo(_) => false,
+        | Command::Demo(_)
+        | Command::Completions(_)
+        | Command::ManPages(_) => false,
     }
 }

@@ -16,6 +16,7 @@ mod download;
 mod job;
 mod live;
 mod queue;
+mod service_manager;
 pub mod store;
 mod submission;
 
@@ -107,6 +108,7 @@ impl Daemon {
     pub async fn set_drained(&self, drained: bool) -> Result<(), Failure> {
         self.store.call(move |store| store.set_flag(DRAINED, drained.then_some("yes"))).await?;
         self.drained.store(drained, Ordering::Relaxed);
+        self.store.tell();
         self.wake();
         Ok(())
     }
@@ -201,9 +203,10 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let socket = daemon.config.socket();
     let listener = listen(&socket).await?;
     tracing::info!(socket = %socket.display(), state = %state_dir.display(), jobs, "serving");
-    tell_service_manager(&[sd_notify::NotifyState::Ready]);
+    service_manager::tell(sd_notify::NotifyState::Ready);
     let scheduler = tokio::spawn(queue::schedule(Arc::clone(&daemon)));
-    let watchdog = tokio::spawn(keep_watchdog_quiet());
+    let watchdog = tokio::spawn(service_manager::keep_watchdog_quiet());
+    tokio::spawn(service_manager::keep_status(Arc::clone(&daemon)));
     let server = tokio::spawn(routes::serve(listener, Arc::clone(&daemon)));
     let cause = tokio::select! {
         cause = signals.next() => cause,
@@ -212,7 +215,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
         _ = store_ended => return Err(ended_early("the store", None)),
     };
     watchdog.abort();
-    tell_service_manager(&[sd_notify::NotifyState::Stopping]);
+    service_manager::tell(sd_notify::NotifyState::Stopping);
     tracing::info!(%cause, "the daemon ends; running trainers go on");
     // A stale socket is replaced by the next daemon, so a failure here is none.
     let _stays = std::fs::remove_file(&socket);
@@ -225,23 +228,6 @@ fn ended_early(what: &str, error: Option<tokio::task::JoinError>) -> Failure {
         "this is a bug of mhtraind: please report it; running trainers go on, start the daemon again"
             .to_owned(),
     )
-}
-
-fn tell_service_manager(state: &[sd_notify::NotifyState<'_>]) {
-    // Without a service manager there is no socket, and that is fine.
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "the service manager cannot be told");
-    }
-}
-
-/// Pings the watchdog from the one thread that does everything: when that hangs, the pings end.
-async fn keep_watchdog_quiet() {
-    let Some(limit) = sd_notify::watchdog_enabled() else { return };
-    let mut tick = tokio::time::interval(limit / 3);
-    loop {
-        tick.tick().await;
-        tell_service_manager(&[sd_notify::NotifyState::Watchdog]);
-    }
 }
 
 /// Makes a directory, or gives the one that is there the mode that it needs.

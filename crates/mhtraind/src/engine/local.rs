@@ -1110,8 +1110,12 @@ pub fn family(pid: u32) -> Vec<u32> {
     pids
 }
 
+/// Returns a path that executes this program, even after an upgrade put another version at its path.
 fn own_exe() -> Result<PathBuf, Failure> {
-    std::env::current_exe().map_err(|e| Failure::new(Status::Bug, "no_exe", e))
+    let path = std::env::current_exe().map_err(|e| Failure::new(Status::Bug, "no_exe", e))?;
+    // The kernel adds " (deleted)" to the path of a file that was replaced. It is still there under this name, which
+    // is not the first choice because process lists would then call a recorder "exe".
+    Ok(if path.exists() { path } else { PathBuf::from("/proc/self/exe") })
 }
 
 fn no_record(error: RecordError) -> Failure {
