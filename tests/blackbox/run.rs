@@ -127,6 +127,30 @@ fn a_neighbour_makes_it_wait_and_keeps_the_rung() {
 }
 
 #[test]
+fn a_trainer_that_hangs_is_ended_with_its_stacks_kept_and_goes_on() {
+    let host = host();
+    let settings = std::fs::read_to_string(host.env.path("mhtraind.toml")).unwrap();
+    host.env.write("mhtraind.toml", settings.replace("[attempt]", "[attempt]\nstall_s = 2\nstall_steps = 3"));
+    host.job(json!({}));
+    let scenario = json!({"step_seconds": 0.3, "attempts": {"1": {"step_seconds": 0.3, "hang_at_step": 7}}});
+    host.run(&["run", "job.json"], scenario).expect(0);
+    let receipt = host.receipt();
+    let attempts = receipt["attempts"].as_array().unwrap();
+    assert_eq!((attempts.len(), &attempts[0]["diagnosis"]["kind"]), (2, &json!("interrupted")));
+    let line = attempts[0]["diagnosis"]["evidence"]["line"].as_str().unwrap();
+    assert!(
+        line.starts_with("no step, no output and an idle card for ") && line.contains("after step 6"),
+        "{line}"
+    );
+    assert_eq!(
+        (&attempts[0]["tier"], &attempts[1]["resume"]["kind"]),
+        (&attempts[1]["tier"], &json!("exact"))
+    );
+    let stacks = std::fs::read_to_string(host.env.path("out/.mhtraind/attempt-1/stacks.txt")).unwrap();
+    assert!(stacks.contains("State:") || stacks.contains("python"), "{stacks}");
+}
+
+#[test]
 fn a_bare_signal_9_resumes_at_the_same_rung() {
     let host = host();
     host.job(json!({}));

@@ -73,6 +73,26 @@ fn a_loss_that_is_no_number_is_answered_with_the_recipes_stable_learning() {
 }
 
 #[test]
+fn a_hang_is_ended_and_python_itself_says_where_it_was() {
+    let Some(lab) = Lab::new() else { return };
+    let settings = std::fs::read_to_string(lab.env.path("mhtraind.toml")).unwrap();
+    lab.env.write("mhtraind.toml", settings.replace("[attempt]", "[attempt]\nstall_s = 5\nstall_steps = 5"));
+    std::fs::copy(root().join("tests/trainer/provoke.py"), lab.env.path("provoke.py")).unwrap();
+    let plugins = json!(["row_order.py", "simulated_capacity.py", "provoke.py"]);
+    lab.job(json!({"args": {"external_plugins": plugins}}), 1);
+    // A simulated card is busy while a process holds memory: here nobody is seen to.
+    let unseen = lab.env.path("unseen");
+    std::fs::create_dir(&unseen).unwrap();
+    let set = [("PROVOKE", "hang"), ("PROVOKE_STEP", "7"), ("NVML_SIM_USAGE", unseen.to_str().unwrap())];
+    lab.run(&["run", "job.json"], &set).expect(0);
+    let receipt = lab.receipt();
+    assert_eq!((kind(&receipt, 1), attempts(&receipt).len()), ("interrupted", 2));
+    let stacks = std::fs::read_to_string(lab.env.path("out/.mhtraind/attempt-1/stacks.txt")).unwrap();
+    assert!(stacks.contains("provoke.py") && stacks.contains("in hang"), "{stacks}");
+    assert_every_row_once(&kept(&[lab.trained(1), lab.trained(2)], &receipt), 1);
+}
+
+#[test]
 fn a_traceback_and_the_words_of_an_oom_in_the_data_end_nothing() {
     let Some(lab) = Lab::new() else { return };
     let words =

@@ -1,7 +1,8 @@
 """Plugin for --external_plugins (ms-swift 3.x and 4.x): a misfortune in a chosen optimizer step. For tests.
 
     PROVOKE        hog: host memory is taken until the kernel ends it; kill_worker: a data-loader worker is killed;
-                   nan: a weight is not a number from here on; traceback: an error is caught, printed and survived
+                   nan: a weight is not a number from here on; traceback: an error is caught, printed and survived;
+                   hang: nothing happens any more
     PROVOKE_STEP   in which step, counted from 1
     PROVOKE_ONCE   a file that is made when it happens; where it is, nothing happens any more
 """
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import time
 import traceback
 
 from transformers import Trainer
@@ -36,6 +38,10 @@ def survived(_):
         traceback.print_exc()
 
 
+def hang(_):
+    time.sleep(100_000)
+
+
 def nan(model):
     next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(float("nan"))
 
@@ -48,7 +54,7 @@ if WHAT is not None and not ONCE.exists():
         due = self.state.global_step + 1 == STEP and not getattr(self, "mhtraind_preflight", False)
         if due and not ONCE.exists():
             ONCE.touch()
-            {"hog": hog, "kill_worker": kill_worker, "nan": nan, "traceback": survived}[WHAT](model)
+            {"hang": hang, "hog": hog, "kill_worker": kill_worker, "nan": nan, "traceback": survived}[WHAT](model)
         return original(self, model, *args, **kwargs)
 
     Trainer.training_step = training_step

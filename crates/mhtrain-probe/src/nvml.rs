@@ -133,6 +133,15 @@ impl Gpus {
             .sum::<Option<Bytes>>())
     }
 
+    /// Returns the share of the last second or so in which the card computed, in percent, whoever used it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gpus::memory`]; some cards do not say.
+    pub fn utilization(&mut self, uuid: &str) -> Result<u32, GpuError> {
+        self.ask(uuid, |device| Ok(device.utilization_rates()?.gpu))
+    }
+
     fn ask<T>(
         &mut self,
         uuid: &str,

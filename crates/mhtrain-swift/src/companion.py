@@ -18,6 +18,7 @@ One process, or several with plain DDP; with anything else (DeepSpeed, FSDP) onl
 """
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import heapq
@@ -26,6 +27,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -229,6 +231,9 @@ def make_companion(TrainerCallback, telemetry, parts, stop_file):
         def begin(self):
             trainer = self.trainer
             args, state = trainer.args, trainer.state
+            # Asked by this signal, Python prints where every thread is: it may hang some day. A handler of the user's stays.
+            if signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL:
+                faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
             self.start = self.done = state.global_step
             kind = str(getattr(trainer.accelerator, "distributed_type", "NO")).rpartition(".")[2]
             plain = args.world_size == 1 if kind == "NO" else kind in ("MULTI_GPU", "MULTI_CPU")

@@ -15,3 +15,4 @@ pub mod parameters;
 pub mod progress;
 pub mod proof;
 pub mod python_json;
+pub mod stall;

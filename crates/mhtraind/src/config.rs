@@ -82,6 +82,10 @@ pub struct Attempt {
     pub neighbour_wait_min: u32,
     /// MiB kept of each output file.
     pub log_cap_mib: u32,
+    /// Seconds without a sign of life after which an attempt may count as stalled; 0: never.
+    pub stall_s: u32,
+    /// And so many times the median of its steps.
+    pub stall_steps: u32,
 }
 
 /// `[secrets]`

@@ -77,6 +77,12 @@ impl Follower {
         Ok(())
     }
 
+    /// Returns how many bytes the trainer printed and logged until now.
+    pub fn printed_bytes(&self) -> u64 {
+        let size = |tail: &LogTail| std::fs::metadata(tail.path()).map_or(0, |found| found.len());
+        size(&self.output) + size(&self.metrics)
+    }
+
     /// Notes what NVML shows for the trainer now.
     pub fn saw_memory(&mut self, used: Option<Bytes>) {
         self.used = used;

@@ -32,6 +32,7 @@ use mhtrain_swift::command::{AttemptFlags, TrainerStart, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
 use mhtrain_swift::environment::TrainerEnvironment;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
+use mhtrain_swift::stall::{self, Stall};
 
 use super::companion::{self, Companion};
 use super::directory::JobDirectory;
@@ -44,6 +45,7 @@ use super::prepare::{Prepared, chain};
 use super::resume::{checkpoints_in, facts, repaired_view};
 use super::screen::Screen;
 use super::signals::{StopCause, StopSignals};
+use super::stall::{LifeSigns, StallRule, Still, stacks};
 use crate::cli::{diagnose, output};
 use crate::config::Config;
 use crate::engine::secrets;
@@ -150,6 +152,8 @@ struct Gone {
     facts: ExitFacts,
     follower: Follower,
     pids: Vec<u32>,
+    /// It hung, and we ended it.
+    stall: Option<Stall>,
 }
 
 struct Job<'a> {
@@ -724,6 +728,11 @@ impl<'a> Job<'a> {
         let output_dir = self.directory.attempt(start.attempt);
         let mut follower = Follower::new(&self.output_of(start.attempt), &output_dir);
         let (mut pids, mut take_overs) = (Vec::new(), 0);
+        let rule = StallRule {
+            at_least: Duration::from_secs(u64::from(self.config.attempt.stall_s)),
+            steps: self.config.attempt.stall_steps,
+        };
+        let (mut signs, mut stall) = (LifeSigns::new(rule, Instant::now()), None);
         let mut memory_at: Option<Instant> = None;
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -753,6 +762,11 @@ impl<'a> Job<'a> {
                         pids = family(trainer.identity.pid);
                         follower.saw_memory(self.card.used_by(&pids));
                         memory_at = Some(Instant::now());
+                        let (step, printed) = (follower.glance(None).step, follower.printed_bytes());
+                        let still = signs.look(Instant::now(), step, printed, self.card.is_busy());
+                        if let Some(still) = still.filter(|_| stall.is_none() && self.stop.is_none()) {
+                            stall = Some(self.end_stalled(&start, attempt, still, step, &pids));
+                        }
                     }
                     self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
                 }
@@ -764,7 +778,7 @@ impl<'a> Job<'a> {
                     if let Err(error) = attempt.clean_up() {
                         tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
                     }
-                    return self.gone(start, follower, pids, Some(&end));
+                    return self.gone(start, follower, pids, Some(&end), stall);
                 }
                 AttemptState::Lost { .. } if take_overs < TAKE_OVERS_MAX => {
                     take_overs += 1;
@@ -776,7 +790,7 @@ impl<'a> Job<'a> {
                 }
                 AttemptState::Lost { .. } => {
                     kill_everything(attempt)?;
-                    return self.gone(start, follower, pids, None);
+                    return self.gone(start, follower, pids, None, stall);
                 }
             }
         }
@@ -788,6 +802,7 @@ impl<'a> Job<'a> {
         mut follower: Follower,
         pids: Vec<u32>,
         end: Option<&ExitRecord>,
+        stall: Option<Stall>,
     ) -> Result<Gone, Failure> {
         follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
         self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
@@ -806,11 +821,11 @@ impl<'a> Job<'a> {
             code: if let Exit::Code { code } = exit { Some(code) } else { None },
             signal: if let Exit::Signal { signal } = exit { Some(signal) } else { None },
             oom_kill: end.and_then(|end| end.oom_kill),
-            we_stopped_it: self.stop.is_some(),
+            we_stopped_it: self.stop.is_some() || stall.is_some(),
             expandable_segments: Some(self.policy.expandable_segments != ExpandableSegments::Off),
             full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
         };
-        Ok(Gone { start, exit, facts, follower, pids })
+        Ok(Gone { start, exit, facts, follower, pids, stall })
     }
 
     fn note_started(&mut self, start: &AttemptStart, state: &AttemptState) -> Result<(), Failure> {
@@ -859,10 +874,35 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
+    /// Keeps the stacks of an attempt that hangs, and ends it.
+    fn end_stalled(
+        &self,
+        start: &AttemptStart,
+        attempt: &Attempt,
+        still: Still,
+        last_step: u64,
+        pids: &[u32],
+    ) -> Stall {
+        let file = self.directory.record(start.attempt).join("stacks.txt");
+        let (seconds, shown) = (still.since.as_secs(), file.display());
+        self.screen.say(format!("no sign of life for {seconds} s: it is ended; its stacks are in {shown}"));
+        let stacks = stacks(pids, &self.origin, &self.output_of(start.attempt), &file);
+        // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
+        let _nobody_to_ask = attempt.request_stop(Duration::ZERO);
+        Stall { still: still.since, step: still.step, last_step, stacks }
+    }
+
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
-        let Gone { start, exit, facts, mut follower, pids } = gone;
+        let Gone { start, exit, facts, mut follower, pids, stall } = gone;
         let diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
+        // A cause in its words comes first: one rank may have died of it while the others waited.
+        let diagnosis = match stall {
+            Some(stall) if matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown) => {
+                stall::diagnose(&stall)
+            }
+            _ => diagnosis,
+        };
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {

@@ -20,6 +20,9 @@ const NEIGHBOUR_LOOK: Duration = Duration::from_secs(1);
 /// How often the wait for a neighbour says that it still waits.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
+/// Utilization up to which a card counts as idle: a display or a monitoring agent.
+const IDLE_PERCENT: u32 = 3;
+
 /// One card, watched.
 #[derive(Debug)]
 pub struct WatchedCard {
@@ -52,6 +55,11 @@ impl WatchedCard {
     /// Returns what these processes hold.
     pub fn used_by(&mut self, pids: &[u32]) -> Option<Bytes> {
         self.gpus.used_by(self.uuid.as_deref()?, pids).ok().flatten()
+    }
+
+    /// Returns whether the card computes, for whomever; `None` where it cannot be read.
+    pub fn is_busy(&mut self) -> Option<bool> {
+        Some(self.gpus.utilization(self.uuid.as_deref()?).ok()? > IDLE_PERCENT)
     }
 
     /// Returns the card's index now; it can change when another card is lost.

@@ -18,3 +18,4 @@ pub mod resume;
 pub mod screen;
 pub mod secrets;
 pub mod signals;
+pub mod stall;
