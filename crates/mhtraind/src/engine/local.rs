@@ -845,7 +845,11 @@ impl<'a> Job<'a> {
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
         let Gone { start, exit, facts, mut follower, pids } = gone;
-        let diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
+        let mut diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
+        if exit == Exit::Lost && names_no_cause(&diagnosis) && follower.log.end_of_training().is_none() {
+            // It died with its recorder. To a reader of its output alone it may still be running, but it is gone.
+            diagnosis = Diagnosis { evidence: diagnosis.evidence, ..interrupted() };
+        }
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {
@@ -1092,6 +1096,11 @@ fn kill_everything(attempt: &Attempt) -> Result<(), Failure> {
 fn free_port() -> Option<u16> {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).ok()?;
     Some(listener.local_addr().ok()?.port())
+}
+
+/// Returns whether a diagnosis knows of nothing that a trainer could have died of.
+fn names_no_cause(diagnosis: &Diagnosis) -> bool {
+    !diagnosis.fatal && matches!(diagnosis.kind, Kind::Unknown | Kind::Success)
 }
 
 /// Returns the diagnosis of an attempt that nobody saw end.
