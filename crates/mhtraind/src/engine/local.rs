@@ -238,7 +238,10 @@ impl<'a> Job<'a> {
             }));
         }
         self.receipt.attempts = Receipt::from_events(None, self.journal.records()).attempts;
+        // An end that nobody judged may be a success: a stop that came too late takes it from nobody.
+        let unjudged = matches!(self.journal.state(), JobState::Recovering { rerun: None, .. });
         if let Some(cause) = self.stop
+            && !unjudged
             && !self.journal.state().has_live_attempt()
         {
             return self.cancelled(cause);
