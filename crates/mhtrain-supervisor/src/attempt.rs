@@ -148,6 +148,13 @@ pub enum SpawnError {
 }
 
 impl SpawnError {
+    /// Returns whether a signal ended the recorder before it was up. Then nothing is wrong with what was to be run, and
+    /// another attempt may be started.
+    #[must_use]
+    pub fn is_recorder_killed(&self) -> bool {
+        matches!(self, SpawnError::RecorderDied { status, .. } if status.signal().is_some())
+    }
+
     /// Returns what the reader can do, where there is something.
     #[must_use]
     pub fn help(&self) -> Option<String> {

@@ -149,6 +149,21 @@ struct Gone {
     pids: Vec<u32>,
 }
 
+/// Why an attempt did not come up.
+#[derive(Debug)]
+enum Unlaunched {
+    /// Somebody killed its recorder: another attempt can be made.
+    Killed(String),
+    /// It cannot be started.
+    Failed(Failure),
+}
+
+impl From<Failure> for Unlaunched {
+    fn from(failure: Failure) -> Unlaunched {
+        Unlaunched::Failed(failure)
+    }
+}
+
 struct Job<'a> {
     config: &'a Config,
     prepared: Prepared,
@@ -454,7 +469,19 @@ impl<'a> Job<'a> {
                 self.save_receipt()?;
                 Ok(Ok((start, attempt)))
             }
-            Err(failure) => {
+            Err(Unlaunched::Killed(why)) => {
+                self.screen.say(format!("attempt {number} was interrupted: {why}"));
+                let diagnosis = interrupted();
+                self.note_end(&Exit::Lost, &diagnosis, None);
+                self.journal.record(JobEvent::AttemptEnded {
+                    attempt: number,
+                    exit: Exit::Lost,
+                    diagnosis: Box::new(diagnosis.clone()),
+                    last_step: None,
+                })?;
+                self.answer(&diagnosis, None, Vec::new()).map(Err)
+            }
+            Err(Unlaunched::Failed(failure)) => {
                 let exit = Exit::SpawnFailed { error: failure.message.clone() };
                 let diagnosis = Diagnosis { kind: Kind::Unknown, certain: true, ..interrupted() };
                 self.note_end(&exit, &diagnosis, None);
@@ -641,7 +668,7 @@ impl<'a> Job<'a> {
         self.directory.record(attempt).join("trainer.log")
     }
 
-    fn spawn(&mut self, start: &AttemptStart, checkpoint: Option<PathBuf>) -> Result<Attempt, Failure> {
+    fn spawn(&mut self, start: &AttemptStart, checkpoint: Option<PathBuf>) -> Result<Attempt, Unlaunched> {
         let output_dir = self.directory.attempt(start.attempt);
         std::fs::create_dir_all(&output_dir).map_err(|e| unwritable(&output_dir, &e))?;
         if let Some(index) = self.card.index() {
@@ -680,8 +707,10 @@ impl<'a> Job<'a> {
             identity: None,
             extent: Extent::Cgroup,
         };
-        Attempt::launch(&own_exe()?, &record, &spec, &env)
-            .map_err(|e| Failure::failed("cannot_start", chain(&e)).help(e.help()))
+        Attempt::launch(&own_exe()?, &record, &spec, &env).map_err(|error| match error.is_recorder_killed() {
+            true => Unlaunched::Killed(chain(&error)),
+            false => Failure::failed("cannot_start", chain(&error)).help(error.help()).into(),
+        })
     }
 
     /// Returns the whole environment of a trainer: ours, the job's, and the secrets that the job names.
