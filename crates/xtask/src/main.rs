@@ -1,6 +1,10 @@
-//! The developers' commands: `cargo xtask test`, `cargo xtask score-memory`, `cargo xtask
-//! score-published`, `cargo xtask score-diagnosis`.
+//! The developers' commands: `cargo xtask test`, `cargo xtask chaos`, `cargo xtask score-memory`, `cargo xtask
+//! score-plan`, `cargo xtask score-published`, `cargo xtask score-diagnosis`.
 
+mod chaos;
+mod draws;
+#[path = "../../../tests/fake-swift/host.rs"]
+mod fake_host;
 mod score_diagnosis;
 mod score_memory;
 mod score_plan;
@@ -20,6 +24,8 @@ struct Cli {
 enum Command {
     /// Run every test, those on real ms-swift included, and print the seconds of each stage
     Test(test::TestArgs),
+    /// Kill daemons, recorders and trainers at random moments, and see whether anything is lost or done twice
+    Chaos(chaos::ChaosArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
     /// Score the plan against an oracle on random simulated hosts
@@ -33,6 +39,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
+        Command::Chaos(args) => chaos::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
         Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),

@@ -38,6 +38,8 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let mut test = cargo();
     test.args(["test", "--workspace"]).current_dir(&root);
     stage(&mut stages, "unit and black-box tests", &mut test)?;
+    let mut chaos = Command::new(std::env::current_exe().context("no path to this program")?);
+    stage(&mut stages, "50 kills at random moments", chaos.args(["chaos", "--trials", "50"]))?;
     if args.no_trainer {
         println!("the tests on real ms-swift are left out, as asked");
     } else {
@@ -89,18 +91,18 @@ fn install_trainer(binary: &Path, line: &str) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-fn cargo() -> Command {
+pub(crate) fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
 /// Returns the workspace's root: this crate lies two levels below it.
-fn root() -> anyhow::Result<PathBuf> {
+pub(crate) fn root() -> anyhow::Result<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     Ok(here.ancestors().nth(2).context("xtask lies in crates/xtask")?.to_owned())
 }
 
 /// Returns where cargo builds.
-fn target_dir(root: &Path) -> PathBuf {
+pub(crate) fn target_dir(root: &Path) -> PathBuf {
     match std::env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => root.join(dir),
         None => root.join("target"),
