@@ -537,15 +537,17 @@ impl Attempt {
             let populated = || group.as_ref().and_then(|group| group.population().ok());
             let populated = || populated().is_some_and(|population| population.is_populated());
             // Two looks: in one listing of /proc somebody can hide who forks and ends while it is read.
-            if alive.is_empty() && !populated() && self.survivors(group.as_ref())?.is_empty() {
+            // One that is ending loses its mark before its files, and with them its device: it is waited for by name.
+            let nobody = alive.is_empty() && !killed.iter().any(ProcessIdentity::is_alive);
+            if nobody && !populated() && self.survivors(group.as_ref())?.is_empty() {
                 killed.retain(|process| Some(process) != recorder.as_ref());
                 let _by_whoever_comes_next = cgroup.map(|cgroup| cgroup.remove());
                 return Ok(killed.len());
             }
             if Instant::now() >= until {
-                return Err(StopError::StillThere {
-                    pids: alive.iter().map(|process| process.pid).collect(),
-                });
+                killed.extend(alive);
+                let there = killed.iter().filter(|process| process.is_alive());
+                return Err(StopError::StillThere { pids: there.map(|process| process.pid).collect() });
             }
             for process in alive {
                 // A refusal shows as a process that is still there at the end.
