@@ -15,6 +15,7 @@ mod fake_host;
 
 mod companion;
 mod lab;
+mod ranks;
 mod warm;
 
 use std::collections::BTreeSet;
