@@ -193,7 +193,7 @@ impl<'a> Watch<'a> {
         members
     }
 
-    fn is_anybody_left(&mut self) -> bool {
+    pub(crate) fn is_anybody_left(&mut self) -> bool {
         let children = self.reap();
         let populated = self.cgroup.as_ref().is_some_and(|watched| watched.population.is_populated());
         match self.sight {
