@@ -317,10 +317,7 @@ impl Attempt {
         group: Option<Group>,
         log: &File,
     ) -> Result<(), SpawnError> {
-        let arrivals = {
-            let _as_owner = self.record.as_owner();
-            Arrivals::in_directory(self.record.path())
-        };
+        let arrivals = self.arrivals();
         let pid = spawn_recorder(exe, verb, &self.record, environment, switch, group.as_ref(), log)
             .map_err(|source| SpawnError::Recorder { exe: exe.to_owned(), source })?;
         let up = self.wait_until_up(pid, arrivals.as_ref());
@@ -446,6 +443,14 @@ impl Attempt {
         })
     }
 
+    /// Returns what wakes whoever follows the attempt in an event loop: files of the record come when its state changes, but a
+    /// recorder that dies leaves none. `None` where the kernel tells us nothing.
+    #[must_use]
+    pub fn arrivals(&self) -> Option<Arrivals> {
+        let _as_owner = self.record.as_owner();
+        Arrivals::in_directory(self.record.path())
+    }
+
     /// Waits until the state is not `seen` any more, or until `timeout` has passed. Returns the state then.
     ///
     /// # Errors
@@ -457,10 +462,7 @@ impl Attempt {
     ) -> Result<AttemptState, RecordError> {
         let until = Instant::now() + timeout;
         // From before the first look, so that nothing comes in between.
-        let arrivals = {
-            let _as_owner = self.record.as_owner();
-            Arrivals::in_directory(self.record.path())
-        };
+        let arrivals = self.arrivals();
         loop {
             if let Some(arrivals) = &arrivals {
                 arrivals.forget();

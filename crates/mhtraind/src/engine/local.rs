@@ -24,6 +24,7 @@ use mhtrain_job::state::JobState;
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
+use mhtrain_supervisor::Arrivals;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
 use mhtrain_supervisor::record::{Ended as TrainerEnd, ExitRecord, Extent, RecordError};
@@ -32,9 +33,11 @@ use mhtrain_swift::command::{AttemptFlags, TrainerStart, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
 use mhtrain_swift::environment::TrainerEnvironment;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::companion::{self, Companion};
-use super::directory::JobDirectory;
+use super::directory::{JobDirectory, Lasting};
 use super::follow::Follower;
 use super::journal::{Journal, now};
 use super::memory::{Waited, WatchedCard, pause};
@@ -740,6 +743,7 @@ impl<'a> Job<'a> {
         let mut follower = Follower::new(&self.output_of(start.attempt), &output_dir);
         let (mut pids, mut take_overs) = (Vec::new(), 0);
         let mut memory_at: Option<Instant> = None;
+        let arrivals = attempt.arrivals().and_then(awaitable);
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         if self.deadline.is_none() {
@@ -752,6 +756,7 @@ impl<'a> Job<'a> {
             let asked = tokio::select! {
                 cause = self.signals.next() => Some(cause),
                 _ = look.tick() => None,
+                () = arrival(arrivals.as_ref()) => None,
             };
             let late = self.deadline.is_some_and(|at| Instant::now() >= at) && self.stop.is_none();
             if let Some(cause) = asked.or(late.then_some(StopCause::TimeLimit)) {
@@ -1075,13 +1080,14 @@ impl<'a> Job<'a> {
 
     fn save_receipt(&mut self) -> Result<(), Failure> {
         let state = self.journal.state();
+        let lasting = if state.is_final() { Lasting::OverPowerCut } else { Lasting::UntilPowerCut };
         if !state.is_final() {
             self.receipt.state = state.name().to_owned();
             self.receipt.reason = state.reason();
         }
         let text =
             serde_json::to_vec_pretty(&self.receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
-        self.directory.write_receipt(&text)
+        self.directory.write_receipt(&text, lasting)
     }
 }
 
@@ -1103,6 +1109,25 @@ fn last_step(follower: &Follower) -> Option<u64> {
 fn rows(follower: &Follower) -> Option<u64> {
     let counted = follower.telemetry.rows().or_else(|| follower.watch.train_rows());
     counted.or_else(|| follower.log.summary()?.train_rows)
+}
+
+/// Returns arrivals that a task can wait for; `None` where this runtime cannot.
+fn awaitable(arrivals: Arrivals) -> Option<AsyncFd<Arrivals>> {
+    // SAFETY: `Arrivals` owns one descriptor from its making until it is dropped, and `as_raw_fd` always returns that one.
+    unsafe { AsyncFd::register_with_interest(arrivals, Interest::READABLE) }.ok()
+}
+
+/// Waits for a change of an attempt's state, where the kernel tells of one.
+async fn arrival(arrivals: Option<&AsyncFd<Arrivals>>) {
+    let Some(arrivals) = arrivals else { return std::future::pending().await };
+    match arrivals.readable().await {
+        Ok(mut ready) => {
+            arrivals.get_ref().forget();
+            ready.clear_ready();
+        }
+        // Then only the clock wakes us.
+        Err(_) => std::future::pending().await,
+    }
 }
 
 /// Returns a process and everything that came from it.
