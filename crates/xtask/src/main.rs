@@ -1,6 +1,7 @@
-//! The developers' commands: `cargo xtask test`, `cargo xtask chaos`, `cargo xtask score-memory`, `cargo xtask
-//! score-plan`, `cargo xtask score-published`, `cargo xtask score-diagnosis`.
+//! The developers' commands: `cargo xtask test`, `cargo xtask chaos`, `cargo xtask bench`, `cargo xtask
+//! score-memory`, `cargo xtask score-plan`, `cargo xtask score-published`, `cargo xtask score-diagnosis`.
 
+mod bench;
 mod chaos;
 mod draws;
 #[path = "../../../tests/fake-swift/host.rs"]
@@ -26,6 +27,8 @@ enum Command {
     Test(test::TestArgs),
     /// Kill daemons, recorders and trainers at random moments, and see whether anything is lost or done twice
     Chaos(chaos::ChaosArgs),
+    /// Measure the daemon beside pueue and task-spooler
+    Bench(bench::BenchArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
     /// Score the plan against an oracle on random simulated hosts
@@ -40,6 +43,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Test(args) => test::run(&args),
         Command::Chaos(args) => chaos::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
         Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),
