@@ -270,6 +270,29 @@ fn a_killed_recorder_is_replaced_with_and_without_the_daemon() {
 }
 
 #[test]
+fn a_trainer_that_died_with_its_recorder_was_interrupted_and_goes_on() {
+    let mut served = Served::new();
+    let id = served.submit(json!({}), &json!({"step_seconds": 0.2}));
+    served.wait_until("a saved step", |served| served.host.trained(1).len() >= 4);
+    served.daemon.kill().unwrap();
+    for who in ["recorder", "trainer"] {
+        let path = served.host.env.path(&format!("state/jobs/{id}/attempt-1/{who}.json"));
+        let record: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let pid = record["pid"].to_string();
+        assert!(Command::new("kill").args(["-9", &pid]).status().unwrap().success(), "{who}");
+    }
+    served.kill_and_restart();
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let attempts = served.receipt(&id)["attempts"].clone();
+    assert_eq!(attempts[0]["exit"]["kind"], "lost");
+    assert_eq!(attempts[0]["diagnosis"]["kind"], "interrupted");
+    assert_eq!(
+        (&attempts[1]["resume"]["kind"], &attempts[1]["resume"]["from_step"]),
+        (&json!("exact"), &json!(3))
+    );
+}
+
+#[test]
 fn one_job_a_device_by_priority_and_the_others_say_why_they_wait() {
     let served = Served::new();
     let slow = json!({"step_seconds": 0.1});

@@ -5,6 +5,8 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
+use crate::fake_host::{make_model_and_data, make_trainer};
+
 /// A temporary home with its own settings, cards and working directory; nothing of the caller's environment but PATH.
 pub(crate) struct TestEnv {
     dir: tempfile::TempDir,
@@ -116,7 +118,8 @@ impl FakeHost {
     /// Makes the host; the card has `card` bytes, all free.
     pub(crate) fn with_card(card: u64) -> FakeHost {
         let env = TestEnv::new();
-        make_trainer(&env, "4.6.0", "5.19.0");
+        let sft = root().join("tests/fake-swift/fake_swift.py");
+        make_trainer(&env.path("trainer"), &sft, "4.6.0", "5.19.0").expect("a trainer environment");
         let device = nvml_sim::SimDevice::idle(CARD, "Simulated GPU", card, "8.0");
         nvml_sim::SimFile::new(vec![device]).write_atomically(&env.path("nvml.json")).expect("can write");
         env.write(
@@ -126,16 +129,7 @@ impl FakeHost {
                 env.path("trainer/bin/swift")
             ),
         );
-        // 0.5 B parameters in Qwen2's shape: real sizes, no weights.
-        env.write(
-            "model/config.json",
-            r#"{"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
-                "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": true}"#,
-        );
-        let rows: String = (0..320)
-            .map(|n| format!("{{\"messages\": [{{\"role\": \"user\", \"content\": \"<id {n:04}>\"}}]}}\n"))
-            .collect();
-        env.write("train.jsonl", rows);
+        make_model_and_data(&env.path(".")).expect("can write");
         FakeHost { env }
     }
 
@@ -184,58 +178,4 @@ impl FakeHost {
             })
             .collect()
     }
-}
-
-/// ms-swift's download, played: FAKE_HUB is a directory of models, and one comes when its file `go` is there.
-const FAKE_HUB: &str = r#"
-import os, pathlib, shutil, sys, time
-
-def safe_snapshot_download(model, revision=None, use_hf=None):
-    source = pathlib.Path(os.environ["FAKE_HUB"]) / model
-    if not source.is_dir():
-        sys.exit(f"huggingface_hub.errors.RepositoryNotFoundError: 404 Client Error. Repository Not Found: {model}")
-    if (source / "unreachable").exists():
-        sys.exit("requests.exceptions.ConnectionError: Max retries exceeded: Failed to establish a new connection")
-    while not (source / "go").exists():
-        time.sleep(0.02)
-    copy = pathlib.Path(os.environ["HF_HUB_CACHE"]) / ("models--" + model.replace("/", "--"))
-    (copy / "refs").mkdir(parents=True)
-    (copy / "refs/main").write_text("1234")
-    shutil.copytree(source, copy / "snapshots/1234")
-"#;
-
-/// Makes a virtual environment that looks like one with ms-swift in it.
-fn make_trainer(env: &TestEnv, ms_swift: &str, transformers: &str) {
-    let venv = env.path("trainer");
-    let made = Command::new("python3").args(["-m", "venv", "--without-pip"]).arg(&venv).status();
-    assert!(made.expect("python3 is on the PATH").success(), "python3 -m venv works");
-    let site = std::fs::read_dir(venv.join("lib"))
-        .expect("lib")
-        .flatten()
-        .map(|entry| entry.path().join("site-packages"))
-        .find(|path| path.is_dir())
-        .expect("site-packages");
-    for (name, version) in
-        [("ms_swift", ms_swift), ("torch", "2.15.0"), ("transformers", transformers), ("peft", "0.20.0")]
-    {
-        let dir = site.join(format!("{name}-{version}.dist-info"));
-        std::fs::create_dir_all(&dir).expect("dist-info");
-        let metadata =
-            format!("Metadata-Version: 2.1\nName: {}\nVersion: {version}\n", name.replace('_', "-"));
-        std::fs::write(dir.join("METADATA"), metadata).expect("METADATA");
-    }
-    let cli = site.join("swift/cli");
-    std::fs::create_dir_all(&cli).expect("swift/cli");
-    for (file, text) in
-        [("__init__", ""), ("utils", FAKE_HUB), ("dataset", "def load_dataset(*_, **__): pass\n")]
-    {
-        std::fs::write(site.join(format!("swift/{file}.py")), text).expect("a module");
-    }
-    std::fs::copy(root().join("tests/fake-swift/fake_swift.py"), cli.join("sft.py"))
-        .expect("the fake trainer");
-    let script =
-        format!("#!{}\nimport sys\nsys.exit('the wrapper is not used')\n", venv.join("bin/python").display());
-    let path = venv.join("bin/swift");
-    std::fs::write(&path, script).expect("bin/swift");
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
 }

@@ -9,6 +9,8 @@ mod daemon;
 mod diagnose;
 mod environment;
 mod estimate;
+#[path = "../fake-swift/host.rs"]
+mod fake_host;
 mod import;
 mod job_files;
 mod plan;

@@ -79,6 +79,23 @@ fn an_end_that_nobody_judged_is_judged_by_the_next_process() {
 }
 
 #[test]
+fn a_stop_that_came_after_the_last_step_takes_no_success_away() {
+    let host = FakeHost::with_card(80 * GIB);
+    host.job(json!({}));
+    host.run(&["run", "job.json"], json!({})).expect(0);
+    // As if it had been stopped at its end, and mhtraind had died between the end of the attempt and the verdict.
+    let path = host.env.path("out/.mhtraind/journal.jsonl");
+    let journal = std::fs::read_to_string(&path).unwrap();
+    let mut lines: Vec<&str> = journal.lines().take_while(|line| !line.contains("\"succeeded\"")).collect();
+    let ended = lines.len() - 1;
+    assert!(lines[ended].contains("\"attempt_ended\""));
+    lines.insert(ended, r#"{"v":1,"at":"2026-11-24T00:00:00Z","event":"stop_requested","by":"SIGTERM"}"#);
+    std::fs::write(&path, lines.join("\n") + "\n").unwrap();
+    host.run(&["run", "job.json", "--continue"], json!({})).expect(0);
+    assert_eq!(host.receipt()["state"], "succeeded");
+}
+
+#[test]
 fn an_oom_goes_one_rung_down_and_on_from_the_saved_step() {
     let host = host();
     host.job(json!({}));

@@ -27,6 +27,7 @@ The scenario is a JSON object; every key may be missing. An unknown key is an er
     exit_code       instead of 0 at the end
     end_line        false: the end-of-training line is missing
     lose_steps      steps at the end that are silently not trained although the run claims success
+    witness         a directory of the test's own: what this trainer really did is appended to trainers.jsonl there
     attempts        {"2": {...}}: keys that replace the ones above when --output_dir ends in attempt-2
 
 The two traps of resuming under 3.x are played too: the checkpoint's micro-batch wins over the command line, and after a
@@ -37,9 +38,15 @@ Beside ms-swift's files it writes into the output directory, for the test to loo
     fake-argv.json  the arguments, and the names (not the values) of the environment
     fake-pids.json  {"trainer": pid, "workers": [pid, ...]}
     fake-rows.jsonl {"step": 7, "epoch": 0, "micro_batch": 4, "rows": [...]}: which rows each step trained
+
+A line of trainers.jsonl is {"at": seconds of CLOCK_MONOTONIC, "pid", "job": the name of the directory above attempt-N,
+"what"}, where "what" is "start", "step" and "saved" (with "step"), "end" (with "code"), or "beside" (with "of"): another
+trainer of this job, or on this card, was still alive at the start. It and its workers hold a lock on each as long as
+they live, so that the kernel answers this and no clock.
 """
 
 import datetime
+import fcntl
 import json
 import math
 import os
@@ -52,6 +59,7 @@ import time
 KNOWN = {
     "dialect", "rows", "start_seconds", "step_seconds", "oom", "fail", "kill", "hang_at_step", "diverge_at_step",
     "on_sigterm", "workers", "workers_ignore_sigterm", "noise_bytes", "exit_code", "end_line", "lose_steps", "attempts",
+    "witness",
 }
 WHOLE_NUMBERS = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps", "save_total_limit",
@@ -85,6 +93,7 @@ class Scenario:
         self.exit_code = keys.get("exit_code", 0)
         self.end_line = keys.get("end_line", True)
         self.lose_steps = keys.get("lose_steps", 0)
+        self.witness = keys.get("witness")
 
     @staticmethod
     def for_attempt(text, output_dir):
@@ -92,6 +101,33 @@ class Scenario:
         attempt = re.search(r"attempt-(\d+)$", output_dir.rstrip("/"))
         own = keys.get("attempts", {}).get(attempt.group(1), {}) if attempt else {}
         return Scenario({**keys, **own})
+
+
+class Witness:
+    """Tells a test what this trainer does, in a place that no supervisor knows."""
+
+    def __init__(self, directory, output_dir):
+        self.job = os.path.basename(os.path.dirname(output_dir.rstrip("/")))
+        self.file, self.locks = None, []
+        if directory:
+            self.file = os.open(os.path.join(directory, "trainers.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            self.say("start")
+            card = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+            self.take(directory, f"job-{self.job}")
+            self.take(directory, f"card-{card}")
+
+    def take(self, directory, name):
+        lock = os.open(os.path.join(directory, f"{name}.lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.say("beside", of=name)
+        self.locks.append(lock)
+
+    def say(self, what, **facts):
+        if self.file is not None:
+            line = {"at": time.monotonic(), "pid": os.getpid(), "job": self.job, "what": what, **facts}
+            os.write(self.file, (json.dumps(line) + "\n").encode())
 
 
 class TrainerError(Exception):
@@ -163,6 +199,7 @@ class Trainer:
         self.stop_asked = False
         self.replayed_epoch = None
         self.began = time.monotonic()
+        self.witness = Witness(scenario.witness, self.output_dir)
 
     # -- before training
 
@@ -293,6 +330,7 @@ class Trainer:
             self.before_step(step)
             time.sleep(self.scenario.step_seconds)
             self.record_rows(step)
+            self.witness.say("step", step=step)
             self.state["global_step"] = step
             bar(step, self.max_steps, time.monotonic() - self.began)
             if step == 1 or step % self.flags.get("logging_steps", 5) == 0 or step == self.max_steps:
@@ -379,6 +417,7 @@ class Trainer:
                 os.unlink(link)
             os.symlink(f"checkpoint-{step}", link)
         self.drop_old_checkpoints()
+        self.witness.say("saved", step=step)
 
     def trainer_state(self):
         return {**self.state, "best_global_step": None, "best_metric": None, "best_model_checkpoint": None,
@@ -491,9 +530,18 @@ def main():
     scenario = Scenario.for_attempt(os.environ.get("FAKE_SWIFT_SCENARIO", ""), flags["output_dir"])
     trainer = Trainer(flags, scenario)
     try:
+        play(trainer)
+    except SystemExit as end:
+        trainer.witness.say("end", code=end.code)
+        raise
+
+
+def play(trainer):
+    """Runs the trainer, and ends as it would."""
+    try:
         trainer.run()
     except TrainerError as error:
-        print_traceback(error, (scenario.oom or {}).get("kind"))
+        print_traceback(error, (trainer.scenario.oom or {}).get("kind"))
         trainer.summary()
         # A progress bar is redrawn when it is closed, so the traceback is not the last thing in the file.
         if hasattr(trainer, "max_steps"):

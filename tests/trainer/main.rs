@@ -9,11 +9,15 @@
 #[path = "../blackbox/environment.rs"]
 #[allow(dead_code, reason = "shared with the black-box tests, which use all of it")]
 mod environment;
+#[path = "../fake-swift/host.rs"]
+#[allow(dead_code, reason = "the real trainer is there instead")]
+mod fake_host;
 
 mod companion;
 mod daemon;
 mod failures;
 mod lab;
+mod ranks;
 mod warm;
 
 use std::collections::BTreeSet;

@@ -139,8 +139,12 @@ pub enum Verdict {
 pub const DRAINED: &str = "the daemon is drained: nothing starts until `mhtraind undrain`";
 
 /// Returns what becomes of every queued job, best placed first. `drained`: nothing may start.
-pub fn decide(queue: &[QueuedJob], leases: &Leases, drained: bool) -> Vec<(u64, Verdict)> {
-    let mut order: Vec<&QueuedJob> = queue.iter().collect();
+pub fn decide<'a>(
+    queue: impl IntoIterator<Item = &'a QueuedJob>,
+    leases: &Leases,
+    drained: bool,
+) -> Vec<(u64, Verdict)> {
+    let mut order: Vec<&QueuedJob> = queue.into_iter().collect();
     order.sort_by_key(|job| (Reverse(job.priority), job.id));
     let mut places = Places { taken: leases.clone(), first_in_line: BTreeMap::new() };
     order.into_iter().map(|job| (job.id, verdict(job, &mut places, drained))).collect()

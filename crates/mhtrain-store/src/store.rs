@@ -240,12 +240,13 @@ impl Store {
         })
     }
 
-    /// Notes which device a job has; `None`: again the one that it asked for.
+    /// Notes which device a job has; `None`: again the one that it asked for. For listings only, so not one fsync: after a
+    /// power cut it may be the one before.
     ///
     /// # Errors
     /// [`StoreError::NoSuchJob`], and what keeps the store from writing.
     pub fn set_device(&mut self, id: JobId, device: Option<&str>) -> Result<(), StoreError> {
-        self.database.write(Durability::PowerCut, |connection| {
+        self.database.write(Durability::ProcessEnd, |connection| {
             let row = job::row(connection, id)?.ok_or(StoreError::NoSuchJob { id })?;
             let device = device.map(str::to_owned).or_else(|| device_of(&row.spec));
             connection

@@ -148,6 +148,13 @@ pub enum SpawnError {
 }
 
 impl SpawnError {
+    /// Returns whether a signal ended the recorder before it was up. Then nothing is wrong with what was to be run, and
+    /// another attempt may be started.
+    #[must_use]
+    pub fn is_recorder_killed(&self) -> bool {
+        matches!(self, SpawnError::RecorderDied { status, .. } if status.signal().is_some())
+    }
+
     /// Returns what the reader can do, where there is something.
     #[must_use]
     pub fn help(&self) -> Option<String> {
@@ -306,10 +313,7 @@ impl Attempt {
         group: Option<Group>,
         log: &File,
     ) -> Result<(), SpawnError> {
-        let arrivals = {
-            let _as_owner = self.record.as_owner();
-            Arrivals::in_directory(self.record.path())
-        };
+        let arrivals = self.arrivals();
         let pid = spawn_recorder(exe, verb, &self.record, environment, switch, group.as_ref(), log)
             .map_err(|source| SpawnError::Recorder { exe: exe.to_owned(), source })?;
         let up = self.wait_until_up(pid, arrivals.as_ref());
@@ -454,6 +458,14 @@ impl Attempt {
         })
     }
 
+    /// Returns what wakes whoever follows the attempt in an event loop: files of the record come when its state changes, but a
+    /// recorder that dies leaves none. `None` where the kernel tells us nothing.
+    #[must_use]
+    pub fn arrivals(&self) -> Option<Arrivals> {
+        let _as_owner = self.record.as_owner();
+        Arrivals::in_directory(self.record.path())
+    }
+
     /// Waits until the state is not `seen` any more, or until `timeout` has passed. Returns the state then.
     ///
     /// # Errors
@@ -465,10 +477,7 @@ impl Attempt {
     ) -> Result<AttemptState, RecordError> {
         let until = Instant::now() + timeout;
         // From before the first look, so that nothing comes in between.
-        let arrivals = {
-            let _as_owner = self.record.as_owner();
-            Arrivals::in_directory(self.record.path())
-        };
+        let arrivals = self.arrivals();
         loop {
             if let Some(arrivals) = &arrivals {
                 arrivals.forget();
@@ -545,15 +554,17 @@ impl Attempt {
             let populated = || group.as_ref().and_then(|group| group.population().ok());
             let populated = || populated().is_some_and(|population| population.is_populated());
             // Two looks: in one listing of /proc somebody can hide who forks and ends while it is read.
-            if alive.is_empty() && !populated() && self.survivors(group.as_ref())?.is_empty() {
+            // One that is ending loses its mark before its files, and with them its device: it is waited for by name.
+            let nobody = alive.is_empty() && !killed.iter().any(ProcessIdentity::is_alive);
+            if nobody && !populated() && self.survivors(group.as_ref())?.is_empty() {
                 killed.retain(|process| Some(process) != recorder.as_ref());
                 let _by_whoever_comes_next = cgroup.map(|cgroup| cgroup.remove());
                 return Ok(killed.len());
             }
             if Instant::now() >= until {
-                return Err(StopError::StillThere {
-                    pids: alive.iter().map(|process| process.pid).collect(),
-                });
+                killed.extend(alive);
+                let there = killed.iter().filter(|process| process.is_alive());
+                return Err(StopError::StillThere { pids: there.map(|process| process.pid).collect() });
             }
             for process in alive {
                 // A refusal shows as a process that is still there at the end.

@@ -36,3 +36,4 @@ pub use identity::{FileRights, Identity};
 pub use log_tail::LogTail;
 pub use process::ProcessIdentity;
 pub use record::{Ended, ExitRecord, Extent, StopTook, TrainerRecord};
+pub use wake::Arrivals;

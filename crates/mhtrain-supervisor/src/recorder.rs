@@ -8,9 +8,9 @@
 //!   trainer.json (pid, start time, extent)
 //!   one byte ──────────────────────────>  executes the trainer under the same pid
 //!   waits, caps the logs, hears stops      (no byte but end of file: exits; the recorder died)
-//!   exit.json
+//!   exit.json, where somebody outlived it
 //!   ends what outlived the trainer
-//!   exit.json again: nobody is left
+//!   exit.json: nobody is left
 //! ```
 //!
 //! A recorder is a process of one thread without signal handlers. It lives in a session of its own, so that a terminal's
@@ -164,8 +164,10 @@ pub(crate) fn see_to_the_end(
                 leftovers_killed: None,
             };
             // The status first: should we be killed during the sweep, it is not lost. The sweep comes even if it cannot be
-            // written.
-            if let Err(error) = record.write_exit(&exit) {
+            // written. Where nobody is to be swept the last word is the first one.
+            if watch.is_anybody_left()
+                && let Err(error) = record.write_exit(&exit)
+            {
                 complain("cannot write the exit status yet", &error);
             }
             exit

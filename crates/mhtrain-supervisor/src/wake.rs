@@ -1,7 +1,7 @@
 //! What wakes somebody who waits for an attempt?
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,8 +12,9 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use crate::process::ProcessIdentity;
 
 /// Wakes when a file is put into a directory by a rename: so every file of a record comes there.
+/// Its descriptor is readable then.
 #[derive(Debug)]
-pub(crate) struct Arrivals(OwnedFd);
+pub struct Arrivals(OwnedFd);
 
 impl Arrivals {
     /// Watches from now on. Returns `None` where that cannot be had; somebody who waits must then look by himself. A
@@ -30,7 +31,7 @@ impl Arrivals {
     }
 
     /// Forgets what came so far.
-    pub(crate) fn forget(&self) {
+    pub fn forget(&self) {
         let mut events = [MaybeUninit::<u8>::uninit(); 4096];
         while rustix::io::read(&self.0, &mut events).is_ok_and(|(read, _)| !read.is_empty()) {}
     }
@@ -39,6 +40,13 @@ impl Arrivals {
 impl AsFd for Arrivals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// What tokio's event loop asks for.
+impl AsRawFd for Arrivals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 

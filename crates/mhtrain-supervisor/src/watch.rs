@@ -147,7 +147,9 @@ impl<'a> Watch<'a> {
         let grace = if stop == Some(StopTook::Kill) { Duration::ZERO } else { LEFTOVER_GRACE };
         let until = Instant::now() + grace;
         let (mut told, mut patience) = (BTreeSet::new(), Patience::new());
-        while self.is_anybody_left() {
+        // One that is ending loses its memory, and with it the mark that it is known by, before its files, and with them its
+        // device: whoever was signalled once is waited for by name.
+        while self.is_anybody_left() || told.iter().any(ProcessIdentity::is_alive) {
             if Instant::now() < until {
                 for process in self.members() {
                     if told.insert(process.clone()) {
@@ -191,7 +193,7 @@ impl<'a> Watch<'a> {
         members
     }
 
-    fn is_anybody_left(&mut self) -> bool {
+    pub(crate) fn is_anybody_left(&mut self) -> bool {
         let children = self.reap();
         let populated = self.cgroup.as_ref().is_some_and(|watched| watched.population.is_populated());
         match self.sight {

@@ -395,7 +395,12 @@ fn a_launch_without_a_recorder_is_an_error_and_leaves_nobody() {
     let missing = Attempt::launch(Path::new("/no/such/exe"), &lab.path("a"), &lab.spec, &lab.env);
     assert!(missing.unwrap_err().to_string().contains("/no/such/exe"));
     let wrong = Attempt::launch(Path::new("/bin/false"), &lab.path("b"), &lab.spec, &lab.env);
-    assert!(wrong.unwrap_err().to_string().contains("before it was up"));
+    let wrong = wrong.unwrap_err();
+    assert!(wrong.to_string().contains("before it was up") && !wrong.is_recorder_killed());
+    fs::write(lab.path("killed"), "#!/bin/sh\nkill -9 $$\n").unwrap();
+    fs::set_permissions(lab.path("killed"), fs::Permissions::from_mode(0o755)).unwrap();
+    let killed = Attempt::launch(&lab.path("killed"), &lab.path("k"), &lab.spec, &lab.env);
+    assert!(killed.unwrap_err().is_recorder_killed());
     let mut nothing = lab.spec.clone();
     nothing.argv.clear();
     assert!(Attempt::launch(exe(), &lab.path("c"), &nothing, &lab.env).is_err());

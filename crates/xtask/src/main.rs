@@ -1,5 +1,10 @@
-//! The developers' commands: `cargo xtask test`, `cargo xtask package`, `cargo xtask systemd` and the scores.
+//! The developers' commands: tests, the package, chaos, benchmarks and scores.
 
+mod bench;
+mod chaos;
+mod draws;
+#[path = "../../../tests/fake-swift/host.rs"]
+mod fake_host;
 mod package;
 mod score_diagnosis;
 mod score_memory;
@@ -26,6 +31,10 @@ enum Command {
     Package(package::PackageArgs),
     /// Run the Debian package under a real systemd, in namespaces and on a root in memory
     Systemd(systemd::SystemdArgs),
+    /// Kill daemons, recorders and trainers at random moments, and see whether anything is lost or done twice
+    Chaos(chaos::ChaosArgs),
+    /// Measure the daemon beside pueue and task-spooler
+    Bench(bench::BenchArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
     /// Score the plan against an oracle on random simulated hosts
@@ -41,6 +50,8 @@ fn main() -> anyhow::Result<()> {
         Command::Test(args) => test::run(&args),
         Command::Package(args) => package::run(&args),
         Command::Systemd(args) => systemd::run(&args),
+        Command::Chaos(args) => chaos::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
         Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),

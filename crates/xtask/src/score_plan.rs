@@ -19,6 +19,8 @@ use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::TrainType;
 
+use crate::draws::Draws;
+
 /// Arguments of `cargo xtask score-plan`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ScorePlanArgs {
@@ -48,32 +50,6 @@ const CARDS_GIB: [f64; 6] = [16.0, 24.0, 40.0, 48.0, 80.0, 141.0];
 /// Minutes of training at full speed, of a start, and of a death.
 const TRAINING: f64 = 60.0;
 const START: f64 = 1.0;
-
-/// Marsaglia 2003, xorshift: the same cases on every run.
-struct Draws(u64);
-
-impl Draws {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn uniform(&mut self) -> f64 {
-        let high = u32::try_from(self.next() >> 32).unwrap_or(0);
-        (f64::from(high) + 0.5) / 4_294_967_296.0
-    }
-
-    fn normal(&mut self) -> f64 {
-        (-2.0 * self.uniform().ln()).sqrt() * (std::f64::consts::TAU * self.uniform()).cos()
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        let index = usize::try_from(self.next() % u64::try_from(from.len()).unwrap_or(1)).unwrap_or(0);
-        from[index]
-    }
-}
 
 /// A job on a host.
 struct Case {
@@ -207,7 +183,7 @@ impl Score {
 /// A model that is not in the catalogue.
 pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
     let book = TierBook::builtin();
-    let mut draws = Draws(args.seed.max(1));
+    let mut draws = Draws::new(args.seed);
     let mut scores: [Score; 5] = Default::default();
     let (mut impossible, mut refused) = (0u32, 0u32);
     for _ in 0..args.cases {

@@ -40,6 +40,8 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let mut test = cargo();
     test.args(["test", "--workspace"]).current_dir(&root);
     stage(&mut stages, "unit and black-box tests", &mut test)?;
+    let mut chaos = Command::new(std::env::current_exe().context("no path to this program")?);
+    stage(&mut stages, "50 kills at random moments", chaos.args(["chaos", "--trials", "50"]))?;
     if args.no_trainer {
         println!("the tests on real ms-swift are left out, as asked");
     } else {

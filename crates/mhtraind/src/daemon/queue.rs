@@ -1,7 +1,7 @@
 //! Which jobs start, and when is the queue looked at again?
 //!
 //! The decision is `mhtrain_job::queue::decide`; this is the loop that feeds it: a job comes or ends, somebody drains
-//! the daemon, or, while a job waits for memory, a second has passed.
+//! the daemon, memory comes back on a card, or, while a job waits, a second has passed.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +13,8 @@ use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::nvml::Gpus;
+use mhtrain_sizing::plan::History;
+use mhtrain_sizing::units::Bytes;
 use mhtrain_store::{JobId, UnfinishedJob};
 
 use super::download::{self, Download};
@@ -34,8 +36,8 @@ const EXAMINED_MAX: u32 = 20;
 /// How long the files of a job may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
 const EXAMINED_WITHIN: Duration = Duration::from_secs(90);
 
-/// What each job would start with on each device, by UUID.
-type Plans = BTreeMap<(JobId, String), Sized>;
+/// How often it is asked for the free memory alone, by which a card shows that somebody gave some back.
+const MEMORY_EVERY: Duration = Duration::from_millis(25);
 
 /// A job as it came in.
 #[derive(Clone, Debug)]
@@ -148,46 +150,142 @@ async fn sized(daemon: &Daemon, id: JobId) -> Result<Option<Sized>, Failure> {
 /// Looks at the queue whenever something changed. Ends only with an error of ours.
 pub async fn schedule(daemon: Arc<Daemon>) {
     let gpus = Arc::new(Mutex::new(Gpus::new(daemon.config.nvml_library().as_deref())));
+    let mut line = BTreeMap::new();
     loop {
-        if let Err(failure) = look(&daemon, &gpus).await {
+        let looked = look(&daemon, &gpus, &mut line).await;
+        if let Err(failure) = &looked {
             tracing::error!(error = failure.message, "the queue cannot be looked through");
         }
         let waits = !daemon.queued().is_empty();
+        let free = looked.unwrap_or_default();
         tokio::select! {
             () = daemon.wake.notified() => {}
             () = tokio::time::sleep(LOOK_EVERY), if waits => {}
+            () = more_memory(&gpus, &free), if waits && !free.is_empty() => {}
         }
     }
 }
 
-async fn look(daemon: &Arc<Daemon>, gpus: &Arc<Mutex<Gpus>>) -> Result<(), Failure> {
+/// A queued job as it was looked at last: sized again only where something changed.
+struct InLine {
+    job: QueuedJob,
+    entry: QueuedEntry,
+    examined: Arc<Examined>,
+    /// The cards that it may take, as they were then.
+    cards: Vec<GpuState>,
+    /// What earlier attempts had shown then.
+    history: Arc<History>,
+}
+
+/// Looks through the queue. Returns what is free on the cards that none of our jobs has.
+async fn look(
+    daemon: &Arc<Daemon>,
+    gpus: &Arc<Mutex<Gpus>>,
+    line: &mut BTreeMap<JobId, InLine>,
+) -> Result<Vec<(String, Bytes)>, Failure> {
     if daemon.queued().is_empty() {
-        return Ok(());
+        line.clear();
+        return Ok(Vec::new());
     }
     examine_new(daemon).await?;
     download_missing(daemon).await?;
     let report = ask_nvml(gpus).await?;
-    let entries: Vec<(JobId, QueuedEntry)> =
-        daemon.queued().iter().map(|(id, entry)| (*id, entry.clone())).collect();
-    let (mut queue, mut plans) = (Vec::new(), BTreeMap::new());
-    for (id, entry) in &entries {
-        let Some(examined) = entry.examined.as_ref().filter(|_| !entry.waits_for_download()) else {
-            continue;
-        };
-        let offers = offers(*id, entry, examined, &report, daemon, &mut plans);
-        let spec = &entry.handed_in.spec;
-        let after = dependencies(daemon, spec).await?;
-        let output_dir = spec.output_dir.clone();
-        queue.push(QueuedJob { id: id.get(), priority: spec.priority, output_dir, after, offers });
+    line_up(daemon, line);
+    for (id, waiting) in line.iter_mut() {
+        waiting.size(*id, &report, daemon);
+        if !waiting.entry.handed_in.spec.after.is_empty() {
+            waiting.job.after = dependencies(daemon, &waiting.entry.handed_in.spec).await?;
+        }
     }
-    for (id, verdict) in decide(&queue, &daemon.leases(), daemon.is_drained()) {
+    let leases = daemon.leases();
+    for (id, verdict) in decide(line.values().map(|waiting| &waiting.job), &leases, daemon.is_drained()) {
         let Some(id) = JobId::new(id) else { continue };
         // One job that cannot be started or told must not keep the others waiting.
-        if let Err(failure) = carry_out(daemon, id, verdict, &mut plans, &report).await {
+        if let Err(failure) = carry_out(daemon, id, verdict, line, &report).await {
             tracing::error!(job = id.get(), error = failure.message, "the queue cannot go on with the job");
         }
     }
-    Ok(())
+    let leases = daemon.leases();
+    let unleased = report.devices().iter().filter_map(|gpu| {
+        let uuid = gpu.uuid.clone().filter(|uuid| !leases.devices.contains_key(uuid))?;
+        Some((uuid, gpu.card().ok()?.free))
+    });
+    Ok(unleased.collect())
+}
+
+/// Brings the line up to date with the queue.
+fn line_up(daemon: &Daemon, line: &mut BTreeMap<JobId, InLine>) {
+    let queued = daemon.queued();
+    line.retain(|id, _| queued.contains_key(id));
+    for (id, entry) in queued.iter() {
+        let here = !line.contains_key(id) && !entry.waits_for_download();
+        let Some(examined) = entry.examined.as_ref().filter(|_| here) else { continue };
+        let spec = &entry.handed_in.spec;
+        let job = QueuedJob {
+            id: id.get(),
+            priority: spec.priority,
+            output_dir: spec.output_dir.clone(),
+            after: Vec::new(),
+            offers: Vec::new(),
+        };
+        let (examined, cards) = (Arc::clone(examined), Vec::new());
+        line.insert(*id, InLine { job, entry: entry.clone(), examined, cards, history: Arc::default() });
+    }
+}
+
+impl InLine {
+    /// Finds out what each device that the job may take offers it.
+    fn size(&mut self, id: JobId, report: &GpuReport, daemon: &Daemon) {
+        let HandedIn { spec, submission, account } = &self.entry.handed_in;
+        let wished = |gpu: &&GpuState| match (&submission.device_uuid, &spec.device) {
+            (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
+            (None, DeviceWish::Auto) => true,
+            (None, DeviceWish::Index(index)) => gpu.index == *index,
+            (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
+        };
+        let history = daemon.observations.history(account.uid, &versions(&self.examined.environment));
+        if Arc::ptr_eq(&history, &self.history) && report.devices().iter().filter(wished).eq(&self.cards) {
+            return;
+        }
+        self.history = history;
+        self.cards = report.devices().iter().filter(wished).cloned().collect();
+        self.job.offers.clear();
+        for gpu in &self.cards {
+            let Some(device) = gpu.uuid.clone() else { continue };
+            let name = device_name(Some(gpu.index), Some(&device));
+            match self.examined.fit(gpu, &daemon.book, &self.history, &daemon.config) {
+                Ok((fit, _)) => self.job.offers.push(Offer { device, name, fit }),
+                Err(failure) => {
+                    tracing::error!(job = id.get(), error = failure.message, "the job cannot be sized")
+                }
+            }
+        }
+    }
+
+    /// Returns what the job would start with on a device.
+    fn sized(&self, device: &str, daemon: &Daemon) -> Result<Option<Sized>, Failure> {
+        let gpu = self.cards.iter().find(|gpu| gpu.uuid.as_deref() == Some(device));
+        Ok(gpu
+            .map(|gpu| self.examined.fit(gpu, &daemon.book, &self.history, &daemon.config))
+            .transpose()?
+            .and_then(|(_, it)| it))
+    }
+}
+
+/// Waits until one of these cards has more memory free than it had. NVML tells nobody: it has to be asked.
+async fn more_memory(gpus: &Arc<Mutex<Gpus>>, had: &[(String, Bytes)]) {
+    loop {
+        tokio::time::sleep(MEMORY_EVERY).await;
+        let (gpus, had) = (Arc::clone(gpus), had.to_vec());
+        let asked = tokio::task::spawn_blocking(move || {
+            let mut gpus = gpus.lock().unwrap_or_else(PoisonError::into_inner);
+            had.iter().any(|(uuid, had)| gpus.memory(uuid).is_ok_and(|memory| memory.free > *had))
+        });
+        // A card that does not answer is seen at the next look.
+        if asked.await.unwrap_or_default() {
+            return;
+        }
+    }
 }
 
 async fn ask_nvml(gpus: &Arc<Mutex<Gpus>>) -> Result<GpuReport, Failure> {
@@ -285,43 +383,6 @@ pub async fn examined(daemon: &Arc<Daemon>, handed_in: &HandedIn) -> Result<Exam
     }
 }
 
-/// Returns what each device that the job may take offers it.
-fn offers(
-    id: JobId,
-    entry: &QueuedEntry,
-    examined: &Examined,
-    report: &GpuReport,
-    daemon: &Daemon,
-    plans: &mut Plans,
-) -> Vec<Offer> {
-    let wished =
-        |gpu: &&GpuState| match (&entry.handed_in.submission.device_uuid, &entry.handed_in.spec.device) {
-            (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
-            (None, DeviceWish::Auto) => true,
-            (None, DeviceWish::Index(index)) => gpu.index == *index,
-            (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
-        };
-    let versions = versions(&examined.environment);
-    let history = daemon.observations.history(entry.handed_in.account.uid, &versions);
-    let mut offers = Vec::new();
-    for gpu in report.devices().iter().filter(wished) {
-        let Some(device) = gpu.uuid.clone() else { continue };
-        let name = device_name(Some(gpu.index), Some(&device));
-        match examined.fit(gpu, &daemon.book, &history, &daemon.config) {
-            Ok((fit, sized)) => {
-                if let Some(sized) = sized {
-                    plans.insert((id, device.clone()), sized);
-                }
-                offers.push(Offer { device, name, fit });
-            }
-            Err(failure) => {
-                tracing::error!(job = id.get(), error = failure.message, "the job cannot be sized")
-            }
-        }
-    }
-    offers
-}
-
 async fn dependencies(daemon: &Daemon, spec: &JobSpec) -> Result<Vec<Dependency>, Failure> {
     let mut found = Vec::new();
     for id in &spec.after {
@@ -347,12 +408,13 @@ async fn carry_out(
     daemon: &Arc<Daemon>,
     id: JobId,
     verdict: Verdict,
-    plans: &mut Plans,
+    line: &BTreeMap<JobId, InLine>,
     report: &GpuReport,
 ) -> Result<(), Failure> {
     match verdict {
         Verdict::Start { device } => {
-            let Some(sized) = plans.remove(&(id, device)) else { return Ok(()) };
+            let Some(waiting) = line.get(&id) else { return Ok(()) };
+            let Some(sized) = waiting.sized(&device, daemon)? else { return Ok(()) };
             begin(daemon, id, sized.with_probe(report.clone())).await
         }
         Verdict::Fail { reason, help } => fail(daemon, id, reason, help).await,

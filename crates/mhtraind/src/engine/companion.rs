@@ -3,9 +3,12 @@
 //! ms-swift ends on a plugin that is missing or broken, so the file is written and compiled by the trainer's own
 //! interpreter before anything is launched; where that fails, training goes on without it and the receipt says why.
 
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use mhtrain_job::event::{AttemptStart, ResumeKind};
 use mhtrain_supervisor::log_tail::LogTail;
@@ -37,7 +40,7 @@ pub enum Companion {
 }
 
 impl Companion {
-    /// Writes the companion's file and lets the trainer's interpreter compile it. Once for a job: 0.05 s.
+    /// Writes the companion's file and lets the trainer's interpreter compile it: 0.05 s, once for each interpreter.
     pub fn prepare(
         directory: &JobDirectory,
         environment: &TrainerEnvironment,
@@ -47,7 +50,7 @@ impl Companion {
         if !config.trainer.companion {
             return Companion::Off;
         }
-        match written(directory, SOURCE).and_then(|file| compiled(&file, &environment.python, origin)) {
+        match written(directory, SOURCE).and_then(|file| compiled_once(file, &environment.python, origin)) {
             Ok(file) => Companion::Ready(file),
             Err(why) => Companion::Unusable(why),
         }
@@ -158,6 +161,22 @@ fn written(directory: &JobDirectory, text: &str) -> Result<PathBuf, String> {
     }
     let relative = format!("{PLACE}/{FILE_NAME}");
     directory.write_private(&relative, text.as_bytes()).map_err(|failure| failure.message)?;
+    Ok(file)
+}
+
+/// Like [`compiled`], for a file that holds [`SOURCE`]. An interpreter that this process has seen compile it is not asked
+/// again until something else is at its path.
+fn compiled_once(file: PathBuf, python: &Path, origin: &Origin) -> Result<PathBuf, String> {
+    static SEEN: Mutex<BTreeMap<PathBuf, (u64, u64, SystemTime)>> = Mutex::new(BTreeMap::new());
+    let what = std::fs::metadata(python).and_then(|it| Ok((it.dev(), it.ino(), it.modified()?))).ok();
+    let seen = || SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if what.is_some() && seen().get(python).copied() == what {
+        return Ok(file);
+    }
+    let file = compiled(&file, python, origin)?;
+    if let Some(what) = what {
+        seen().insert(python.to_owned(), what);
+    }
     Ok(file)
 }
 

@@ -31,6 +31,15 @@ pub struct JobDirectory {
     _lock: fs::File,
 }
 
+/// What a file is to outlive.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Lasting {
+    /// The end of every process, but a power cut only by chance: it is written again then.
+    UntilPowerCut,
+    /// A power cut: nobody writes it again.
+    OverPowerCut,
+}
+
 impl JobDirectory {
     /// Makes the directory where it is missing, and locks it.
     ///
@@ -158,20 +167,20 @@ impl JobDirectory {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn write_receipt(&self, bytes: &[u8]) -> Result<(), Failure> {
+    pub fn write_receipt(&self, bytes: &[u8], lasting: Lasting) -> Result<(), Failure> {
         for path in [self.root.join("receipt.json"), self.private.join("receipt.json")] {
-            write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))?;
+            write_whole(&path, bytes, lasting).map_err(|e| unwritable(&path, &e))?;
         }
         Ok(())
     }
 
-    /// Writes one of our own files, in the same way.
+    /// Writes one of our own files, in the same way. It is written again by whoever goes on with the job.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn write_private(&self, relative: &str, bytes: &[u8]) -> Result<(), Failure> {
         let path = self.private.join(relative);
-        write_whole(&path, bytes).map_err(|e| unwritable(&path, &e))
+        write_whole(&path, bytes, Lasting::UntilPowerCut).map_err(|e| unwritable(&path, &e))
     }
 }
 
@@ -212,11 +221,11 @@ fn lock_soon(file: &fs::File) -> Result<(), rustix::io::Errno> {
     }
 }
 
-/// Writes a file by a temporary one, fsync and rename, mode 0600.
+/// Writes a file by a temporary one and rename, mode 0600.
 ///
 /// # Errors
 /// It cannot be written.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub fn write_whole(path: &Path, bytes: &[u8], lasting: Lasting) -> std::io::Result<()> {
     use std::io::Write;
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
@@ -224,11 +233,13 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut file =
         fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if lasting == Lasting::OverPowerCut {
+        file.sync_all()?;
+    }
     fs::rename(&temporary, path)?;
     match path.parent() {
-        Some(parent) => fs::File::open(parent)?.sync_all(),
-        None => Ok(()),
+        Some(parent) if lasting == Lasting::OverPowerCut => fs::File::open(parent)?.sync_all(),
+        _ => Ok(()),
     }
 }
 

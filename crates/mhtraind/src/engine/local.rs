@@ -24,6 +24,7 @@ use mhtrain_job::state::JobState;
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
+use mhtrain_supervisor::Arrivals;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
 use mhtrain_supervisor::record::{Ended as TrainerEnd, ExitRecord, Extent, RecordError};
@@ -33,9 +34,11 @@ use mhtrain_swift::diagnosis::ExitFacts;
 use mhtrain_swift::environment::TrainerEnvironment;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
 use mhtrain_swift::stall::{self, Stall};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::companion::{self, Companion};
-use super::directory::JobDirectory;
+use super::directory::{JobDirectory, Lasting};
 use super::follow::Follower;
 use super::journal::{Journal, now};
 use super::memory::{Waited, WatchedCard, pause};
@@ -156,6 +159,21 @@ struct Gone {
     stall: Option<Stall>,
 }
 
+/// Why an attempt did not come up.
+#[derive(Debug)]
+enum Unlaunched {
+    /// Somebody killed its recorder: another attempt can be made.
+    Killed(String),
+    /// It cannot be started.
+    Failed(Failure),
+}
+
+impl From<Failure> for Unlaunched {
+    fn from(failure: Failure) -> Unlaunched {
+        Unlaunched::Failed(failure)
+    }
+}
+
 struct Job<'a> {
     config: &'a Config,
     prepared: Prepared,
@@ -258,7 +276,10 @@ impl<'a> Job<'a> {
             }));
         }
         self.receipt.attempts = Receipt::from_events(None, self.journal.records()).attempts;
+        // An end that nobody judged may be a success: a stop that came too late takes it from nobody.
+        let unjudged = matches!(self.journal.state(), JobState::Recovering { rerun: None, .. });
         if let Some(cause) = self.stop
+            && !unjudged
             && !self.journal.state().has_live_attempt()
         {
             return self.cancelled(cause);
@@ -472,7 +493,19 @@ impl<'a> Job<'a> {
                 self.save_receipt()?;
                 Ok(Ok((start, attempt)))
             }
-            Err(failure) => {
+            Err(Unlaunched::Killed(why)) => {
+                self.screen.say(format!("attempt {number} was interrupted: {why}"));
+                let diagnosis = interrupted();
+                self.note_end(&Exit::Lost, &diagnosis, None);
+                self.journal.record(JobEvent::AttemptEnded {
+                    attempt: number,
+                    exit: Exit::Lost,
+                    diagnosis: Box::new(diagnosis.clone()),
+                    last_step: None,
+                })?;
+                self.answer(&diagnosis, None, Vec::new()).map(Err)
+            }
+            Err(Unlaunched::Failed(failure)) => {
                 let exit = Exit::SpawnFailed { error: failure.message.clone() };
                 let diagnosis = Diagnosis { kind: Kind::Unknown, certain: true, ..interrupted() };
                 self.note_end(&exit, &diagnosis, None);
@@ -659,7 +692,7 @@ impl<'a> Job<'a> {
         self.directory.record(attempt).join("trainer.log")
     }
 
-    fn spawn(&mut self, start: &AttemptStart, checkpoint: Option<PathBuf>) -> Result<Attempt, Failure> {
+    fn spawn(&mut self, start: &AttemptStart, checkpoint: Option<PathBuf>) -> Result<Attempt, Unlaunched> {
         let output_dir = self.directory.attempt(start.attempt);
         std::fs::create_dir_all(&output_dir).map_err(|e| unwritable(&output_dir, &e))?;
         if let Some(index) = self.card.index() {
@@ -698,8 +731,10 @@ impl<'a> Job<'a> {
             identity: self.origin.identity.clone(),
             extent: Extent::Cgroup,
         };
-        Attempt::launch(&own_exe()?, &record, &spec, &env)
-            .map_err(|e| Failure::failed("cannot_start", chain(&e)).help(e.help()))
+        Attempt::launch(&own_exe()?, &record, &spec, &env).map_err(|error| match error.is_recorder_killed() {
+            true => Unlaunched::Killed(chain(&error)),
+            false => Failure::failed("cannot_start", chain(&error)).help(error.help()).into(),
+        })
     }
 
     /// Returns the whole environment of a trainer: ours, the job's, and the secrets that the job names.
@@ -734,6 +769,7 @@ impl<'a> Job<'a> {
         };
         let (mut signs, mut stall) = (LifeSigns::new(rule, Instant::now()), None);
         let mut memory_at: Option<Instant> = None;
+        let arrivals = attempt.arrivals().and_then(awaitable);
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         if self.deadline.is_none() {
@@ -746,6 +782,7 @@ impl<'a> Job<'a> {
             let asked = tokio::select! {
                 cause = self.signals.next() => Some(cause),
                 _ = look.tick() => None,
+                () = arrival(arrivals.as_ref()) => None,
             };
             let late = self.deadline.is_some_and(|at| Instant::now() >= at) && self.stop.is_none();
             if let Some(cause) = asked.or(late.then_some(StopCause::TimeLimit)) {
@@ -895,14 +932,17 @@ impl<'a> Job<'a> {
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
         let Gone { start, exit, facts, mut follower, pids, stall } = gone;
-        let diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
+        let mut diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
+        if exit == Exit::Lost && names_no_cause(&diagnosis) && follower.log.end_of_training().is_none() {
+            // It died with its recorder. To a reader of its output alone it may still be running, but it is gone.
+            diagnosis = Diagnosis { evidence: diagnosis.evidence, ..interrupted() };
+        }
         // A cause in its words comes first: one rank may have died of it while the others waited.
-        let diagnosis = match stall {
-            Some(stall) if matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown) => {
-                stall::diagnose(&stall)
-            }
-            _ => diagnosis,
-        };
+        if let Some(stall) = stall
+            && matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown)
+        {
+            diagnosis = stall::diagnose(&stall);
+        }
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {
@@ -1113,13 +1153,14 @@ impl<'a> Job<'a> {
 
     fn save_receipt(&mut self) -> Result<(), Failure> {
         let state = self.journal.state();
+        let lasting = if state.is_final() { Lasting::OverPowerCut } else { Lasting::UntilPowerCut };
         if !state.is_final() {
             self.receipt.state = state.name().to_owned();
             self.receipt.reason = state.reason();
         }
         let text =
             serde_json::to_vec_pretty(&self.receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
-        self.directory.write_receipt(&text)
+        self.directory.write_receipt(&text, lasting)
     }
 }
 
@@ -1141,6 +1182,25 @@ fn last_step(follower: &Follower) -> Option<u64> {
 fn rows(follower: &Follower) -> Option<u64> {
     let counted = follower.telemetry.rows().or_else(|| follower.watch.train_rows());
     counted.or_else(|| follower.log.summary()?.train_rows)
+}
+
+/// Returns arrivals that a task can wait for; `None` where this runtime cannot.
+fn awaitable(arrivals: Arrivals) -> Option<AsyncFd<Arrivals>> {
+    // SAFETY: `Arrivals` owns one descriptor from its making until it is dropped, and `as_raw_fd` always returns that one.
+    unsafe { AsyncFd::register_with_interest(arrivals, Interest::READABLE) }.ok()
+}
+
+/// Waits for a change of an attempt's state, where the kernel tells of one.
+async fn arrival(arrivals: Option<&AsyncFd<Arrivals>>) {
+    let Some(arrivals) = arrivals else { return std::future::pending().await };
+    match arrivals.readable().await {
+        Ok(mut ready) => {
+            arrivals.get_ref().forget();
+            ready.clear_ready();
+        }
+        // Then only the clock wakes us.
+        Err(_) => std::future::pending().await,
+    }
 }
 
 /// Returns a process and everything that came from it.
@@ -1170,6 +1230,11 @@ fn kill_everything(attempt: &Attempt) -> Result<(), Failure> {
 fn free_port() -> Option<u16> {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).ok()?;
     Some(listener.local_addr().ok()?.port())
+}
+
+/// Returns whether a diagnosis knows of nothing that a trainer could have died of.
+fn names_no_cause(diagnosis: &Diagnosis) -> bool {
+    !diagnosis.fatal && matches!(diagnosis.kind, Kind::Unknown | Kind::Success)
 }
 
 /// Returns the diagnosis of an attempt that nobody saw end.

@@ -17,6 +17,7 @@ use mhtrain_sizing::units::Bytes;
 use mhtrain_store::{OBSERVATIONS_KEPT, ObservationOf};
 use mhtrain_swift::environment::TrainerEnvironment;
 
+use super::directory::{Lasting, write_whole};
 use super::follow::Follower;
 
 /// Optimizer steps after which a peak is one: the first has the moments made, the second everything at once.
@@ -155,7 +156,7 @@ impl ObservationFile {
             return Ok(());
         }
         let kept: String = lines[lines.len() - wanted..].iter().map(|line| format!("{line}\n")).collect();
-        super::directory::write_whole(&self.0, kept.as_bytes())
+        write_whole(&self.0, kept.as_bytes(), Lasting::UntilPowerCut)
     }
 }
 

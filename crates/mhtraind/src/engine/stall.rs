@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use mhtrain_supervisor::ProcessIdentity;
 use rustix::process::Signal;
 
+use super::directory::{Lasting, read_plain, write_whole};
 use super::origin::Origin;
 
 /// Steps whose median is the time of a step.
@@ -118,7 +119,7 @@ pub fn stacks(pids: &[u32], origin: &Origin, output: &Path, file: &Path) -> Stri
     }
     let end = (0..=STACKS_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
     text.truncate(end.unwrap_or(0));
-    if let Err(error) = super::directory::write_whole(file, text.as_bytes()) {
+    if let Err(error) = write_whole(file, text.as_bytes(), Lasting::UntilPowerCut) {
         tracing::warn!(file = %file.display(), %error, "the stacks are not kept");
     }
     text
@@ -174,7 +175,7 @@ fn printed_by_itself(pids: &[u32], output: &Path) -> String {
     }
     // What begins to come is whole soon.
     std::thread::sleep(Duration::from_millis(200));
-    let text = super::directory::read_plain(output, u64::MAX).unwrap_or_default();
+    let text = read_plain(output, u64::MAX).unwrap_or_default();
     let from = usize::try_from(before).unwrap_or(usize::MAX).min(text.len());
     String::from_utf8_lossy(&text[from..]).into_owned()
 }
