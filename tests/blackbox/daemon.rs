@@ -613,6 +613,44 @@ fn the_next_prediction_is_corrected_by_what_nvml_showed_of_the_last_run() {
 }
 
 #[test]
+fn a_card_that_fails_is_left_for_another_one_and_nothing_more_starts_there() {
+    let mut served = Served::new();
+    let other = CARD.replace("001", "002");
+    let cards = [CARD, &other].map(|uuid| nvml_sim::SimDevice::idle(uuid, "Simulated GPU", 80 * GIB, "8.0"));
+    nvml_sim::SimFile::new(cards.to_vec()).write_atomically(&served.host.env.path("nvml.json")).unwrap();
+    let text = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered";
+    let fault = json!({"attempts": {"1": {"fail": {"at_step": 8, "text": text}}}});
+    let id = served.submit(json!({}), &fault);
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let receipt = served.receipt(&id);
+    let attempts = receipt["attempts"].as_array().unwrap();
+    assert_eq!((attempts.len(), &attempts[0]["diagnosis"]["kind"]), (2, &json!("device_fault")));
+    let resume = &attempts[1]["resume"];
+    assert_eq!((&resume["kind"], &resume["from_step"]), (&json!("exact"), &json!(6)));
+    // Both cards are as good: whichever it had first is left.
+    let good = served.job(&id)["device"].as_str().unwrap().to_owned();
+    let (bad, uuid) = if good == "GPU 1" { (0, CARD) } else { (1, other.as_str()) };
+
+    // The next daemon knows it too, and a job that wants that very card is told.
+    served.kill_and_restart();
+    let failed = ask(&served, "GET", "/v1/daemon", "").1;
+    assert!(failed.contains(uuid) && failed.contains("uncorrectable ECC"), "{failed}");
+    let pinned = served.submit(json!({"device": bad, "output_dir": "pinned"}), &json!({}));
+    let why = |served: &Served| served.job(&pinned)["reason"].as_str().unwrap_or_default().to_owned();
+    served.wait_until("the reason", |served| why(served).contains("uncorrectable ECC"));
+    assert!(why(&served).contains("mhtraind undrain"), "{}", why(&served));
+    let free = served.submit(json!({"output_dir": "free"}), &json!({}));
+    served.run(&["wait", &free, "--timeout", "60"]).expect(0);
+    assert_eq!(served.job(&free)["device"], good.as_str());
+    // A job on a card of its own does not move.
+    served.run(&["undrain"]).expect(0);
+    served.run(&["wait", &pinned, "--timeout", "60"]).expect(0);
+    let stays = served.submit(json!({"device": bad, "output_dir": "stays"}), &fault);
+    served.run(&["wait", &stays, "--timeout", "60"]).expect(1);
+    assert_eq!(served.job(&stays)["attempt"], 1);
+}
+
+#[test]
 fn a_model_is_downloaded_before_the_job_has_a_card() {
     let mut served = Served::new();
     let config = std::fs::read(served.host.env.path("model/config.json")).unwrap();

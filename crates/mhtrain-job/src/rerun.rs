@@ -199,6 +199,8 @@ pub struct Bounds {
     pub resumes: u32,
     /// Device OOMs that are only probable, such as `CUBLAS_STATUS_ALLOC_FAILED`.
     pub uncertain_ooms: u32,
+    /// Moves to another device after a fault: two broken ones in a row are one broken host.
+    pub other_devices: u32,
 }
 
 impl Default for Bounds {
@@ -214,6 +216,7 @@ impl Default for Bounds {
             previous_checkpoints: 3,
             resumes: 5,
             uncertain_ooms: 1,
+            other_devices: 2,
         }
     }
 }
@@ -233,6 +236,7 @@ impl Bounds {
             recipe_stable,
             previous_checkpoints,
             resumes,
+            other_devices,
             uncertain_ooms: _,
         } = *self;
         [
@@ -245,6 +249,7 @@ impl Bounds {
             recipe_stable,
             previous_checkpoints,
             resumes,
+            other_devices,
         ]
         .into_iter()
         .fold(0, u32::saturating_add)
@@ -284,6 +289,8 @@ pub struct Policy {
     pub learning_rate_pinned: bool,
     /// Expandable segments.
     pub expandable_segments: ExpandableSegments,
+    /// Whether somebody can give the job another device.
+    pub other_device: bool,
     /// `per_device_eval_batch_size`.
     pub eval_batch: Knob,
     /// `dataloader_num_workers`.
@@ -321,6 +328,7 @@ impl Policy {
             learning: job.learning,
             learning_rate_pinned: job.pins()?.learning_rate.is_some(),
             expandable_segments,
+            other_device: false,
             eval_batch: knob(job.eval_batch()?, eval_batch),
             dataloader_workers: knob(job.dataloader_workers()?, dataloader_workers),
             memory_wait_s: MEMORY_WAIT_S,
@@ -393,6 +401,7 @@ impl Case<'_> {
             Kind::Communication => self.new_port(),
             Kind::CheckpointCorrupt => self.previous_checkpoint(),
             Kind::Interrupted => self.go_on("it was interrupted"),
+            Kind::DeviceFault if self.diagnosis.answer == Answer::OtherDevice => self.other_device(),
             Kind::DeviceFault
             | Kind::DiskFull
             | Kind::MissingModelOrDataset
@@ -639,6 +648,18 @@ impl Case<'_> {
         }
         let reason = "the checkpoint cannot be read; the one before it is taken".to_owned();
         self.same_rung(Answer::PreviousCheckpoint, &[], Wait::None, ResumeWish::Previous, reason)
+    }
+
+    fn other_device(&self) -> Decision {
+        let may = self.policy.other_device
+            && self.history.count(Answer::OtherDevice) < self.policy.bounds.other_devices;
+        if !may {
+            return self.stop(stop_reason(self.diagnosis.kind), stop_help(self.diagnosis.kind));
+        }
+        let line = self.diagnosis.evidence.line.trim();
+        let reason =
+            format!("the card or its driver failed ({line}); on from the last checkpoint on another one");
+        self.same_rung(Answer::OtherDevice, &[], Wait::None, ResumeWish::Latest, reason)
     }
 
     fn go_on(&self, why: &str) -> Decision {

@@ -87,6 +87,7 @@ async fn about(State(daemon): State<Arc<Daemon>>) -> Json<DaemonView> {
         drained: daemon.is_drained(),
         active: daemon.live().len(),
         queued: daemon.queued().len(),
+        failed_devices: daemon.failed_devices().clone(),
     })
 }
 
@@ -105,6 +106,9 @@ async fn set_drained(
 ) -> Answer<Json<DaemonView>> {
     caller.may_drain()?;
     to_the_end(async move {
+        if !drained {
+            daemon.forget_failed_devices().await?;
+        }
         daemon.set_drained(drained).await?;
         Ok(about(State(daemon)).await)
     })

@@ -125,6 +125,9 @@ pub struct DaemonView {
     pub active: usize,
     /// Jobs that wait for one.
     pub queued: usize,
+    /// Cards that failed, by UUID, each with what happened: nothing starts there until `undrain`.
+    #[serde(default)]
+    pub failed_devices: BTreeMap<String, String>,
 }
 
 /// A point of a job's time series.

@@ -54,7 +54,8 @@ pub fn run(args: &RunArgs, config: &Config) -> Result<Status, Failure> {
     let sentences = if args.json { Sentences::ToStderr } else { Sentences::ToStdout };
     let verdict = run_job(spec, args, sentences, config)?;
     local::show(&verdict, args.json)?;
-    Ok(verdict.status)
+    // Only a daemon has another card to give.
+    Ok(verdict.status.unwrap_or(Status::Failed))
 }
 
 /// What to do with a job that the output directory holds already.
@@ -131,6 +132,7 @@ pub fn start(
         directory,
         id: None,
         journal,
+        other_device: false,
         earlier: from,
         origin,
         screen: Screen::terminal(sentences),

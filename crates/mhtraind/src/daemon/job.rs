@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mhtrain_job::event::{Exit, JobEvent, Record};
+use mhtrain_job::receipt::Receipt;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
 use mhtrain_sizing::observation::Observation;
@@ -20,7 +21,7 @@ use serde_json::Value;
 
 use super::live::{Followers, LiveJob};
 use super::store::StoreSink;
-use super::{Account, Daemon, HandedIn, Submission};
+use super::{Account, Daemon, HandedIn, QueuedEntry, Submission};
 use crate::engine::directory::JobDirectory;
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
@@ -45,7 +46,7 @@ pub fn start(daemon: &Arc<Daemon>, id: JobId, handed_in: HandedIn, sized: Sized)
     daemon.live().insert(id, Arc::clone(&live));
     let worker = Worker { daemon: Arc::clone(daemon), id, spec, submission, account, sized, live };
     let started = std::thread::Builder::new().name(format!("job-{id}")).spawn(move || {
-        let _over = Over { daemon: Arc::clone(&worker.daemon), id };
+        let _over = Over { daemon: Arc::clone(&worker.daemon), id, live: Arc::clone(&worker.live) };
         worker.run();
     });
     if let Err(error) = started {
@@ -59,6 +60,7 @@ pub fn start(daemon: &Arc<Daemon>, id: JobId, handed_in: HandedIn, sized: Sized)
 struct Over {
     daemon: Arc<Daemon>,
     id: JobId,
+    live: Arc<LiveJob>,
 }
 
 impl Drop for Over {
@@ -67,7 +69,12 @@ impl Drop for Over {
             let what = "the thread of the job has panicked: a bug; the next daemon goes on with it";
             tracing::error!(job = self.id.get(), what);
         }
-        self.daemon.live().remove(&self.id);
+        let mut live = self.daemon.live();
+        // A job that left its card may have the next one already.
+        if live.get(&self.id).is_some_and(|now| Arc::ptr_eq(now, &self.live)) {
+            live.remove(&self.id);
+        }
+        drop(live);
         self.daemon.store.tell();
         self.daemon.wake();
     }
@@ -142,6 +149,7 @@ impl Worker {
             directory,
             id: Some(self.id.get()),
             journal: Some(journal),
+            other_device: self.submission.device_uuid.is_none(),
             earlier,
             origin,
             screen: Screen::told_to(Followers(Arc::clone(&self.live))),
@@ -151,7 +159,31 @@ impl Worker {
                 owner_uid: self.account.uid,
             })),
         };
-        local::run_until(run, config, || Ok(StopSignals::Requests(requests))).map(drop)
+        let verdict = local::run_until(run, config, || Ok(StopSignals::Requests(requests)))?;
+        if verdict.status.is_none() {
+            self.leave_device(&verdict.receipt)?;
+        }
+        Ok(())
+    }
+
+    /// Marks the card that failed, and puts the job back into the queue.
+    fn leave_device(&self, receipt: &Receipt) -> Result<(), Failure> {
+        if let Some(uuid) = self.sized.device() {
+            let line = receipt.attempts.last().and_then(|note| note.diagnosis.as_ref());
+            let line = line.map_or("", |diagnosis| diagnosis.evidence.line.trim());
+            let why = format!("it failed under job {} at {}: {line}", self.id, now());
+            tracing::error!(job = self.id.get(), device = uuid, why, "nothing more starts on the card");
+            self.daemon.mark_failed(uuid, &why)?;
+        }
+        let handed_in = HandedIn {
+            spec: self.spec.clone(),
+            submission: self.submission.clone(),
+            account: Arc::clone(&self.account),
+        };
+        // Into the queue first: somebody who cancels it finds it in one place or the other. Its own lease keeps it there
+        // until this thread is over.
+        self.daemon.queued().insert(self.id, QueuedEntry::new(handed_in, None));
+        Ok(())
     }
 
     /// Sets what an earlier job left in the output directory aside. Returns the attempts that may be resumed: those of

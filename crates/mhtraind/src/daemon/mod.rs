@@ -52,6 +52,9 @@ use store::StoreHandle;
 /// The flag of the store that says that nothing new may start.
 const DRAINED: &str = "drained";
 
+/// The flag of the store that holds the cards that failed.
+const FAILED_DEVICES: &str = "failed_devices";
+
 /// What the daemon's tasks share.
 #[derive(Debug)]
 pub struct Daemon {
@@ -73,6 +76,8 @@ pub struct Daemon {
     wake: Notify,
     /// Whether nothing new may start.
     drained: AtomicBool,
+    /// Cards that failed, by UUID, each with what happened. Nothing starts there.
+    failed_devices: Mutex<BTreeMap<String, String>>,
 }
 
 impl Daemon {
@@ -110,6 +115,34 @@ impl Daemon {
         self.drained.store(drained, Ordering::Relaxed);
         self.store.tell();
         self.wake();
+        Ok(())
+    }
+
+    /// Returns the cards that failed, by UUID, each with what happened.
+    pub fn failed_devices(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+        self.failed_devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets nothing more start on a card; durable. For a thread that may wait.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub fn mark_failed(&self, uuid: &str, why: &str) -> Result<(), Failure> {
+        let marked = {
+            let mut failed = self.failed_devices();
+            failed.insert(uuid.to_owned(), why.to_owned());
+            serde_json::to_string(&*failed).map_err(|e| Failure::new(Status::Bug, "not_json", e))?
+        };
+        self.store.call_blocking(move |store| store.set_flag(FAILED_DEVICES, Some(&marked)))
+    }
+
+    /// Takes every card for good again; durable.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub async fn forget_failed_devices(&self) -> Result<(), Failure> {
+        self.store.call(|store| store.set_flag(FAILED_DEVICES, None)).await?;
+        self.failed_devices().clear();
         Ok(())
     }
 
@@ -187,6 +220,8 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let (store, store_ended) = StoreHandle::open(&state_dir)?;
     make_dir(&state_dir.join("jobs"), mode)?;
     let drained = store.call(|store| store.get_flag(DRAINED)).await?.is_some();
+    let failed = store.call(|store| store.get_flag(FAILED_DEVICES)).await?;
+    let failed_devices = failed.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let observations = Observations::new(store.call(|store| store.observations()).await?);
     let daemon = Arc::new(Daemon {
         config,
@@ -198,6 +233,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
         queued: Mutex::default(),
         wake: Notify::new(),
         drained: AtomicBool::new(drained),
+        failed_devices: Mutex::new(failed_devices),
     });
     let jobs = queue::take_up(&daemon).await?;
     let socket = daemon.config.socket();

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mhtrain_job::event::{JobEvent, Record};
-use mhtrain_job::queue::{DRAINED, Dependency, DependencyState, Offer, QueuedJob, Verdict, decide};
+use mhtrain_job::queue::{DRAINED, Dependency, DependencyState, Fit, Offer, QueuedJob, Verdict, decide};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
@@ -21,6 +21,7 @@ use super::download::{self, Download};
 use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
+use crate::engine::local::needs_other_device;
 use crate::engine::observations::versions;
 use crate::failure::{Failure, Status};
 
@@ -118,8 +119,9 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
             Account::as_submitted(&job.row.owner)
         });
         let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
+        let moves = daemon.store.call(move |store| Ok(needs_other_device(&store.events(id)?))).await?;
         match sized(daemon, id).await? {
-            Some(sized) if state.attempts() > 0 || state.has_live_attempt() => {
+            Some(sized) if (state.attempts() > 0 || state.has_live_attempt()) && !moves => {
                 job::start(daemon, id, handed_in, sized);
             }
             _ => {
@@ -175,6 +177,8 @@ struct InLine {
     cards: Vec<GpuState>,
     /// What earlier attempts had shown then.
     history: Arc<History>,
+    /// The cards that had failed then.
+    failed: BTreeMap<String, String>,
 }
 
 /// Looks through the queue. Returns what is free on the cards that none of our jobs has.
@@ -229,7 +233,8 @@ fn line_up(daemon: &Daemon, line: &mut BTreeMap<JobId, InLine>) {
             offers: Vec::new(),
         };
         let (examined, cards) = (Arc::clone(examined), Vec::new());
-        line.insert(*id, InLine { job, entry: entry.clone(), examined, cards, history: Arc::default() });
+        let (history, failed) = (Arc::default(), BTreeMap::new());
+        line.insert(*id, InLine { job, entry: entry.clone(), examined, cards, history, failed });
     }
 }
 
@@ -244,15 +249,22 @@ impl InLine {
             (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
         };
         let history = daemon.observations.history(account.uid, &versions(&self.examined.environment));
-        if Arc::ptr_eq(&history, &self.history) && report.devices().iter().filter(wished).eq(&self.cards) {
+        let failed = daemon.failed_devices().clone();
+        let as_before = Arc::ptr_eq(&history, &self.history) && failed == self.failed;
+        if as_before && report.devices().iter().filter(wished).eq(&self.cards) {
             return;
         }
-        self.history = history;
+        (self.history, self.failed) = (history, failed);
         self.cards = report.devices().iter().filter(wished).cloned().collect();
         self.job.offers.clear();
         for gpu in &self.cards {
             let Some(device) = gpu.uuid.clone() else { continue };
             let name = device_name(Some(gpu.index), Some(&device));
+            if let Some(why) = self.failed.get(&device) {
+                let fit = Fit::Unusable { why: format!("{why}; `mhtraind undrain` when it is repaired") };
+                self.job.offers.push(Offer { device, name, fit });
+                continue;
+            }
             match self.examined.fit(gpu, &daemon.book, &self.history, &daemon.config) {
                 Ok((fit, _)) => self.job.offers.push(Offer { device, name, fit }),
                 Err(failure) => {

@@ -14,8 +14,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use mhtrain_job::diagnosis::{Diagnosis, Kind};
-use mhtrain_job::event::{AttemptStart, Exit, JobEvent, ProcessIdentity, Resume, ResumeKind};
+use mhtrain_job::diagnosis::{Answer, Diagnosis, Kind};
+use mhtrain_job::event::{AttemptStart, Exit, JobEvent, ProcessIdentity, Record, Resume, ResumeKind};
 use mhtrain_job::receipt::{AttemptNote, ProofFacts, ProofKind, Receipt, render};
 use mhtrain_job::rerun::{
     Adjustment, Decision, ExpandableSegments, History, Policy, Rerun, ResumeWish, Wait, decide,
@@ -78,6 +78,8 @@ pub struct LocalRun {
     pub id: Option<u64>,
     /// An earlier process's journal of this very job that is to be continued.
     pub journal: Option<Journal>,
+    /// Whether somebody gives the job another card when this one fails.
+    pub other_device: bool,
     /// Attempts of a job that ended earlier, whose checkpoints may be resumed, with the rung of each.
     pub earlier: Vec<(PathBuf, Tier)>,
     /// Whose environment and directory the trainer gets.
@@ -91,8 +93,8 @@ pub struct LocalRun {
 /// What came of a job.
 #[derive(Debug)]
 pub struct Verdict {
-    /// How the process ends.
-    pub status: Status,
+    /// How the process ends; `None` when the card failed and the job goes on on another one.
+    pub status: Option<Status>,
     /// The whole story.
     pub receipt: Receipt,
 }
@@ -145,6 +147,7 @@ enum Step {
     Start(Next),
     Adopt(AttemptStart, Attempt),
     Over(Status),
+    OtherDevice,
 }
 
 /// An attempt whose processes are all gone.
@@ -205,6 +208,7 @@ impl<'a> Job<'a> {
             directory,
             id,
             journal,
+            other_device,
             earlier,
             origin,
             screen,
@@ -232,6 +236,7 @@ impl<'a> Job<'a> {
             prepared.advice.dataloader_num_workers,
         )
         .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
+        policy.other_device = other_device;
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
         let card =
             WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
@@ -311,13 +316,15 @@ impl<'a> Job<'a> {
             | JobState::Queued { .. }
             | JobState::Waiting { .. } => {
                 let history = self.history();
-                let rung = self.rung_on_this_ladder(history.rung)?;
+                // On another card it was sized anew.
+                let begins = self.last_start().is_none() || is_planned_anew(self.journal.records());
+                let rung = if begins { chosen } else { self.rung_on_this_ladder(history.rung)? };
                 let decided = self.journal.records().iter().rev().find_map(|record| match &record.event {
                     JobEvent::RerunDecided(rerun) => Some(rerun.clone()),
                     _ => None,
                 });
                 Ok(Step::Start(Next {
-                    rung: if self.last_start().is_some() { rung } else { chosen },
+                    rung,
                     adjustments: history.adjustments,
                     wish: decided.as_ref().map_or(ResumeWish::Latest, |rerun| rerun.resume),
                     wait: decided.map_or(Wait::None, |rerun| rerun.wait),
@@ -402,7 +409,11 @@ impl<'a> Job<'a> {
             step = match step {
                 Step::Over(status) => {
                     self.save_receipt()?;
-                    return Ok(Verdict { status, receipt: self.receipt.clone() });
+                    return Ok(Verdict { status: Some(status), receipt: self.receipt.clone() });
+                }
+                Step::OtherDevice => {
+                    self.save_receipt()?;
+                    return Ok(Verdict { status: None, receipt: self.receipt.clone() });
                 }
                 Step::Start(next) => match self.wait(&next).await? {
                     Some(over) => over,
@@ -1025,6 +1036,9 @@ impl<'a> Job<'a> {
                 self.screen.say(format!("next: {}", rerun.reason));
                 self.receipt.then(&rerun.reason);
                 self.journal.record(JobEvent::RerunDecided(rerun.clone()))?;
+                if rerun.answer == Answer::OtherDevice {
+                    return Ok(Step::OtherDevice);
+                }
                 let Rerun { rung, adjustments, wait, resume: wish, .. } = rerun;
                 Ok(Step::Start(Next { rung, adjustments, wish, wait, after }))
             }
@@ -1162,6 +1176,26 @@ impl<'a> Job<'a> {
             serde_json::to_vec_pretty(&self.receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
         self.directory.write_receipt(&text, lasting)
     }
+}
+
+/// Returns whether a job waits for another card: it left one that failed, and was not sized for the next one yet.
+pub fn needs_other_device(records: &[Record]) -> bool {
+    let last = records.iter().rev().find(|record| {
+        matches!(
+            record.event,
+            JobEvent::Planned { .. } | JobEvent::RerunDecided(_) | JobEvent::AttemptStarting(_)
+        )
+    });
+    last.is_some_and(|record| matches!(&record.event, JobEvent::RerunDecided(rerun) if rerun.answer == Answer::OtherDevice))
+}
+
+/// Returns whether the job was sized for another card after it left one.
+fn is_planned_anew(records: &[Record]) -> bool {
+    let last = |wanted: fn(&JobEvent) -> bool| records.iter().rposition(|record| wanted(&record.event));
+    let planned = last(|event| matches!(event, JobEvent::Planned { .. }));
+    let decided = last(|event| matches!(event, JobEvent::RerunDecided(_)));
+    let started = last(|event| matches!(event, JobEvent::AttemptStarting(_)));
+    decided.is_some() && planned > decided && planned > started
 }
 
 /// Prints a verdict: the receipt for people, or as JSON.
