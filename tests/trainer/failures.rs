@@ -80,10 +80,8 @@ fn a_hang_is_ended_and_python_itself_says_where_it_was() {
     std::fs::copy(root().join("tests/trainer/provoke.py"), lab.env.path("provoke.py")).unwrap();
     let plugins = json!(["row_order.py", "simulated_capacity.py", "provoke.py"]);
     lab.job(json!({"args": {"external_plugins": plugins}}), 1);
-    // A simulated card is busy while a process holds memory: here nobody is seen to.
-    let unseen = lab.env.path("unseen");
-    std::fs::create_dir(&unseen).unwrap();
-    let set = [("PROVOKE", "hang"), ("PROVOKE_STEP", "7"), ("NVML_SIM_USAGE", unseen.to_str().unwrap())];
+    // A simulated card is busy while a process holds memory there: this one holds it on no card that there is.
+    let set = [("PROVOKE", "hang"), ("PROVOKE_STEP", "7"), ("MHT_SIM_DEVICE_UUID", "none")];
     lab.run(&["run", "job.json"], &set).expect(0);
     let receipt = lab.receipt();
     assert_eq!((kind(&receipt, 1), attempts(&receipt).len()), ("interrupted", 2));
