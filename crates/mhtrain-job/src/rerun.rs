@@ -336,11 +336,11 @@ impl Policy {
     }
 }
 
-/// Returns the seconds until a download is tried again that failed for the network after `failures` failures before it;
-/// `None` when that was often enough. The same as for a trainer that dies of it.
-pub fn network_backoff(failures: u32) -> Option<u64> {
+/// Returns the seconds until a download is tried again that failed for the network after `failures` failures before it,
+/// `first` after the first; `None` when that was often enough. The same as for a trainer that dies of it.
+pub fn network_backoff(first: u64, failures: u32) -> Option<u64> {
     let again = failures < Bounds::default().network_backoffs;
-    again.then(|| doubled(NETWORK_BACKOFF_S, failures, NETWORK_BACKOFF_MAX_S))
+    again.then(|| doubled(first, failures, NETWORK_BACKOFF_MAX_S))
 }
 
 /// Returns `first`, doubled so many times, at most `max`.

@@ -211,6 +211,7 @@ impl<'a> Job<'a> {
         )
         .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
+        policy.network_backoff_s = u64::from(config.attempt.network_backoff_s);
         let card =
             WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
         // Somebody asked for the end while nobody was there to bring it about.
