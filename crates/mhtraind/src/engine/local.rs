@@ -808,7 +808,10 @@ impl<'a> Job<'a> {
             signal: if let Exit::Signal { signal } = exit { Some(signal) } else { None },
             oom_kill: end.and_then(|end| end.oom_kill),
             we_stopped_it: self.stop.is_some(),
-            expandable_segments: Some(self.policy.expandable_segments != ExpandableSegments::Off),
+            expandable_segments: Some(
+                self.policy.expandable_segments != ExpandableSegments::Off
+                    || start.adjustments.contains(&Adjustment::ExpandableSegments),
+            ),
             full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
         };
         Ok(Gone { start, exit, facts, follower, pids })
@@ -1145,16 +1148,19 @@ pub fn interrupted() -> Diagnosis {
     }
 }
 
-/// Returns whether the allocator's expandable segments are on: they are, unless the user set the allocator.
+/// Returns whether the allocator's expandable segments are on: they are, unless the surroundings switched them off, and
+/// what the job itself says of them stays.
 fn expandable_segments(prepared: &Prepared) -> ExpandableSegments {
-    let names = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"];
-    let set = names.iter().any(|name| {
-        prepared
-            .spec
-            .env
-            .get(*name)
-            .or(prepared.inherited.get(*name))
-            .is_some_and(|v| v.contains("expandable_segments"))
-    });
-    if set { ExpandableSegments::Fixed } else { ExpandableSegments::On }
+    let said = |variables: &BTreeMap<String, String>| {
+        let names = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"];
+        let text = names.iter().filter_map(|name| variables.get(*name)).find_map(|text| {
+            text.split(',').find_map(|setting| setting.trim().strip_prefix("expandable_segments:"))
+        })?;
+        Some(text.trim().eq_ignore_ascii_case("true"))
+    };
+    match (said(&prepared.spec.env), said(&prepared.inherited)) {
+        (Some(_), _) => ExpandableSegments::Fixed,
+        (None, Some(false)) => ExpandableSegments::Off,
+        (None, Some(true) | None) => ExpandableSegments::On,
+    }
 }
