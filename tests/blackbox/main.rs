@@ -12,6 +12,7 @@ mod estimate;
 mod import;
 mod job_files;
 mod plan;
+mod recovery;
 mod run;
 mod units;
 mod usage;
