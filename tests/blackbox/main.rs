@@ -14,6 +14,7 @@ mod fake_host;
 mod import;
 mod job_files;
 mod plan;
+mod recovery;
 mod run;
 mod units;
 mod usage;

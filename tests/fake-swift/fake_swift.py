@@ -35,7 +35,7 @@ resume inside a later epoch the rows of the first epoch are trained again.
 
 Beside ms-swift's files it writes into the output directory, for the test to look at:
 
-    fake-argv.json  the arguments, and the names (not the values) of the environment
+    fake-argv.json  the arguments, the names (not the values) of the environment, and the values of SETTINGS
     fake-pids.json  {"trainer": pid, "workers": [pid, ...]}
     fake-rows.jsonl {"step": 7, "epoch": 0, "micro_batch": 4, "rows": [...]}: which rows each step trained
 
@@ -66,6 +66,7 @@ WHOLE_NUMBERS = {
     "max_length", "data_seed", "seed",
 }
 SAFE_STOP_CODE = 75
+SETTINGS = ("MASTER_PORT", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class Scenario:
@@ -205,7 +206,8 @@ class Trainer:
 
     def run(self):
         os.makedirs(self.output_dir, exist_ok=True)
-        self.write_json("fake-argv.json", {"argv": sys.argv[1:], "environment": sorted(os.environ)})
+        self.write_json("fake-argv.json", {"argv": sys.argv[1:], "environment": sorted(os.environ),
+                                           "settings": {name: os.environ.get(name) for name in SETTINGS}})
         self.check_arguments()
         self.set_signals()
         self.start_workers()

@@ -344,11 +344,11 @@ impl Policy {
     }
 }
 
-/// Returns the seconds until a download is tried again that failed for the network after `failures` failures before it;
-/// `None` when that was often enough. The same as for a trainer that dies of it.
-pub fn network_backoff(failures: u32) -> Option<u64> {
+/// Returns the seconds until a download is tried again that failed for the network after `failures` failures before it,
+/// `first` after the first; `None` when that was often enough. The same as for a trainer that dies of it.
+pub fn network_backoff(first: u64, failures: u32) -> Option<u64> {
     let again = failures < Bounds::default().network_backoffs;
-    again.then(|| doubled(NETWORK_BACKOFF_S, failures, NETWORK_BACKOFF_MAX_S))
+    again.then(|| doubled(first, failures, NETWORK_BACKOFF_MAX_S))
 }
 
 /// Returns `first`, doubled so many times, at most `max`.
@@ -451,12 +451,13 @@ impl Case<'_> {
             );
         }
         let reason = format!(
-            "device memory ran out at {} ({}); next is {}, predicted peak {} instead of {}{}",
+            "device memory ran out at {} ({}); next is {}, predicted peak {} instead of {}{}{}",
             dead.tier,
             oom_numbers(&self.diagnosis.evidence),
             next.tier,
             next.predicted_peak_bytes,
             dead.predicted_peak_bytes,
+            self.skipped_before(index),
             if same { "" } else { "; it trains other rows or adapters, so it starts again" },
         );
         Decision::Rerun(Rerun {
@@ -469,6 +470,16 @@ impl Case<'_> {
             resume,
             reason,
         })
+    }
+
+    /// Says which rungs lie between the dead one and the next: by the same numbers they would die as well.
+    fn skipped_before(&self, next: usize) -> String {
+        let between = self.plan.rungs.get(self.history.rung.saturating_add(1)..next).unwrap_or_default();
+        let names: Vec<String> = between.iter().map(|rung| rung.tier.to_string()).collect();
+        if names.is_empty() {
+            return String::new();
+        }
+        format!("; skipped, since these numbers rule it out: {}", names.join(", "))
     }
 
     fn ladder_exhausted(&self, rung: &Rung) -> Decision {

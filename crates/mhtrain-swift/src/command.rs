@@ -47,7 +47,7 @@ pub const EXACT_FLAGS: [(&str, &str); 12] = [
     ("MASTER_PORT", "another port after the first was in use"),
     (
         "PYTORCH_CUDA_ALLOC_CONF, PYTORCH_ALLOC_CONF",
-        "without expandable segments where the attempt runs without them",
+        "expandable segments on after memory was in pieces, where the surroundings (not the job) switch them off",
     ),
     (
         "MHTRAIND_COMPANION_TELEMETRY, MHTRAIND_COMPANION_STOP",
@@ -207,7 +207,7 @@ impl CommandError {
 /// An argument of the job that the installed ms-swift does not take, or a value that no command line can carry.
 pub fn user_command(request: &CommandRequest<'_>) -> Result<Invocation, CommandError> {
     let mut command = Command::of(request)?;
-    command.set_allocator(request, true);
+    command.set_allocator(request, true, false);
     Ok(command.into_invocation(request, TRAINER_COMMAND.map(str::to_owned).to_vec()))
 }
 
@@ -222,7 +222,7 @@ pub fn exact_command(
 ) -> Result<Invocation, CommandError> {
     let mut command = Command::of(request)?;
     let asked = flags.adjustments.contains(&Adjustment::ExpandableSegments);
-    command.set_allocator(request, flags.expandable_segments || asked);
+    command.set_allocator(request, flags.expandable_segments, asked);
     if let Some(port) = flags.master_port {
         command.env.insert("MASTER_PORT".to_owned(), port.to_string());
     }
@@ -270,6 +270,12 @@ pub fn merge_expandable_segments(existing: Option<&str>) -> String {
         Some(text) if text.contains("expandable_segments") => text.to_owned(),
         Some(text) => format!("{text},expandable_segments:True"),
     }
+}
+
+/// Returns the allocator's settings with expandable segments on, whatever they said about them.
+fn with_expandable_segments(settings: &str) -> String {
+    let others = settings.split(',').filter(|setting| !setting.contains("expandable_segments"));
+    others.chain(["expandable_segments:True"]).collect::<Vec<_>>().join(",")
 }
 
 /// Returns a number as a person writes it: `2e-4`, `0.1`, `1`; whichever of the two spellings is shorter.
@@ -585,20 +591,26 @@ impl Command {
         }
     }
 
-    /// Switches expandable segments on under both names, or leaves the user's settings as they are.
-    fn set_allocator(&mut self, request: &CommandRequest<'_>, expandable_segments: bool) {
+    /// Switches expandable segments on under both names, or leaves the user's settings as they are. After memory was
+    /// in pieces (`needed`) a setting that only the surroundings have is no obstacle; one of the job is.
+    fn set_allocator(&mut self, request: &CommandRequest<'_>, expandable_segments: bool, needed: bool) {
+        let says = |text: &str| text.contains("expandable_segments");
+        let pinned =
+            ALLOCATOR_VARIABLES.iter().any(|name| request.spec.env.get(*name).is_some_and(|text| says(text)));
         let users = ALLOCATOR_VARIABLES.map(|name| request.set_by_user(name));
-        let decided = users.iter().flatten().any(|text| text.contains("expandable_segments"));
+        let decided = users.iter().flatten().any(|text| says(text));
         let either = users.into_iter().flatten().next();
         for (name, own) in ALLOCATOR_VARIABLES.into_iter().zip(users) {
             if decided {
                 // One name may be set only: both must say the same, whichever torch reads.
-                let text = own.filter(|text| text.contains("expandable_segments"));
-                let other = users.iter().flatten().find(|text| text.contains("expandable_segments"));
+                let text = own.filter(|text| says(text));
+                let other = users.iter().flatten().find(|text| says(text));
                 if let Some(text) = text.or(other.copied()) {
-                    self.env.insert(name.to_owned(), text.to_owned());
+                    let switched =
+                        if needed && !pinned { with_expandable_segments(text) } else { text.to_owned() };
+                    self.env.insert(name.to_owned(), switched);
                 }
-            } else if expandable_segments {
+            } else if expandable_segments || needed {
                 self.env.insert(name.to_owned(), merge_expandable_segments(own.or(either)));
             }
         }

@@ -476,7 +476,8 @@ impl Diagnoser {
                     certain: matches!(
                         signature.form,
                         Form::Raised | Form::Printed | Form::Always | Form::Caught
-                    ) && weight > weight::MENTIONED,
+                    ) && weight > weight::MENTIONED
+                        && !is_librarys_allocation(&line.text),
                     form: Some(signature.form),
                     ..Cause::of(line, trace)
                 }
@@ -988,6 +989,12 @@ fn answer_to(
         | Kind::CodeError
         | Kind::Unknown => Answer::Stop,
     }
+}
+
+/// Whether a library of the driver could not make its handle or workspace: mostly for lack of memory, but a version that
+/// does not fit, or a context that an earlier fault broke, says the same.
+fn is_librarys_allocation(line: &str) -> bool {
+    line.to_ascii_lowercase().contains("alloc_failed")
 }
 
 /// Whether a device fault is one that any card would show: a wrong index, not a broken card.

@@ -80,6 +80,8 @@ pub struct Attempt {
     pub memory_return_s: u32,
     /// Minutes that a job waits for the memory of others.
     pub neighbour_wait_min: u32,
+    /// Seconds of the first wait for network or hub.
+    pub network_backoff_s: u32,
     /// MiB kept of each output file.
     pub log_cap_mib: u32,
     /// Seconds without a sign of life after which an attempt may count as stalled; 0: never.

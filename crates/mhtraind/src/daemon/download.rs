@@ -123,7 +123,8 @@ fn note(daemon: &Daemon, id: JobId, times: u32, done: Result<Downloaded, Failure
         Ok(Downloaded::Failed { temporary, failure }) => (temporary, failure),
         Err(failure) => (failure.status == Status::Failed, failure),
     };
-    let pause = network_backoff(times).filter(|_| temporary).map(Duration::from_secs);
+    let first = u64::from(daemon.config.attempt.network_backoff_s);
+    let pause = network_backoff(first, times).filter(|_| temporary).map(Duration::from_secs);
     if let Some(pause) = pause {
         entry.reason = format!("{}; tried again in {} s", failure.message, pause.as_secs());
     }

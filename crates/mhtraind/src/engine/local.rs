@@ -238,6 +238,7 @@ impl<'a> Job<'a> {
         .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
         policy.other_device = other_device;
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
+        policy.network_backoff_s = u64::from(config.attempt.network_backoff_s);
         let card =
             WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
         // Somebody asked for the end while nobody was there to bring it about.
@@ -870,7 +871,10 @@ impl<'a> Job<'a> {
             signal: if let Exit::Signal { signal } = exit { Some(signal) } else { None },
             oom_kill: end.and_then(|end| end.oom_kill),
             we_stopped_it: self.stop.is_some() || stall.is_some(),
-            expandable_segments: Some(self.policy.expandable_segments != ExpandableSegments::Off),
+            expandable_segments: Some(
+                self.policy.expandable_segments != ExpandableSegments::Off
+                    || start.adjustments.contains(&Adjustment::ExpandableSegments),
+            ),
             full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
         };
         Ok(Gone { start, exit, facts, follower, pids, stall })
@@ -1283,16 +1287,19 @@ pub fn interrupted() -> Diagnosis {
     }
 }
 
-/// Returns whether the allocator's expandable segments are on: they are, unless the user set the allocator.
+/// Returns whether the allocator's expandable segments are on: they are, unless the surroundings switched them off, and
+/// what the job itself says of them stays.
 fn expandable_segments(prepared: &Prepared) -> ExpandableSegments {
-    let names = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"];
-    let set = names.iter().any(|name| {
-        prepared
-            .spec
-            .env
-            .get(*name)
-            .or(prepared.inherited.get(*name))
-            .is_some_and(|v| v.contains("expandable_segments"))
-    });
-    if set { ExpandableSegments::Fixed } else { ExpandableSegments::On }
+    let said = |variables: &BTreeMap<String, String>| {
+        let names = ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"];
+        let text = names.iter().filter_map(|name| variables.get(*name)).find_map(|text| {
+            text.split(',').find_map(|setting| setting.trim().strip_prefix("expandable_segments:"))
+        })?;
+        Some(text.trim().eq_ignore_ascii_case("true"))
+    };
+    match (said(&prepared.spec.env), said(&prepared.inherited)) {
+        (Some(_), _) => ExpandableSegments::Fixed,
+        (None, Some(false)) => ExpandableSegments::Off,
+        (None, Some(true) | None) => ExpandableSegments::On,
+    }
 }
