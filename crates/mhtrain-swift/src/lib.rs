@@ -5,13 +5,16 @@
 pub mod checkpoint;
 pub mod command;
 pub mod companion;
+pub mod conversation;
 pub mod diagnosis;
 pub mod dialect;
 pub mod download;
 pub mod environment;
 pub mod import;
 pub mod oom_message;
+pub mod packing;
 pub mod parameters;
 pub mod progress;
 pub mod proof;
 pub mod python_json;
+pub mod template;
