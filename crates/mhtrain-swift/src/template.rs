@@ -281,18 +281,10 @@ struct Entry {
     last_prompt_with_system: Option<String>,
     separator: Option<String>,
     suffix: Option<String>,
-    default_system: Option<DefaultSystem>,
+    default_system: Option<String>,
     response_prefix: Option<String>,
     response_prefix_unless: Option<Vec<String>>,
     stop_words: Option<Vec<String>>,
-}
-
-/// A default system message; `false`: none, where the template that this one is like has one.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum DefaultSystem {
-    Text(String),
-    None(bool),
 }
 
 impl Entry {
@@ -310,11 +302,7 @@ impl Entry {
             last_prompt_with_system: self.last_prompt_with_system.or(base.last_prompt_with_system),
             separator: self.separator.unwrap_or(base.separator),
             suffix: self.suffix.unwrap_or(base.suffix),
-            default_system: match self.default_system {
-                Some(DefaultSystem::Text(text)) => Some(text),
-                Some(DefaultSystem::None(_)) => None,
-                None => base.default_system,
-            },
+            default_system: self.default_system.or(base.default_system),
             response_prefix: self.response_prefix.unwrap_or(base.response_prefix),
             response_prefix_unless: self.response_prefix_unless.unwrap_or(base.response_prefix_unless),
             stop_words: self.stop_words.unwrap_or(base.stop_words),
