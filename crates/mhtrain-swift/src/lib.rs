@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod command;
 pub mod companion;
 pub mod conversation;
+pub mod data_use;
 pub mod diagnosis;
 pub mod dialect;
 pub mod download;
