@@ -496,6 +496,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         any::<(bool, bool, bool, bool, bool)>(),
         any::<(bool, bool)>(),
         prop::sample::select(vec![(7, 0), (7, 5), (8, 0), (9, 0)]),
+        prop::option::of(prop::collection::vec(1u32..6000, 1..20)),
     );
     (prop::sample::select(MODELS.to_vec()), 1u64..200_000, pins, wishes).prop_map(
         |(model, free, pins, wishes)| {
@@ -510,7 +511,8 @@ fn any_request() -> impl Strategy<Value = Request> {
                 gradient_checkpointing,
                 ..Pins::default()
             };
-            let (train_type, length, min, allow, features, (major, minor)) = wishes;
+            let (train_type, length, min, allow, features, (major, minor), lengths) = wishes;
+            request.data = lengths.and_then(|lengths| rows(&lengths));
             request.train_type = train_type;
             request.length = length;
             request.min_effective_batch = min;

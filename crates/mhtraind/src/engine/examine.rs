@@ -99,7 +99,7 @@ impl Examined {
         idle.card.free = idle.card.total;
         let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
             let features = self.environment.features();
-            Ok(plan(&sizing_request(&self.spec, model, candidate, features, config)?, book))
+            Ok(plan(&sizing_request(&self.spec, model, candidate, features, config, None)?, book))
         };
         let is_idle = held_by_others < IDLE_BELOW;
         if let Ok(plan) = size(&now)?
@@ -178,6 +178,7 @@ impl Sized {
             // A line for somebody who still decides; this job is started.
             would_change: Vec::new(),
             inherited: origin.text_variables(),
+            data: None,
         };
         (prepared, self.environment)
     }
