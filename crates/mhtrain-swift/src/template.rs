@@ -140,6 +140,7 @@ impl Template {
             Some(wrapped) if !system.starts_with("<|start|>") => wrapped.replace("{{SYSTEM}}", system),
             Some(_) | None => system.clone(),
         });
+        let has_system = own.is_some() || self.default_system.is_some();
         let mut before_query = String::new();
         let system = match &self.system_before_query {
             None => own.or_else(|| self.default_system.clone()).unwrap_or_default(),
@@ -154,12 +155,14 @@ impl Template {
         for (index, round) in rounds.iter().enumerate() {
             let prompt = match (&self.last_prompt_with_system, round.role) {
                 (_, Role::Tool) => TOOL_PROMPT,
-                (Some(prompt), _) if index == last && !system.is_empty() => prompt,
+                (Some(prompt), _) if index == last => prompt,
                 (Some(_) | None, _) => &self.prompt,
             };
             let query =
                 if index == 0 { format!("{before_query}{}", round.query) } else { round.query.clone() };
-            row.push_filled(prompt, &[("{{SYSTEM}}", &system), ("{{QUERY}}", &query)]);
+            // Without a system message ms-swift leaves the place for it as it stands: the row has these letters.
+            let system = if has_system { &system } else { "{{SYSTEM}}" };
+            row.push_filled(prompt, &[("{{SYSTEM}}", system), ("{{QUERY}}", &query)]);
             let Some(response) = &round.response else { continue };
             let response = self.response(response);
             row.push(&response, true);
@@ -386,6 +389,8 @@ mod tests {
         let talk = talk(Some("S"), &[(Role::User, "{{SYSTEM}}"), (Role::Assistant, "b")]);
         // What looks like a place in a row is text.
         assert_eq!(rendered("mistral_nemo", &talk)[0].0, "<s>[INST] S\n\n{{SYSTEM}}[/INST]");
+        let unasked = super::tests::talk(None, &[(Role::User, "a"), (Role::Assistant, "b")]);
+        assert_eq!(rendered("mistral_nemo", &unasked)[0].0, "<s>[INST] {{SYSTEM}}\n\na[/INST]");
         let gemma = rendered("gemma3_text", &talk)[0].0.clone();
         assert_eq!(gemma, "<bos><start_of_turn>user\nS\n\n{{SYSTEM}}<end_of_turn>\n<start_of_turn>model\n");
         assert!(rendered("gpt_oss", &talk)[0].0.contains("# Instructions\n\nS<|end|><|start|>user"));
