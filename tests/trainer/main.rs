@@ -12,6 +12,7 @@ mod environment;
 
 mod companion;
 mod daemon;
+mod data;
 mod lab;
 mod warm;
 

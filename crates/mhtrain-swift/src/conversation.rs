@@ -200,8 +200,8 @@ impl RowForm {
         if conversation.messages.is_empty() {
             return Err(RowError::NoMessages);
         }
-        let has_media = |name: &&str| row.get(*name).is_some_and(|value| !is_empty(value));
-        conversation.is_approximate |= MEDIA_COLUMNS.iter().any(|name| has_media(&name));
+        let has_media = |name: &str| row.get(name).is_some_and(|value| !is_empty(value));
+        conversation.is_approximate |= MEDIA_COLUMNS.iter().any(|name| has_media(name));
         Ok(conversation)
     }
 }
