@@ -6,6 +6,7 @@
 
 mod architecture;
 mod daemon;
+mod data;
 mod diagnose;
 mod environment;
 mod estimate;

@@ -15,6 +15,7 @@ mod fake_host;
 
 mod companion;
 mod daemon;
+mod data;
 mod failures;
 mod lab;
 mod ranks;

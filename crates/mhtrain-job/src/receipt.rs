@@ -50,6 +50,9 @@ pub struct Receipt {
     pub rungs: Vec<RungNote>,
     /// What differs from the recipe or from what was asked.
     pub notes: Vec<String>,
+    /// The rows of the data and what the run makes of them; `None` where nobody looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<Value>,
     /// Every attempt, in order.
     pub attempts: Vec<AttemptNote>,
     /// What the success rests on; `None` without success.
@@ -187,6 +190,7 @@ impl Receipt {
             effective_batch: None,
             rungs: Vec::new(),
             notes: Vec::new(),
+            data: None,
             attempts: Vec::new(),
             proof: None,
             proof_facts: None,

@@ -210,6 +210,7 @@ impl JobSpec {
             pins: self.pins()?,
             features,
             oom_risk,
+            data: None,
         })
     }
 }

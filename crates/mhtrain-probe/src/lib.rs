@@ -5,6 +5,7 @@
 //!
 //! Left out on purpose: MIG slices (a card with MIG on is listed and refused), AMD cards, other machines.
 
+pub mod data_files;
 pub mod doctor;
 pub mod gpu;
 pub mod host;
@@ -12,4 +13,5 @@ pub mod model_files;
 pub mod nvml;
 pub mod probe;
 pub mod safetensors;
+pub mod token_lengths;
 pub mod trainer_environment;

@@ -268,12 +268,17 @@ fn hugging_face_snapshot(id: &HubId<'_>, cache: &Path) -> Option<PathBuf> {
     let repository = cache.join(format!("models--{}--{}", id.organisation, id.name));
     let snapshots = repository.join("snapshots");
     if let Ok(commit) = std::fs::read_to_string(repository.join("refs/main")) {
-        let commit = commit.trim();
-        let is_one_name =
-            matches!(Path::new(commit).components().collect::<Vec<_>>()[..], [Component::Normal(_)]);
-        return is_one_name.then(|| snapshots.join(commit)).filter(|directory| has_config(directory));
+        return named_snapshot(&snapshots, &commit).filter(|directory| has_config(directory));
     }
     only_snapshot(&snapshots)
+}
+
+/// Returns the snapshot of a commit; `None` where what stands for one leads elsewhere.
+fn named_snapshot(snapshots: &Path, commit: &str) -> Option<PathBuf> {
+    let commit = commit.trim();
+    let is_one_name =
+        matches!(Path::new(commit).components().collect::<Vec<_>>()[..], [Component::Normal(_)]);
+    is_one_name.then(|| snapshots.join(commit))
 }
 
 fn only_snapshot(snapshots: &Path) -> Option<PathBuf> {
@@ -501,6 +506,32 @@ pub fn find_dataset(entry: &str, places: &Places) -> Result<FoundDataset, Datase
     }
 }
 
+/// Returns where a cache has the files of a hub's data set. Caches may have it in a form that only their own library
+/// reads: then it is not found here.
+///
+/// Source: the layouts of [`find_model`], with `datasets` for `models`.
+pub fn dataset_in_caches(id: &str, places: &Places) -> Option<PathBuf> {
+    let HubId { organisation, name } = HubId::parse(id)?;
+    let hugging_face = || {
+        let repository = places.hugging_face.as_ref()?.join(format!("datasets--{organisation}--{name}"));
+        let commit = std::fs::read_to_string(repository.join("refs/main")).ok()?;
+        named_snapshot(&repository.join("snapshots"), &commit).filter(|directory| directory.is_dir())
+    };
+    let modelscope = || {
+        let cache = places.modelscope.as_ref()?;
+        let places = [
+            cache.join("datasets").join(format!("{organisation}--{name}")).join("snapshots/master"),
+            cache.join("datasets").join(organisation).join(name),
+            cache.join("hub/datasets").join(organisation).join(name),
+        ];
+        places.into_iter().find(|directory| directory.is_dir())
+    };
+    match places.use_hugging_face {
+        true => hugging_face().or_else(modelscope),
+        false => modelscope().or_else(hugging_face),
+    }
+}
+
 fn strip_prefix_ignoring_case<'a>(text: &'a str, prefix: &str) -> Option<&'a str> {
     let start = text.get(..prefix.len())?;
     start.eq_ignore_ascii_case(prefix).then(|| &text[prefix.len()..])
@@ -549,6 +580,25 @@ mod tests {
                 FoundModel::NotLocal { id } => panic!("{id} was not found"),
             }
         }
+    }
+
+    #[test]
+    fn files_of_a_hubs_data_set_are_found_in_both_caches() {
+        let machine = Machine::new();
+        let make = |path: &str| {
+            let directory = machine.root.path().join(path);
+            std::fs::create_dir_all(&directory).unwrap();
+            directory
+        };
+        assert_eq!(dataset_in_caches("org/data", &machine.places()), None);
+        let repository = make(".cache/huggingface/hub/datasets--org--data/refs");
+        std::fs::write(repository.join("main"), "abc\n").unwrap();
+        let hugging_face = make(".cache/huggingface/hub/datasets--org--data/snapshots/abc");
+        assert_eq!(dataset_in_caches("org/data", &machine.places()), Some(hugging_face.clone()));
+        let modelscope = make(".cache/modelscope/datasets/org--data/snapshots/master");
+        assert_eq!(dataset_in_caches("org/data", &machine.places()), Some(modelscope));
+        let first = Places { use_hugging_face: true, ..machine.places() };
+        assert_eq!(dataset_in_caches("org/data", &first), Some(hugging_face));
     }
 
     #[test]

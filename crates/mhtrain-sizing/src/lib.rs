@@ -10,6 +10,7 @@
 mod block;
 pub mod catalogue;
 pub mod correct;
+pub mod data;
 pub mod estimate;
 pub mod estimate_request;
 pub mod explain;

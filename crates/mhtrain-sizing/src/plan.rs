@@ -224,7 +224,11 @@ pub fn workload(request: &Request, tier: &Tier) -> Workload {
         dtype: tier.torch_dtype,
         micro_batch: tier.micro_batch,
         accumulation: tier.accumulation,
-        max_length: tier.max_length,
+        // A pack is always full; without packing no pass is longer than the longest row.
+        max_length: match &request.data {
+            Some(data) if !tier.packing => data.longest_within(tier.max_length),
+            Some(_) | None => tier.max_length,
+        },
         packing: tier.packing,
         // A single row has nothing to be padded to.
         padded: !tier.packing && tier.micro_batch > 1,
@@ -240,6 +244,8 @@ pub fn workload(request: &Request, tier: &Tier) -> Workload {
 enum Rule {
     /// The class's own batch, or a pinned one: the best guess has to fit.
     Presumed,
+    /// The class's own batch on longer rows, because the data has them: the best guess has to fit.
+    LongerForData,
     /// A smaller batch or shorter rows: has to fit at the stated risk.
     Careful,
     /// A larger batch: has to fit at a smaller risk, and be faster than the next smaller by this share.
@@ -320,6 +326,9 @@ impl<'a> Sizing<'a> {
     /// Returns every rung in order, with its prediction.
     fn candidates(&self) -> Result<Vec<Candidate>, PlanError> {
         let mut tiers: Vec<(Tier, Rule)> = Vec::new();
+        if let Some(length) = self.lengths.long_for_data {
+            tiers.push((self.standard_tier(Profile::Long, self.batches.own, length), Rule::LongerForData));
+        }
         let whole = [(Profile::Long, self.lengths.long), (Profile::Standard, self.lengths.standard)];
         for (profile, length) in whole {
             let Some(length) = length else { continue };
@@ -368,14 +377,16 @@ impl<'a> Sizing<'a> {
         let risk = self.request.oom_risk;
         let needed = match rule {
             // A machine that has seen this model knows its risk, so nothing has to be presumed.
-            Rule::Presumed if self.reserve(&tier).knows_model() => estimate.admission_bytes(risk),
-            Rule::Presumed => estimate.device_peak_bytes,
+            Rule::Presumed | Rule::LongerForData if self.reserve(&tier).knows_model() => {
+                estimate.admission_bytes(risk)
+            }
+            Rule::Presumed | Rule::LongerForData => estimate.device_peak_bytes,
             Rule::Careful => estimate.admission_bytes(risk),
             Rule::Larger { .. } => estimate.admission_bytes(risk * self.book.ladder.larger_risk_share),
         };
         let worth_it = match rule {
             Rule::Larger { gain } => gain >= self.book.ladder.throughput_gain_min,
-            Rule::Presumed | Rule::Careful => true,
+            Rule::Presumed | Rule::LongerForData | Rule::Careful => true,
         };
         let admitted = worth_it && needed <= self.request.card.free;
         Ok(Candidate { tier, rule, estimate, needed, admitted })
@@ -622,8 +633,10 @@ impl<'a> Sizing<'a> {
     fn why(&self, candidate: &Candidate, place: Ordering) -> String {
         let free = self.request.card.free;
         let basis = match candidate.rule {
-            Rule::Presumed if !self.reserve(&candidate.tier).knows_model() => "best guess".to_owned(),
-            Rule::Presumed => format!("at {} risk", percent(self.request.oom_risk)),
+            Rule::Presumed | Rule::LongerForData if !self.reserve(&candidate.tier).knows_model() => {
+                "best guess".to_owned()
+            }
+            Rule::Presumed | Rule::LongerForData => format!("at {} risk", percent(self.request.oom_risk)),
             Rule::Careful => format!("at {} risk", percent(self.request.oom_risk)),
             Rule::Larger { .. } => {
                 format!("at {} risk", percent(self.request.oom_risk * self.book.ladder.larger_risk_share))
@@ -651,10 +664,12 @@ impl<'a> Sizing<'a> {
     fn notes(&self, candidates: &[Candidate], chosen: usize) -> Vec<String> {
         let mut notes = self.notes.clone();
         let Some(taken) = candidates.get(chosen) else { return notes };
+        notes.extend(self.note_on_data(taken));
         notes.extend(self.history.learned(self.request, &taken.tier, &taken.estimate).sentence());
         let free = self.request.card.free;
         let first = candidates.iter().find(|candidate| candidate.rule == Rule::Presumed);
-        if let Some(first) = first.filter(|first| first.tier != taken.tier) {
+        let is_lower = taken.rule != Rule::LongerForData;
+        if let Some(first) = first.filter(|first| is_lower && first.tier != taken.tier) {
             let relation = if first.admitted { "would fit" } else { "does not fit" };
             notes.push(format!(
                 "{} is taken instead of the class's own {}, which needs {} (best guess) and {relation} in the {free} \
@@ -668,6 +683,28 @@ impl<'a> Sizing<'a> {
             notes.push(format!("other processes hold {} on this card", self.request.held_by_others));
         }
         notes
+    }
+
+    /// Returns what the rows of the data changed about the rung that is taken.
+    fn note_on_data(&self, taken: &Candidate) -> Option<String> {
+        let data = self.request.data.as_ref()?;
+        let (tier, longest) = (&taken.tier, data.longest());
+        if taken.rule == Rule::LongerForData {
+            let standard = self.lengths.standard?;
+            let gained = data.rows_over(standard) - data.rows_over(tier.max_length);
+            return Some(format!(
+                "rows may have {} tokens instead of {standard}: that keeps {gained} rows more, and the class's own batch \
+                 fits",
+                tier.max_length
+            ));
+        }
+        let passed = workload(self.request, tier).max_length;
+        (passed < tier.max_length).then(|| {
+            format!(
+                "no row has more than {longest} tokens, so no pass is as long as max_length {}",
+                tier.max_length
+            )
+        })
     }
 
     /// Returns a hint when Liger's fused loss would let the class's own batch in.

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::data::LengthProfile;
 use crate::gpu::Card;
 use crate::model::Model;
 use crate::tier::Steps;
@@ -165,4 +166,6 @@ pub struct Request {
     pub features: TrainerFeatures,
     /// One-sided risk of running out of memory at which a rung is admitted, above 0 and below 1.
     pub oom_risk: f64,
+    /// Token lengths of the rows; `None` where nobody looked at them.
+    pub data: Option<LengthProfile>,
 }

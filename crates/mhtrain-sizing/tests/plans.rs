@@ -4,6 +4,7 @@
 
 mod recipe;
 
+use mhtrain_sizing::data::LengthProfile;
 use mhtrain_sizing::explain::{bar, what_would_change};
 use mhtrain_sizing::gpu::ComputeCapability;
 use mhtrain_sizing::ladder::TierBook;
@@ -187,6 +188,57 @@ fn rows_of_4096_are_taken_only_when_asked_for() {
     assert_eq!(chosen(&request).max_length, 3072);
     request.length = Length::Long;
     assert_eq!((chosen(&request).name, chosen(&request).max_length), (Profile::Long, 4096));
+}
+
+/// Returns a profile of rows of these lengths, every one of them measured.
+fn rows(lengths: &[u32]) -> Option<LengthProfile> {
+    Some(LengthProfile::from_measured(lengths, 0, lengths.len() as u64, true))
+}
+
+#[test]
+fn data_with_longer_rows_gets_4096_where_the_own_batch_fits() {
+    let mut request = idle("Qwen/Qwen2.5-1.5B");
+    request.data = rows(&[100, 3072]);
+    assert_eq!(chosen(&request).max_length, 3072, "no row is longer");
+    request.data = rows(&[100, 9000]);
+    assert_eq!(chosen(&request).max_length, 3072, "4096 would not keep it either");
+    request.data = rows(&[100, 3073]);
+    let tier = chosen(&request);
+    assert_eq!((tier.name, tier.max_length, tier.micro_batch), (Profile::Long, 4096, 8));
+    assert!(planned(&request).notes.iter().any(|note| note.contains("keeps 1 rows more")));
+    let own = planned(&request).chosen_rung().admission_bytes;
+    request.card.free = own.checked_sub(Bytes::new(1)).unwrap();
+    let tier = chosen(&request);
+    assert_eq!((tier.name, tier.max_length), (Profile::Standard, 3072), "it does not fit");
+    request.card.free = request.card.total;
+    for other in [Length::Short, Length::Tokens(2000)] {
+        request.length = other;
+        assert!(chosen(&request).max_length < 3072, "the job asked for something else");
+    }
+    request.length = Length::Standard;
+    request.allow.shorter_max_length = false;
+    assert_eq!(chosen(&request).max_length, 3072, "it could not go down from 4096");
+}
+
+#[test]
+fn without_packing_a_pass_is_as_long_as_the_longest_row() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    let peak = |request: &Request| planned(request).chosen_rung().predicted_peak_bytes;
+    let packed = peak(&request);
+    request.data = rows(&[100, 600]);
+    assert_eq!(peak(&request), packed, "a pack is full whatever the rows are");
+    request.features.flash_attn = false;
+    request.pins = Pins { micro_batch: Some(8), ..Pins::default() };
+    let short = peak(&request);
+    request.data = None;
+    let unknown = peak(&request);
+    request.pins.max_length = Some(600);
+    assert_eq!(short, peak(&request), "as if the length were that of the longest row");
+    assert!(short < unknown, "{short} against {unknown}");
+    // A row that nobody measured may be as long as max_length.
+    request.pins.max_length = None;
+    request.data = Some(LengthProfile::from_measured(&[100, 600], 0, 1000, false));
+    assert_eq!(peak(&request), unknown);
 }
 
 #[test]
@@ -444,6 +496,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         any::<(bool, bool, bool, bool, bool)>(),
         any::<(bool, bool)>(),
         prop::sample::select(vec![(7, 0), (7, 5), (8, 0), (9, 0)]),
+        prop::option::of(prop::collection::vec(1u32..6000, 1..20)),
     );
     (prop::sample::select(MODELS.to_vec()), 1u64..200_000, pins, wishes).prop_map(
         |(model, free, pins, wishes)| {
@@ -458,7 +511,8 @@ fn any_request() -> impl Strategy<Value = Request> {
                 gradient_checkpointing,
                 ..Pins::default()
             };
-            let (train_type, length, min, allow, features, (major, minor)) = wishes;
+            let (train_type, length, min, allow, features, (major, minor), lengths) = wishes;
+            request.data = lengths.and_then(|lengths| rows(&lengths));
             request.train_type = train_type;
             request.length = length;
             request.min_effective_batch = min;

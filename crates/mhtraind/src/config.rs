@@ -22,6 +22,8 @@ pub struct Config {
     pub trainer: Trainer,
     /// The sizing engine.
     pub sizing: Sizing,
+    /// Looking at the rows of data sets.
+    pub data: Data,
     /// How attempts are run.
     pub attempt: Attempt,
     /// Where secrets come from.
@@ -68,6 +70,14 @@ pub struct Sizing {
     pub oom_risk: f64,
     /// A site's own tiers.toml; empty: built-in.
     pub tiers: String,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Seconds that counting the tokens of the rows may take; 0: nobody looks.
+    pub look_s: u32,
 }
 
 /// `[attempt]`

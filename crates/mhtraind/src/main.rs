@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use mhtrain_supervisor::{adopt, recorder};
 
+use crate::engine::look::{LOOK_VERB, look_main};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
@@ -41,7 +42,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Becomes the recorder of an attempt, or the gate in front of its trainer, when the command line says so.
+/// Becomes the recorder of an attempt, the gate in front of its trainer, or the process that looks at data, when the command
+/// line says so.
 ///
 /// Before anything else: the recorder closes every descriptor and must be the only thread, and the gate becomes
 /// the trainer.
@@ -52,6 +54,7 @@ fn hidden_verb() -> Option<ExitCode> {
         recorder::RECORDER_VERB => recorder::recorder_main,
         recorder::GATE_VERB => recorder::gate_main,
         adopt::ADOPT_VERB => adopt::adopt_main,
+        LOOK_VERB => return Some(ExitCode::from(u8::try_from(look_main()).unwrap_or(u8::MAX))),
         _ => return None,
     };
     let record = words.next()?;

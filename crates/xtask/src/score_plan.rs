@@ -85,6 +85,7 @@ impl Case {
             pins: Pins { lora_rank: Some(draws.pick(&[8, 16, 64])), ..pins },
             features: TrainerFeatures { flash_attn: draws.uniform() < 0.8, liger: false, bitsandbytes: true },
             oom_risk: 0.10,
+            data: None,
         };
         let mut ratio = || 1.1 * (0.1 * draws.normal()).exp();
         Ok(Case { request, ratios: [ratio(), ratio()] })

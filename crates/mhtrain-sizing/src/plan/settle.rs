@@ -4,6 +4,7 @@
 //! adds a sentence for what differs from the recipe or from what the job asked.
 
 use super::PlanError;
+use crate::data::LengthProfile;
 use crate::gpu::ComputeCapability;
 use crate::ladder::{Class, TierBook};
 use crate::model::ShapeSource;
@@ -26,6 +27,8 @@ pub(super) struct Batches {
 #[derive(Copy, Clone, Debug)]
 pub(super) struct Lengths {
     pub(super) long: Option<u32>,
+    /// Longer rows than the job asks for, because its data has them.
+    pub(super) long_for_data: Option<u32>,
     pub(super) standard: Option<u32>,
     pub(super) shorter: Option<u32>,
     pub(super) emergency: u32,
@@ -157,7 +160,13 @@ pub(super) fn settle_lengths(
         ));
     }
     if let Some(pinned) = request.pins.max_length.or(asked) {
-        return Ok(Lengths { long: None, standard: Some(pinned), shorter: None, emergency: pinned });
+        return Ok(Lengths {
+            long: None,
+            long_for_data: None,
+            standard: Some(pinned),
+            shorter: None,
+            emergency: pinned,
+        });
     }
     let profiles = &book.profiles;
     let standard = class.max_length.unwrap_or(profiles.standard.max_length);
@@ -169,10 +178,18 @@ pub(super) fn settle_lengths(
     let first = long.unwrap_or(whole);
     if !request.allow.shorter_max_length {
         let standard = if long.is_some() { None } else { Some(whole) };
-        return Ok(Lengths { long, standard, shorter: None, emergency: first });
+        return Ok(Lengths { long, long_for_data: None, standard, shorter: None, emergency: first });
     }
     let shorter = Some(profiles.shorter.max_length).filter(|shorter| *shorter < whole);
-    Ok(Lengths { long, standard: Some(whole), shorter, emergency: profiles.emergency.max_length.min(whole) })
+    // A class with a length of its own has it for its memory.
+    let may_be_longer = request.length == Length::Standard && class.max_length.is_none();
+    // Rows that even the longer length leaves out gain nothing.
+    let gains = |long: u32, data: &LengthProfile| data.rows_over(whole) > data.rows_over(long);
+    let long_for_data = Some(profiles.long.max_length).filter(|long| {
+        may_be_longer && *long > whole && request.data.as_ref().is_some_and(|data| gains(*long, data))
+    });
+    let emergency = profiles.emergency.max_length.min(whole);
+    Ok(Lengths { long, long_for_data, standard: Some(whole), shorter, emergency })
 }
 
 /// Returns attention and packing.

@@ -31,6 +31,7 @@ pub fn request(model: &str, free: Bytes) -> Request {
         pins: Pins::default(),
         features: TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true },
         oom_risk: 0.10,
+        data: None,
     }
 }
 

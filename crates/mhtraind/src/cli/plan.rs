@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::output;
 use crate::config::Config;
 use crate::engine::companion;
+use crate::engine::look::{DataReport, look};
 use crate::engine::origin::Origin;
 use crate::engine::prepare::{self, Candidate, Datasets, Host, Prepared};
 use crate::failure::{Failure, Status};
@@ -85,7 +86,8 @@ pub fn run(args: &PlanArgs, config: &Config) -> Result<Status, Failure> {
     let host =
         if args.describes_a_card() { args.described_host(&spec)? } else { args.probed_host(&spec, config)? };
     let book = prepare::tier_book(config)?;
-    let prepared = prepare::prepare(spec, &model, host, &book, &origin, config)?;
+    let looked = look(&spec, &origin, config);
+    let prepared = prepare::prepare(spec, &model, host, &book, &origin, config, &looked)?;
     let invocation = if args.exact { exact(&prepared, config)? } else { typed(&prepared)? };
     if args.json {
         output::json(&plan_json(&prepared, &invocation))?;
@@ -228,6 +230,7 @@ fn plan_json(prepared: &Prepared, invocation: &Invocation) -> Value {
         "chosen_index": plan.chosen,
         "rungs": rungs,
         "effective_batch": plan.effective_batch,
+        "data": prepared.data,
         "device": {
             "index": prepared.candidate.card.index,
             "uuid": prepared.candidate.uuid,
@@ -277,7 +280,9 @@ const BAR_WIDTH: u32 = 60;
 /// Returns the plan for people: card, rungs with their reasons, the bar of the one that is taken, what would change it, notes, and
 /// the command as a block that can be pasted.
 pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
-    let mut lines = vec![card_line(&prepared.candidate), String::new()];
+    let mut lines = vec![card_line(&prepared.candidate)];
+    lines.extend(prepared.data.iter().flat_map(DataReport::lines));
+    lines.push(String::new());
     lines.push(format!("rungs (effective batch {}), best first:", prepared.plan.effective_batch));
     for (index, rung) in prepared.plan.rungs.iter().enumerate() {
         let mark = if index == prepared.plan.chosen { '>' } else { ' ' };
@@ -292,6 +297,12 @@ pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
         lines.push(String::new());
         lines.push("what would take a higher rung:".to_owned());
         lines.extend(prepared.would_change.iter().map(|line| format!("  {line}")));
+    }
+    let warnings = prepared.data.iter().flat_map(|report| &report.data.warnings);
+    if warnings.clone().next().is_some() {
+        lines.push(String::new());
+        lines.push("warnings:".to_owned());
+        lines.extend(warnings.map(|warning| format!("- {warning}")));
     }
     let notes = all_notes(prepared, invocation);
     if !notes.is_empty() {

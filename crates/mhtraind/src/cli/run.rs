@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::engine::directory::JobDirectory;
 use crate::engine::journal::Journal;
 use crate::engine::local::{self, LocalRun};
+use crate::engine::look::look;
 use crate::engine::observations::{ObservationFile, Observer};
 use crate::engine::origin::Origin;
 use crate::engine::prepare::{self, Datasets};
@@ -116,7 +117,8 @@ pub fn start(
     let ours = if earlier == Earlier::Continue { live_trainer(&output_dir) } else { Vec::new() };
     let host = prepare::probed_host(&spec, &report, &ours)?;
     let book = prepare::tier_book(config)?;
-    let prepared = prepare::prepare(spec, &model, host, &book, &origin, config)?;
+    let looked = look(&spec, &origin, config);
+    let prepared = prepare::prepare(spec, &model, host, &book, &origin, config, &looked)?;
     let command = plan::typed(&prepared)?;
     let directory = JobDirectory::open(&output_dir)?;
     let (journal, from) = take_up(&directory, &prepared.spec, earlier)?;

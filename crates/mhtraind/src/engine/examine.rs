@@ -19,6 +19,7 @@ use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::look::{DataReport, Look, look};
 use super::origin::Origin;
 use super::prepare::{Candidate, Datasets, Files, Missing, Prepared, chain, look_for_files, sizing_request};
 use super::secrets;
@@ -43,6 +44,8 @@ pub struct Examined {
     pub notes: Vec<String>,
     /// Cores that the trainer may use.
     pub cores: u32,
+    /// The rows of its data, where somebody could look at them.
+    pub rows: Option<Look>,
 }
 
 /// A job sized for one card: all that an attempt, and whoever takes it over, needs.
@@ -55,6 +58,9 @@ pub struct Sized {
     notes: Vec<String>,
     /// What was probed, for the receipt.
     probe: Value,
+    /// The rows of the data, for the receipt.
+    #[serde(default)]
+    data: Option<DataReport>,
 }
 
 /// Reads what a job needs: its files, its trainer, its secrets.
@@ -67,8 +73,10 @@ pub fn examine(spec: JobSpec, origin: &Origin, config: &Config, cores: u32) -> R
     let environment = trainer_environment_as(&query, &|command| origin.prepare(command))
         .map_err(|e| Failure::failed("no_trainer", chain(&e)).help(e.help()))?;
     secrets::find(&spec.secrets, &origin.secrets)?;
-    let (_, notes) = Dialect::for_environment(&environment);
-    Ok(Examined { spec, model: model.ok(), missing, environment, notes, cores })
+    let (_, mut notes) = Dialect::for_environment(&environment);
+    let looked = look(&spec, origin, config);
+    notes.extend(looked.as_ref().err().cloned());
+    Ok(Examined { spec, model: model.ok(), missing, environment, notes, cores, rows: looked.ok() })
 }
 
 impl Examined {
@@ -98,9 +106,10 @@ impl Examined {
         let now = Candidate { card, uuid: gpu.uuid.clone(), held_by_others };
         let mut idle = Candidate { held_by_others: Bytes::ZERO, ..now.clone() };
         idle.card.free = idle.card.total;
+        let rows = self.rows.as_ref().map(|look| &look.profile);
         let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
             let features = self.environment.features();
-            let request = sizing_request(&self.spec, model, candidate, features, config)?;
+            let request = sizing_request(&self.spec, model, candidate, features, config, rows)?;
             Ok(plan_learned(&request, book, history))
         };
         let is_idle = held_by_others < IDLE_BELOW;
@@ -108,7 +117,10 @@ impl Examined {
             && (plan.chosen_rung().fits || is_idle)
         {
             let rank = rank(&plan, now.card.free);
-            return Ok((Fit::Now(rank), Some(self.sized(now, plan, book.run_advice(model, self.cores)))));
+            return Ok((
+                Fit::Now(rank),
+                Some(self.sized(now, plan, book, book.run_advice(model, self.cores))),
+            ));
         }
         let best = match size(&idle)? {
             Ok(plan) => plan,
@@ -121,8 +133,10 @@ impl Examined {
         Ok((Fit::Later { rank, need, free: now.card.free, holders: holders(gpu) }, None))
     }
 
-    fn sized(&self, candidate: Candidate, plan: Plan, advice: RunAdvice) -> Sized {
+    fn sized(&self, candidate: Candidate, plan: Plan, book: &TierBook, advice: RunAdvice) -> Sized {
+        let tier = &plan.chosen_rung().tier;
         Sized {
+            data: self.rows.as_ref().map(|look| look.report(&self.spec, tier, book, &advice)),
             candidate,
             plan,
             environment: self.environment.clone(),
@@ -180,6 +194,7 @@ impl Sized {
             // A line for somebody who still decides; this job is started.
             would_change: Vec::new(),
             inherited: origin.text_variables(),
+            data: self.data,
         };
         (prepared, self.environment)
     }

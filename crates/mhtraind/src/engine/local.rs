@@ -227,6 +227,8 @@ impl<'a> Job<'a> {
         receipt.versions = environment.packages.clone();
         receipt.record_plan(&prepared.plan);
         receipt.notes.splice(0..0, prepared.notes.iter().cloned());
+        // A report that is no JSON would be a bug of serde; the receipt does without.
+        receipt.data = prepared.data.as_ref().and_then(|data| serde_json::to_value(data).ok());
         let pretty = serde_json::to_vec_pretty(&job).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
         directory.write_private("job.json", &pretty)?;
         let mut policy = Policy::for_job(

@@ -10,6 +10,7 @@ pub mod examine;
 pub mod follow;
 pub mod journal;
 pub mod local;
+pub mod look;
 pub mod memory;
 pub mod observations;
 pub mod origin;

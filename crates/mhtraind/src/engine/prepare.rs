@@ -9,6 +9,7 @@ use std::sync::Arc;
 use mhtrain_job::spec::{JobSpec, SpecError, Validation};
 use mhtrain_probe::model_files::{FoundDataset, FoundModel, Places, find_dataset, find_model};
 use mhtrain_probe::probe::ProbeReport;
+use mhtrain_sizing::data::LengthProfile;
 use mhtrain_sizing::explain::what_would_change;
 use mhtrain_sizing::gpu::Card;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
@@ -21,6 +22,7 @@ use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
 
+use super::look::{DataReport, Looked};
 use super::observations::{ObservationFile, versions};
 use super::origin::Origin;
 use crate::cli::output;
@@ -74,6 +76,8 @@ pub struct Prepared {
     pub would_change: Vec<String>,
     /// Variables that the trainer inherits.
     pub inherited: BTreeMap<String, String>,
+    /// The rows of the data, and what the rung that is taken makes of them; `None` where nobody looked.
+    pub data: Option<DataReport>,
 }
 
 impl Prepared {
@@ -293,8 +297,10 @@ pub fn prepare(
     book: &TierBook,
     origin: &Origin,
     config: &Config,
+    looked: &Looked,
 ) -> Result<Prepared, Failure> {
-    let asked = |candidate: &Candidate| sizing_request(&spec, model, candidate, host.features, config);
+    let rows = looked.as_ref().ok().map(|look| &look.profile);
+    let asked = |candidate: &Candidate| sizing_request(&spec, model, candidate, host.features, config, rows);
     let mut by_free = host.candidates.clone();
     by_free.sort_by_key(|candidate| std::cmp::Reverse(candidate.card.free));
     let mut best: Option<(Candidate, Plan)> = None;
@@ -311,16 +317,21 @@ pub fn prepare(
         }
     }
     match (best, refusal) {
-        (Some((candidate, plan)), _) => Ok(Prepared {
-            would_change: what_would_change(&asked(&candidate)?, book, &host.history, &plan),
-            advice: book.run_advice(model, host.cores),
-            spec,
-            candidate,
-            plan,
-            dialect: host.dialect,
-            notes: host.notes,
-            inherited: origin.text_variables(),
-        }),
+        (Some((candidate, plan)), _) => {
+            let advice = book.run_advice(model, host.cores);
+            let tier = &plan.chosen_rung().tier;
+            Ok(Prepared {
+                would_change: what_would_change(&asked(&candidate)?, book, &host.history, &plan),
+                data: looked.as_ref().ok().map(|look| look.report(&spec, tier, book, &advice)),
+                advice,
+                spec,
+                candidate,
+                plan,
+                dialect: host.dialect,
+                notes: host.notes.into_iter().chain(looked.as_ref().err().cloned()).collect(),
+                inherited: origin.text_variables(),
+            })
+        }
         (None, Some((candidate, error))) => {
             let place =
                 candidate.card.index.map_or(candidate.card.name.clone(), |index| format!("GPU {index}"));
@@ -341,10 +352,13 @@ pub fn sizing_request(
     candidate: &Candidate,
     features: TrainerFeatures,
     config: &Config,
+    rows: Option<&LengthProfile>,
 ) -> Result<Request, Failure> {
     let Candidate { card, held_by_others, .. } = candidate;
-    spec.sizing_request(model.clone(), card.clone(), *held_by_others, features, config.sizing.oom_risk)
-        .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))
+    let request = spec
+        .sizing_request(model.clone(), card.clone(), *held_by_others, features, config.sizing.oom_risk)
+        .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
+    Ok(Request { data: rows.cloned(), ..request })
 }
 
 fn is_better(plan: &Plan, other: &Plan) -> bool {

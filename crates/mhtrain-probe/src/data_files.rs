@@ -1,0 +1,660 @@
+//! Which rows are in the files of a data set?
+//!
+//! A file of gigabytes is not read whole. It is cut into portions that are visited in an order which is spread evenly over
+//! all files at every moment, until all are read or the time is over. What was read by then stands for the rest.
+//!
+//! ```text
+//! jsonl, txt   blocks of bytes; a row belongs to the block in which its first byte lies
+//! parquet      row groups; the number of rows is known without reading them
+//! json, csv    from the beginning: where a row begins is not known before what stands in front of it is read
+//! ```
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use serde::de::{DeserializeSeed, SeqAccess, Visitor};
+use serde_json::{Map, Value};
+
+/// Longest row that is read; a row of a million tokens has about 4 MiB.
+const ROW_BYTES_MAX: u64 = 64 << 20;
+
+/// Bytes of a portion of a file of lines: about 20 ms of work, so that the end of the time is met.
+const BLOCK_BYTES: u64 = 64 << 10;
+
+/// Rows whose columns are looked at to know the form of all.
+const COLUMN_ROWS: usize = 100;
+
+/// Files of a data set that are looked at; a directory with more is looked at in part.
+const FILES_MAX: usize = 1000;
+
+/// A format of data files.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum Format {
+    JsonLines,
+    Json,
+    Csv,
+    Text,
+    Parquet,
+}
+
+/// Why the rows of a data set cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file cannot be opened or read.
+    #[error("cannot read {}: {what}", path.display())]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        what: String,
+    },
+    /// A directory without data files, or a file of an unknown format.
+    #[error("{} holds no jsonl, json, csv, txt or parquet data", path.display())]
+    NoData {
+        /// Which.
+        path: PathBuf,
+    },
+}
+
+/// The files of one data set, opened so far that their rows can be read.
+#[derive(Debug)]
+pub struct DataFiles {
+    files: Vec<DataFile>,
+    columns: BTreeSet<String>,
+}
+
+#[derive(Debug)]
+struct DataFile {
+    path: PathBuf,
+    format: Format,
+    bytes: u64,
+    /// Rows of each row group, and its bytes; parquet only.
+    row_groups: Vec<(u64, u64)>,
+}
+
+/// Something that is read from one end to the other.
+#[derive(Copy, Clone, Debug)]
+struct Portion {
+    file: usize,
+    kind: PortionKind,
+}
+
+#[derive(Copy, Clone, Debug)]
+enum PortionKind {
+    Block { from: u64, to: u64 },
+    RowGroup { index: usize },
+    Whole,
+}
+
+/// How much of a data set was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Rows that were handed out.
+    pub rows_read: u64,
+    /// Bytes of the files that they came from.
+    pub bytes_read: u64,
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// Rows of all files: counted, or estimated from the bytes of those that were read.
+    pub rows: u64,
+    /// Whether `rows` is counted.
+    pub rows_known: bool,
+    /// The first thing that could not be read.
+    pub problem: Option<String>,
+}
+
+/// Returns the data files of a path: itself, or those in a directory and its sub-directories.
+///
+/// Of a directory only files are taken that are of the train split by their names, if any is.
+///
+/// # Errors
+/// There are none, or the directory cannot be read.
+pub fn data_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
+    let none = || DataError::NoData { path: path.to_owned() };
+    if !path.is_dir() {
+        return if format_of(path).is_some() { Ok(vec![path.to_owned()]) } else { Err(none()) };
+    }
+    let mut files = Vec::new();
+    collect(path, 0, &mut files)
+        .map_err(|e| DataError::Unreadable { path: path.to_owned(), what: e.to_string() })?;
+    files.sort();
+    let is_train = |file: &PathBuf| {
+        file.strip_prefix(path).is_ok_and(|inside| inside.to_string_lossy().to_lowercase().contains("train"))
+    };
+    if files.iter().any(is_train) {
+        files.retain(is_train);
+    }
+    files.truncate(FILES_MAX);
+    if files.is_empty() { Err(none()) } else { Ok(files) }
+}
+
+/// Collects data files down to two levels; `data/train-00000-of-00001.parquet` is how hubs keep them.
+fn collect(directory: &Path, depth: u32, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with('.') || name.starts_with("dataset_info") {
+            continue;
+        }
+        if path.is_dir() && depth < 2 {
+            collect(&path, depth + 1, files)?;
+        } else if format_of(&path).is_some() {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn format_of(path: &Path) -> Option<Format> {
+    Some(match path.extension()?.to_str()?.to_lowercase().as_str() {
+        "jsonl" => Format::JsonLines,
+        "json" => Format::Json,
+        "csv" => Format::Csv,
+        "txt" => Format::Text,
+        "parquet" => Format::Parquet,
+        _ => return None,
+    })
+}
+
+impl DataFiles {
+    /// Opens the files of a data set and reads which columns it has.
+    ///
+    /// # Errors
+    /// A file cannot be opened, or is not what its name says.
+    pub fn open(paths: &[PathBuf]) -> Result<DataFiles, DataError> {
+        let mut files = Vec::new();
+        for path in paths {
+            files.push(DataFile::open(path)?);
+        }
+        let columns = match files.first() {
+            Some(file) => file.columns().map_err(|what| file.unreadable(what))?,
+            None => BTreeSet::new(),
+        };
+        Ok(DataFiles { files, columns })
+    }
+
+    /// Returns the names of the columns.
+    pub fn columns(&self) -> impl Iterator<Item = &str> {
+        self.columns.iter().map(String::as_str)
+    }
+
+    /// Hands rows to `each`, on `threads` threads, until all were handed out or `each` breaks.
+    ///
+    /// `each` is given a row, or why it could not be read.
+    pub fn read(
+        &self,
+        threads: usize,
+        each: &(dyn Fn(Result<Value, String>) -> ControlFlow<()> + Sync),
+    ) -> Progress {
+        let portions = self.portions();
+        let order = spread(portions.len());
+        let (next, rows, bytes) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let unfinished = AtomicUsize::new(portions.len());
+        let problem: Mutex<Option<String>> = Mutex::new(None);
+        let work = || {
+            while let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let portion = portions[index];
+                let file = &self.files[portion.file];
+                let mut handed = 0;
+                let mut give = |row: Result<Value, String>| {
+                    handed += 1;
+                    each(row)
+                };
+                let (read, whole) = match file.read(portion.kind, &mut give) {
+                    Ok(read) => read,
+                    Err(what) => {
+                        let mut problem = problem.lock().unwrap_or_else(PoisonError::into_inner);
+                        problem.get_or_insert(file.unreadable(what).to_string());
+                        (0, false)
+                    }
+                };
+                rows.fetch_add(handed, Ordering::Relaxed);
+                bytes.fetch_add(read, Ordering::Relaxed);
+                if !whole {
+                    break;
+                }
+                unfinished.fetch_sub(1, Ordering::Relaxed);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads.min(portions.len()) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        let (rows_read, bytes_read) = (rows.into_inner(), bytes.into_inner());
+        let all = self.files.iter().map(|file| file.bytes).sum();
+        let counted = self.rows_by_metadata();
+        let rows_known = unfinished.into_inner() == 0 || counted.is_some();
+        let rows = match counted {
+            Some(rows) => rows,
+            None if rows_known => rows_read,
+            None => estimate(rows_read, all, bytes_read),
+        };
+        let problem = problem.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Progress { rows_read, bytes_read, bytes: all, rows, rows_known, problem }
+    }
+
+    /// Returns the number of rows where every file says it.
+    fn rows_by_metadata(&self) -> Option<u64> {
+        let all_parquet = self.files.iter().all(|file| file.format == Format::Parquet);
+        let rows = self.files.iter().flat_map(|file| &file.row_groups).map(|(rows, _)| rows).sum();
+        (all_parquet && !self.files.is_empty()).then_some(rows)
+    }
+
+    fn portions(&self) -> Vec<Portion> {
+        let mut portions = Vec::new();
+        for (file, data) in self.files.iter().enumerate() {
+            let kinds: Vec<PortionKind> = match data.format {
+                Format::JsonLines | Format::Text => (0..data.bytes.div_ceil(BLOCK_BYTES))
+                    .map(|block| PortionKind::Block {
+                        from: block * BLOCK_BYTES,
+                        to: ((block + 1) * BLOCK_BYTES).min(data.bytes),
+                    })
+                    .collect(),
+                Format::Parquet => {
+                    (0..data.row_groups.len()).map(|index| PortionKind::RowGroup { index }).collect()
+                }
+                Format::Json | Format::Csv => vec![PortionKind::Whole],
+            };
+            portions.extend(kinds.into_iter().map(|kind| Portion { file, kind }));
+        }
+        portions
+    }
+}
+
+fn estimate(rows_read: u64, bytes: u64, bytes_read: u64) -> u64 {
+    let rows = u128::from(rows_read) * u128::from(bytes) / u128::from(bytes_read.max(1));
+    u64::try_from(rows).unwrap_or(u64::MAX).max(rows_read)
+}
+
+/// Returns the numbers below `count` in an order of which every beginning is spread evenly: steps of the golden section,
+/// as in a low-discrepancy sequence (Weyl 1916).
+fn spread(count: usize) -> Vec<usize> {
+    let golden = (count * 618 / 1000).max(1);
+    // A step that shares no divisor with the count meets every number.
+    let step = (golden..).find(|step| greatest_common_divisor(*step, count) == 1).unwrap_or(1);
+    std::iter::successors(Some(0), |at| Some((at + step) % count)).take(count).collect()
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+}
+
+/// How many bytes were read, and whether that was all.
+type PortionRead = Result<(u64, bool), String>;
+
+/// Takes a row; breaks when no more is wanted.
+type Give<'a> = &'a mut dyn FnMut(Result<Value, String>) -> ControlFlow<()>;
+
+impl DataFile {
+    fn open(path: &Path) -> Result<DataFile, DataError> {
+        let unreadable = |what: String| DataError::Unreadable { path: path.to_owned(), what };
+        let mut format = format_of(path).ok_or_else(|| DataError::NoData { path: path.to_owned() })?;
+        let file = File::open(path).map_err(|e| unreadable(e.to_string()))?;
+        let found = file.metadata().map_err(|e| unreadable(e.to_string()))?;
+        if !found.is_file() {
+            return Err(unreadable("it is no file".to_owned()));
+        }
+        let mut row_groups = Vec::new();
+        match format {
+            Format::Parquet => {
+                let reader = SerializedFileReader::new(file).map_err(|e| unreadable(e.to_string()))?;
+                row_groups = reader
+                    .metadata()
+                    .row_groups()
+                    .iter()
+                    .map(|group| {
+                        let size = |number: i64| u64::try_from(number).unwrap_or(0);
+                        (size(group.num_rows()), size(group.compressed_size()))
+                    })
+                    .collect();
+            }
+            // A .json file may hold lines, and a .jsonl file a list: the library that ms-swift reads them with takes both.
+            Format::Json | Format::JsonLines => {
+                let is_list = first_letter(file).map_err(|e| unreadable(e.to_string()))? == Some(b'[');
+                format = if is_list { Format::Json } else { Format::JsonLines };
+            }
+            Format::Csv | Format::Text => {}
+        }
+        let bytes = match format {
+            Format::Parquet => row_groups.iter().map(|(_, bytes)| bytes).sum(),
+            Format::JsonLines | Format::Json | Format::Csv | Format::Text => found.len(),
+        };
+        Ok(DataFile { path: path.to_owned(), format, bytes, row_groups })
+    }
+
+    fn unreadable(&self, what: String) -> DataError {
+        DataError::Unreadable { path: self.path.clone(), what }
+    }
+
+    fn columns(&self) -> Result<BTreeSet<String>, String> {
+        let mut columns = BTreeSet::new();
+        if self.format == Format::Text {
+            return Ok(BTreeSet::from(["text".to_owned()]));
+        }
+        let mut rows = 0;
+        let mut look = |row: Result<Value, String>| {
+            if let Ok(Value::Object(row)) = row {
+                columns.extend(row.into_iter().map(|(name, _)| name));
+            }
+            rows += 1;
+            if rows < COLUMN_ROWS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        };
+        let first = match self.format {
+            Format::Parquet if self.row_groups.is_empty() => return Ok(columns),
+            Format::Parquet => PortionKind::RowGroup { index: 0 },
+            Format::JsonLines | Format::Text => PortionKind::Block { from: 0, to: self.bytes },
+            Format::Json | Format::Csv => PortionKind::Whole,
+        };
+        self.read(first, &mut look)?;
+        Ok(columns)
+    }
+
+    fn read(&self, portion: PortionKind, give: Give<'_>) -> PortionRead {
+        match (self.format, portion) {
+            (Format::Parquet, PortionKind::RowGroup { index }) => self.read_row_group(index, give),
+            (Format::Csv, _) => self.read_csv(give),
+            (Format::Json, _) => self.read_list(give),
+            (_, PortionKind::Block { from, to }) => self.read_lines(from, to, give),
+            (_, PortionKind::Whole | PortionKind::RowGroup { .. }) => self.read_lines(0, self.bytes, give),
+        }
+    }
+
+    /// Reads the lines whose first byte lies in `from..to`.
+    fn read_lines(&self, from: u64, to: u64, give: Give<'_>) -> PortionRead {
+        let text = |e: std::io::Error| e.to_string();
+        let mut file = File::open(&self.path).map_err(text)?;
+        // Of the byte in front one learns whether a line begins at `from`.
+        let mut at = from.saturating_sub(1);
+        file.seek(SeekFrom::Start(at)).map_err(text)?;
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        if from > 0 {
+            at += skip_line(&mut reader).map_err(text)?;
+        }
+        while at < to {
+            line.clear();
+            let read = reader.by_ref().take(ROW_BYTES_MAX).read_until(b'\n', &mut line).map_err(text)? as u64;
+            if read == 0 {
+                break;
+            }
+            if read == ROW_BYTES_MAX {
+                return Err(format!("a row is longer than {} MiB", ROW_BYTES_MAX >> 20));
+            }
+            at += read;
+            let content = line.trim_ascii();
+            if content.is_empty() {
+                continue;
+            }
+            let row = match self.format {
+                Format::Text => Ok(text_row(content)),
+                _ => serde_json::from_slice(content).map_err(|e| format!("a line is no JSON: {e}")),
+            };
+            if give(row).is_break() {
+                return Ok((at.saturating_sub(from), false));
+            }
+        }
+        Ok((to - from, true))
+    }
+
+    fn read_csv(&self, give: Give<'_>) -> PortionRead {
+        let mut reader =
+            csv::ReaderBuilder::new().flexible(true).from_path(&self.path).map_err(|e| e.to_string())?;
+        let names = reader.headers().map_err(|e| e.to_string())?.clone();
+        let mut record = csv::StringRecord::new();
+        loop {
+            let row = match reader.read_record(&mut record) {
+                Ok(false) => return Ok((self.bytes, true)),
+                Ok(true) => {
+                    let cells = names.iter().zip(&record);
+                    Ok(cells.map(|(name, cell)| (name.to_owned(), cell.into())).collect::<Map<_, _>>().into())
+                }
+                Err(error) => Err(error.to_string()),
+            };
+            if give(row).is_break() {
+                return Ok((reader.position().byte(), false));
+            }
+        }
+    }
+
+    fn read_list(&self, give: Give<'_>) -> PortionRead {
+        let read = Arc::new(AtomicU64::new(0));
+        let file = File::open(&self.path).map_err(|e| e.to_string())?;
+        let counted = Counted { file, read: Arc::clone(&read) };
+        let mut is_broken_off = false;
+        let mut deserializer = serde_json::Deserializer::from_reader(BufReader::new(counted));
+        let each = EachRow { give, is_broken_off: &mut is_broken_off };
+        let result = each.deserialize(&mut deserializer);
+        match result {
+            _ if is_broken_off => Ok((read.load(Ordering::Relaxed), false)),
+            Ok(()) => Ok((self.bytes, true)),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn read_row_group(&self, index: usize, give: Give<'_>) -> PortionRead {
+        let text = |e: parquet::errors::ParquetError| e.to_string();
+        let file = File::open(&self.path).map_err(|e| e.to_string())?;
+        let reader = SerializedFileReader::new(file).map_err(text)?;
+        let group = reader.get_row_group(index).map_err(text)?;
+        let (rows, bytes) = self.row_groups.get(index).copied().unwrap_or_default();
+        let mut done = 0;
+        for row in group.get_row_iter(None).map_err(text)? {
+            done += 1;
+            let row = row.map(|row| row.to_json_value()).map_err(text);
+            if give(row).is_break() {
+                return Ok((bytes * done / rows.max(1), false));
+            }
+        }
+        Ok((bytes, true))
+    }
+}
+
+fn text_row(line: &[u8]) -> Value {
+    let text = String::from_utf8_lossy(line).into_owned();
+    Value::Object(Map::from_iter([("text".to_owned(), Value::String(text))]))
+}
+
+/// Returns the first byte that is no blank, and no byte order mark.
+fn first_letter(file: File) -> std::io::Result<Option<u8>> {
+    let mut start = Vec::new();
+    file.take(4096).read_to_end(&mut start)?;
+    let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&start);
+    Ok(text.trim_ascii_start().first().copied())
+}
+
+/// Skips to behind the end of a line, and returns how far that was.
+fn skip_line(reader: &mut impl BufRead) -> std::io::Result<u64> {
+    let mut skipped = 0;
+    loop {
+        let buffer = reader.fill_buf()?;
+        let (length, found) = match buffer.iter().position(|byte| *byte == b'\n') {
+            Some(at) => (at + 1, true),
+            None => (buffer.len(), false),
+        };
+        reader.consume(length);
+        skipped += length as u64;
+        if found || length == 0 {
+            return Ok(skipped);
+        }
+    }
+}
+
+/// A file that counts what is read of it.
+struct Counted {
+    file: File,
+    read: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.read.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+}
+
+/// Hands out the elements of a JSON list one by one, so that the list is never whole in memory.
+struct EachRow<'a, 'b> {
+    give: Give<'a>,
+    is_broken_off: &'b mut bool,
+}
+
+impl<'de> DeserializeSeed<'de> for EachRow<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for EachRow<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a list of rows")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
+        while let Some(row) = rows.next_element::<Value>()? {
+            if (self.give)(Ok(row)).is_break() {
+                *self.is_broken_off = true;
+                return Err(serde::de::Error::custom("no more is wanted"));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes files and returns their directory.
+    fn directory(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, content) in files {
+            let path = directory.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        directory
+    }
+
+    /// Reads rows until `most`, and returns their ids.
+    fn ids(files: &DataFiles, threads: usize, most: usize) -> (Vec<u64>, Progress) {
+        let seen = Mutex::new(Vec::new());
+        let progress = files.read(threads, &|row| {
+            let mut seen = seen.lock().unwrap();
+            seen.push(row.unwrap()["id"].to_string().trim_matches('"').parse().unwrap());
+            if seen.len() >= most { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        let mut seen = seen.into_inner().unwrap();
+        seen.sort_unstable();
+        (seen, progress)
+    }
+
+    fn lines(rows: u64) -> String {
+        // Rows of unequal length, so that blocks begin at every place of a row.
+        (0..rows)
+            .map(|id| format!("{{\"id\": {id}, \"text\": \"{}\"}}\n", "x".repeat((id * 37 % 900) as usize)))
+            .collect()
+    }
+
+    #[test]
+    fn every_row_of_every_format_is_read_once() {
+        let list = format!("[{}]", lines(2000).trim_end().replace('\n', ", "));
+        let csv: String = (0..2000).map(|id| format!("{id},\"two\nlines, and \"\"quotes\"\"\"\n")).collect();
+        let files: [(&str, &[u8]); 4] = [
+            ("a.jsonl", &lines(2000).into_bytes()),
+            ("b.json", &list.into_bytes()),
+            ("c.csv", &format!("id,text\n{csv}").into_bytes()),
+            ("lines.json", &lines(2000).replace('\n', "\r\n\r\n").into_bytes()),
+        ];
+        let directory = directory(&files);
+        for (name, _) in files {
+            let files = DataFiles::open(&[directory.path().join(name)]).unwrap();
+            assert_eq!(files.columns().collect::<Vec<_>>(), ["id", "text"], "{name}");
+            let (seen, progress) = ids(&files, 3, usize::MAX);
+            assert_eq!(seen, (0..2000).collect::<Vec<_>>(), "{name}");
+            assert!(progress.rows_known && progress.rows == 2000, "{name}: {progress:?}");
+            assert_eq!(progress.bytes_read, progress.bytes, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_look_that_is_broken_off_is_spread_over_the_file_and_estimates_the_rows() {
+        let directory = directory(&[("a.jsonl", lines(20_000).as_bytes())]);
+        let files = DataFiles::open(&[directory.path().join("a.jsonl")]).unwrap();
+        let (seen, progress) = ids(&files, 1, 2000);
+        assert_eq!(seen.len(), 2000);
+        assert!(!progress.rows_known && progress.bytes_read < progress.bytes);
+        let error = (progress.rows as f64 - 20_000.0).abs() / 20_000.0;
+        assert!(error < 0.05, "{} rows estimated", progress.rows);
+        // Each fifth of the file has its share of the sample.
+        for fifth in 0..5 {
+            let share = seen.iter().filter(|id| **id / 4000 == fifth).count();
+            assert!((200..800).contains(&share), "{share} rows of the {fifth}. fifth");
+        }
+    }
+
+    #[test]
+    fn of_a_directory_the_train_split_is_taken() {
+        let files: [(&str, &[u8]); 5] = [
+            ("data/train-0.jsonl", b"{\"id\": 1}\n"),
+            ("data/test-0.jsonl", b"{\"id\": 2}\n"),
+            ("dataset_infos.json", b"{}"),
+            ("README.md", b"# x"),
+            (".git/train.json", b"{}"),
+        ];
+        let directory = directory(&files);
+        let found = data_files(directory.path()).unwrap();
+        assert_eq!(found, [directory.path().join("data/train-0.jsonl")]);
+        assert!(matches!(data_files(&directory.path().join("README.md")), Err(DataError::NoData { .. })));
+    }
+
+    #[test]
+    fn what_is_damaged_is_named() {
+        let files: [(&str, &[u8]); 3] = [
+            ("a.parquet", b"no parquet"),
+            ("b.json", b"[{\"id\": 1}, {\"id\""),
+            ("c.jsonl", b"{\"id\": 1}\n{oops\n"),
+        ];
+        let directory = directory(&files);
+        let open = |name: &str| DataFiles::open(&[directory.path().join(name)]);
+        assert!(open("a.parquet").unwrap_err().to_string().contains("a.parquet"));
+        assert!(open("b.json").unwrap_err().to_string().contains("EOF"));
+        let errors = Mutex::new(0);
+        open("c.jsonl").unwrap().read(1, &|row| {
+            *errors.lock().unwrap() += u32::from(row.is_err());
+            ControlFlow::Continue(())
+        });
+        assert_eq!(errors.into_inner().unwrap(), 1);
+    }
+
+    #[test]
+    fn any_beginning_of_the_order_is_spread_evenly() {
+        for count in [1, 2, 3, 10, 97, 1000, 4096] {
+            let order = spread(count);
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..count).collect::<Vec<_>>());
+            if count >= 97 {
+                let tenth = &order[..count / 10];
+                let low = tenth.iter().filter(|index| **index < count / 2).count();
+                assert!(
+                    (low * 2).abs_diff(tenth.len()) <= tenth.len() / 3,
+                    "{count}: {low} of {}",
+                    tenth.len()
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! `mhtraind plan` looks at the rows of the data: counted, cached, and said when nobody could.
+
+use serde_json::{Value, json};
+
+use crate::environment::TestEnv;
+
+const CARD: [&str; 6] = ["--gpu-free", "80GiB", "--compute-capability", "8.0", "--flash-attn", "yes"];
+
+/// A tokenizer with one token for each word.
+const WORDS: &str = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+    "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+    "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}"#;
+
+/// Writes a model of a known shape with a tokenizer, and a job on `rows` rows of 100 words and `long` of 2500.
+fn job(env: &TestEnv, rows: usize, long: usize) {
+    env.write(
+        "Qwen2.5-0.5B/config.json",
+        r#"{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+            "tie_word_embeddings": true}"#,
+    );
+    env.write("Qwen2.5-0.5B/tokenizer.json", WORDS);
+    let row = |words: usize| format!("{}\n", json!({"query": "q", "response": "w ".repeat(words)}));
+    env.write("train.jsonl", row(100).repeat(rows) + &row(2500).repeat(long));
+    env.write(
+        "job.json",
+        json!({"model": "./Qwen2.5-0.5B", "dataset": "train.jsonl", "length": "short"}).to_string(),
+    );
+}
+
+fn plan(env: &TestEnv) -> Value {
+    env.run(&[&["plan", "job.json", "--json"][..], &CARD].concat()).expect(0).json()
+}
+
+#[test]
+fn a_plan_says_what_a_length_drops_and_what_never_comes() {
+    let env = TestEnv::new();
+    job(&env, 97, 3);
+    let data = &plan(&env)["data"];
+    assert_eq!(
+        (&data["rows"], &data["exact"], &data["template"]),
+        (&json!(100), &json!(true), &json!("qwen2_5"))
+    );
+    assert_eq!((&data["max_length"], &data["rows_dropped"]), (&json!(2048), &json!(3)));
+    assert!(data["p50"].as_u64().unwrap() > 100 && data["max"].as_u64().unwrap() > 2500, "{data}");
+    // Of about 120 tokens each, 17 go into a pack of 2048: six packs, one step.
+    assert_eq!(data["optimizer_steps"], 1, "{data}");
+    let warnings = data["warnings"].to_string();
+    assert!(warnings.contains("2048 drops 3.0 % of rows (3); 3072 0.0 %"), "{warnings}");
+    assert!(warnings.contains("save_steps 200 never comes"), "{warnings}");
+    let text = env.run(&[&["plan", "job.json"][..], &CARD].concat()).expect(0).stdout;
+    assert!(text.contains("data: 100 rows") && text.contains("@2048: 3 rows dropped (3.0 %)"), "{text}");
+}
+
+#[test]
+fn the_same_files_are_counted_once() {
+    let env = TestEnv::new();
+    job(&env, 10, 0);
+    let first = plan(&env);
+    assert_eq!(first["data"]["cached"], false);
+    assert_eq!(plan(&env)["data"]["cached"], true);
+    job(&env, 11, 0);
+    let changed = plan(&env);
+    assert_eq!((&changed["data"]["cached"], &changed["data"]["rows"]), (&json!(false), &json!(11)));
+}
+
+#[test]
+fn where_nobody_could_look_a_note_says_why() {
+    let env = TestEnv::new();
+    job(&env, 10, 0);
+    std::fs::remove_file(env.path("Qwen2.5-0.5B/tokenizer.json")).unwrap();
+    let without = plan(&env);
+    assert_eq!(without["data"], Value::Null);
+    let notes = without["notes"].to_string();
+    assert!(notes.contains("not looked at") && notes.contains("tokenizer.json"), "{notes}");
+    env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());
+    let notes = plan(&env)["notes"].to_string();
+    assert!(notes.contains("Qwen/Qwen2.5-7B-Instruct is not on this machine"), "{notes}");
+}
+
+#[test]
+fn what_strangers_put_into_a_tokenizer_ends_the_look_and_not_the_plan() {
+    let env = TestEnv::new();
+    job(&env, 10, 0);
+    env.write("Qwen2.5-0.5B/tokenizer.json", "[".repeat(1 << 20));
+    let plan = plan(&env);
+    assert_eq!(plan["data"], Value::Null);
+    assert!(plan["notes"].to_string().contains("not looked at"), "{}", plan["notes"]);
+}
