@@ -229,7 +229,7 @@ mod tests {
     fn a_process_without_a_handler_is_not_asked() {
         let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         assert!(!prints_stacks(sleeper.id()));
-        assert!(kernels_view(sleeper.id()).starts_with("sleep"));
+        assert!(kernels_view(sleeper.id()).contains(" in "));
         sleeper.kill().unwrap();
         sleeper.wait().unwrap();
     }
