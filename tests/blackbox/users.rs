@@ -371,6 +371,16 @@ fn the_daemon_reads_and_writes_nothing_that_the_submitter_could_not() {
     }
     ask(&["log", &id]);
     ask(&["explain", &id, "--json"]).expect(0);
+    // What is open to any thread of root's process: its own descriptors and memory.
+    std::fs::remove_file(own.join("attempt-1/trainer.log")).unwrap();
+    symlink("/proc/self/maps", own.join("attempt-1/trainer.log")).unwrap();
+    assert!(!ask(&["log", &id]).stdout.contains("[stack]"));
+    // A pipe where a lock should be holds no card: the job fails, and the next one runs.
+    std::fs::create_dir_all(mallory.home.join("trap/.mhtraind")).unwrap();
+    tool(Command::new("mkfifo").args(["-m", "666"]).arg(mallory.home.join("trap/.mhtraind/lock")));
+    tool(Command::new("chown").args(["-R", &mallory.name]).arg(mallory.home.join("trap")));
+    let trapped = shared.submit(&mallory, json!({"output_dir": "trap"}), &json!({}));
+    shared.run(&mallory, &["wait", &trapped, "--timeout", "60"]).expect(1);
     // And a directory whose removal would reach elsewhere.
     let precious = shared.served.host.env.write("precious/kept.txt", "kept");
     symlink(precious.parent().unwrap(), own.join("elsewhere")).unwrap();

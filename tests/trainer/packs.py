@@ -15,8 +15,9 @@ except ImportError:  # ms-swift 3.x
     from swift.llm.dataset import LazyLLMDataset, PackingDataset
     from swift.llm.dataset.utils import AddLengthPreprocessor
 
+    # The line finds it by the model type qwen2.
     tokenizer = get_model_tokenizer(model, load_model=False)[1]
-    template = get_template("qwen2_5", tokenizer, max_length=max_length)
+    template = get_template("qwen", tokenizer, max_length=max_length)
 template.set_mode("train")
 rows, _ = load_dataset([data], shuffle=True)
 rows = AddLengthPreprocessor(template=template)(rows, load_from_cache_file=False)

@@ -77,6 +77,10 @@ pub struct TemplateWish {
     pub model: String,
     /// `--template`.
     pub template: Option<String>,
+    /// `--model_type`.
+    pub model_type: Option<String>,
+    /// Whether the trainer is ms-swift 3.x, where the template follows from the model type alone.
+    pub is_line_3: bool,
     /// `--system`.
     pub system: Option<String>,
 }
@@ -169,17 +173,25 @@ impl TokenCounter {
     }
 }
 
-/// Returns ms-swift's template: the one that the job names, that an `args.json` beside the model names (ms-swift writes one
-/// into what it exports), or that architecture and name lead to.
+/// Returns ms-swift's template: the one that the job names, that an `args.json` beside the model leads to (ms-swift writes
+/// one into what it exports), or that architecture and name lead to.
+///
+/// Source: 4.x takes `template` of that file (`_read_args_json_template_type` in `swift/template/register.py`), 3.x only
+/// `model_type` (`_read_args_json_model_type` in `swift/llm/model/register.py`).
 fn book_template(directory: &Path, wish: &TemplateWish) -> Option<Template> {
     let book = TemplateBook::builtin();
-    let named = |name: &str| book.named(name).cloned();
     if let Some(name) = &wish.template {
-        return named(name);
+        return book.named(name).cloned();
     }
     let exported = read_json(&directory.join("args.json"));
-    if let Some(template) = exported["template"].as_str().and_then(named) {
-        return Some(template);
+    let found = if wish.is_line_3 {
+        let model_type = wish.model_type.as_deref().or_else(|| exported["model_type"].as_str());
+        model_type.and_then(|name| book.of_model_type(name))
+    } else {
+        exported["template"].as_str().and_then(|name| book.named(name))
+    };
+    if let Some(template) = found {
+        return Some(template.clone());
     }
     let config = read_json(&directory.join("config.json"));
     let architectures: Vec<&str> =
@@ -339,6 +351,16 @@ mod tests {
         assert_eq!(counter.template(), Some("qwen3"));
         // <im_start> user a b <im_end> <im_start> assistant | < think > </ think > a <im_end>: no truncation to 2.
         assert_eq!(counter.count(&talk("a b", "a")), Some(7 + 3 + 3 + 2));
+    }
+
+    #[test]
+    fn what_an_export_says_about_its_template_is_read_as_each_line_reads_it() {
+        let exported = r#"{"model_type": "qwen2", "template": "qwen2_5"}"#;
+        let directory = model(&[("tokenizer.json", WORDS), ("args.json", exported)]);
+        for (is_line_3, template) in [(false, "qwen2_5"), (true, "qwen")] {
+            let wish = TemplateWish { is_line_3, ..TemplateWish::default() };
+            assert_eq!(TokenCounter::open(directory.path(), &wish).unwrap().template(), Some(template));
+        }
     }
 
     #[test]

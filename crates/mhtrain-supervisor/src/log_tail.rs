@@ -82,18 +82,22 @@ impl LogTail {
     /// When the file is there and cannot be read.
     pub fn drain(&mut self, mut take: impl FnMut(&[u8])) -> io::Result<u64> {
         let mut total = 0;
-        loop {
+        // Whoever still writes is not waited for: there may be no end to it.
+        let most = std::fs::symlink_metadata(&self.path).map_or(0, |found| found.len()) + BYTES_PER_CALL;
+        while total <= most {
             match self.read_new(&mut take)? {
-                0 => return Ok(total),
+                0 => break,
                 read => total += read as u64,
             }
         }
+        Ok(total)
     }
 
     /// Returns whether there was a file to open.
     fn open_path(&mut self) -> io::Result<bool> {
-        // Without waiting: a pipe of that name may have nobody at its other end.
-        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        // It lies where another user may put something else. Without waiting, because a pipe may have nobody at its other
+        // end; without following a link, which may lead into our own /proc; never to become our terminal.
+        let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY).bits().cast_signed();
         match OpenOptions::new().read(true).custom_flags(flags).open(&self.path) {
             Ok(file) if !file.metadata()?.is_file() => Err(io::ErrorKind::InvalidInput.into()),
             Ok(file) => {

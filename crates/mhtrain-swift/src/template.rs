@@ -16,6 +16,8 @@ pub struct Template {
     /// ms-swift's name of it (`--template`).
     pub name: String,
     also: Vec<String>,
+    /// Model types of ms-swift 3.x that have it and another name.
+    model_types: Vec<String>,
     /// Whether the tokens that the tokenizer adds by itself stand around the row.
     pub bos: bool,
     /// Token ids of a round that have no text.
@@ -109,6 +111,13 @@ impl TemplateBook {
         let has_name =
             |template: &&Template| template.name == name || template.also.iter().any(|also| also == name);
         self.templates.iter().find(has_name)
+    }
+
+    /// Returns the template of one of ms-swift 3.x's model types (`--model_type`), most of which have its name. In 4.x a model
+    /// type may have several.
+    pub fn of_model_type(&self, model_type: &str) -> Option<&Template> {
+        let named = |template: &&Template| template.model_types.iter().any(|name| name == model_type);
+        self.templates.iter().find(named).or_else(|| self.named(model_type))
     }
 
     /// Returns the template that ms-swift finds for a model by its architectures (config.json) and the last part of its name;
@@ -273,6 +282,8 @@ struct Entry {
     name: String,
     #[serde(default)]
     also: Vec<String>,
+    #[serde(default)]
+    model_types: Vec<String>,
     like: Option<String>,
     bos: Option<bool>,
     mark_tokens: Option<u32>,
@@ -295,6 +306,7 @@ impl Entry {
         Template {
             name: self.name,
             also: self.also,
+            model_types: self.model_types,
             bos: self.bos.unwrap_or(base.bos),
             mark_tokens: self.mark_tokens.unwrap_or(base.mark_tokens),
             prefix: self.prefix.unwrap_or(base.prefix),
@@ -353,6 +365,9 @@ mod tests {
             assert_eq!(found, Some(template), "{model}");
         }
         assert!(book.of_model(&["Qwen2ForCausalLM"], "somebody/novel-7B").is_none());
+        for (model_type, template) in [("qwen2", "qwen"), ("qwen2_5", "qwen2_5"), ("llama3_1", "llama3_2")] {
+            assert_eq!(book.of_model_type(model_type).map(|found| found.name.as_str()), Some(template));
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::routes::{Answer, Asked, Id, to_the_end};
 use super::types::{JobList, JobView, SeriesPoint};
 use crate::daemon::{Account, Caller, Daemon};
-use crate::engine::directory::read_plain;
+use crate::engine::directory::{RECEIPT_BYTES_MAX, read_plain};
 use crate::failure::{Failure, Status};
 
 /// Jobs of a page where the client names no number.
@@ -25,9 +25,6 @@ const PAGE: u32 = 100;
 
 /// Most jobs of one page.
 const PAGE_MAX: u32 = 1000;
-
-/// Largest receipt that is read: its owner could have put anything there.
-const RECEIPT_BYTES_MAX: u64 = 16 << 20;
 
 /// How long a job whose end is on disk may take to write its receipt and end its thread.
 const END_WITHIN: Duration = Duration::from_secs(10);
@@ -165,7 +162,10 @@ pub(super) async fn remove(
     settled(&daemon, id).await?;
     to_the_end(async move {
         daemon.store.call(move |store| store.remove(id)).await?;
-        match std::fs::remove_dir_all(daemon.job_dir(id)) {
+        // As ourselves, because the directory lies in ours; it follows no link. There may be very many files.
+        let dir = daemon.job_dir(id);
+        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
+        match removed.map_err(|e| Failure::new(Status::Bug, "no_thread", e))? {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 tracing::warn!(job = id.get(), %error, "the job's own files cannot be removed");
             }

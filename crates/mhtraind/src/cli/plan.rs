@@ -86,7 +86,7 @@ pub fn run(args: &PlanArgs, config: &Config) -> Result<Status, Failure> {
     let host =
         if args.describes_a_card() { args.described_host(&spec)? } else { args.probed_host(&spec, config)? };
     let book = prepare::tier_book(config)?;
-    let looked = look(&spec, &origin, config);
+    let looked = look(&spec, &host.dialect, &origin, config);
     let prepared = prepare::prepare(spec, &model, host, &book, &origin, config, &looked)?;
     let invocation = if args.exact { exact(&prepared, config)? } else { typed(&prepared)? };
     if args.json {

@@ -117,7 +117,7 @@ pub fn start(
     let ours = if earlier == Earlier::Continue { live_trainer(&output_dir) } else { Vec::new() };
     let host = prepare::probed_host(&spec, &report, &ours)?;
     let book = prepare::tier_book(config)?;
-    let looked = look(&spec, &origin, config);
+    let looked = look(&spec, &host.dialect, &origin, config);
     let prepared = prepare::prepare(spec, &model, host, &book, &origin, config, &looked)?;
     let command = plan::typed(&prepared)?;
     let directory = JobDirectory::open(&output_dir)?;

@@ -3,6 +3,7 @@
 //! A job that waits for a model has no card: somebody else trains meanwhile. A download dies with the daemon and is begun
 //! again by the next one, which goes on where it ended.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,9 @@ use crate::failure::{Failure, Status};
 
 /// Downloads that run at the same time; more would only share the line.
 const AT_ONCE: usize = 4;
+
+/// The same of one user, so that others have a share.
+const AT_ONCE_OF_USER: usize = 2;
 
 /// How far the download of a job is.
 #[derive(Clone, Debug, Default)]
@@ -48,7 +52,11 @@ pub fn is_here(entry: &QueuedEntry, examined: &Examined) -> bool {
 /// Starts the downloads that are due. Returns the jobs whose download failed for good.
 pub fn start_due(daemon: &Arc<Daemon>) -> Vec<(JobId, Failure)> {
     let mut queued = daemon.queued();
-    let mut running = queued.values().filter(|entry| matches!(entry.download, Download::UnderWay)).count();
+    let mut running: BTreeMap<u32, usize> = BTreeMap::new();
+    for entry in queued.values().filter(|entry| matches!(entry.download, Download::UnderWay)) {
+        *running.entry(entry.handed_in.account.uid).or_default() += 1;
+    }
+    let mut all: usize = running.values().sum();
     let mut failed = Vec::new();
     for (id, entry) in queued.iter_mut() {
         let Some(examined) = entry.examined.clone().filter(|examined| !is_here(entry, examined)) else {
@@ -63,11 +71,13 @@ pub fn start_due(daemon: &Arc<Daemon>) -> Vec<(JobId, Failure)> {
             }
             Download::UnderWay | Download::Over | Download::Failed { .. } => continue,
         };
-        if running >= AT_ONCE {
-            entry.reason = format!("{} is downloaded after {AT_ONCE} others", names(&examined.missing));
+        let of_user = running.entry(entry.handed_in.account.uid).or_default();
+        if all >= AT_ONCE || *of_user >= AT_ONCE_OF_USER {
+            entry.reason = format!("{} is downloaded after others", names(&examined.missing));
             continue;
         }
-        running += 1;
+        *of_user += 1;
+        all += 1;
         entry.reason = format!("downloading {}", names(&examined.missing));
         entry.download = Download::UnderWay;
         let (daemon, id, handed_in) = (Arc::clone(daemon), *id, entry.handed_in.clone());

@@ -22,7 +22,7 @@ use serde_json::Value;
 use super::live::{Followers, LiveJob};
 use super::store::StoreSink;
 use super::{Account, Daemon, HandedIn, QueuedEntry, Submission};
-use crate::engine::directory::JobDirectory;
+use crate::engine::directory::{JobDirectory, RECEIPT_BYTES_MAX, read_plain};
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
 use crate::engine::local::{self, LocalRun, interrupted};
@@ -34,6 +34,9 @@ use crate::failure::{Failure, Status};
 
 /// The time until a job is taken up again after something outside of it went wrong.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+/// The time until it is tried again to end a job that could not be ended: something is very wrong then.
+const TRY_TO_END_AGAIN: Duration = Duration::from_secs(30);
 
 /// How often that is done while its trainer may run, before the trainer is ended and the job fails: two minutes, for a
 /// disk that is mounted again or is given room.
@@ -113,8 +116,10 @@ impl Worker {
                     std::thread::sleep(TRY_AGAIN);
                 }
                 Err(failure) => {
-                    tracing::error!(job = self.id.get(), error = failure.message, "the job is left as it is");
-                    return;
+                    // Its card stays leased: a trainer may still be there.
+                    tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be ended");
+                    self.live.say(&format!("{}; it is tried again", failure.message));
+                    std::thread::sleep(TRY_TO_END_AGAIN);
                 }
             }
         }
@@ -315,6 +320,7 @@ fn take_umask(umask: u32) {
 
 /// Returns the id of the job whose files were moved to `aside`: its receipt says it.
 fn receipt_id(aside: &Path) -> Option<u64> {
-    let receipt: Value = serde_json::from_slice(&std::fs::read(aside.join("receipt.json")).ok()?).ok()?;
+    let receipt: Value =
+        serde_json::from_slice(&read_plain(&aside.join("receipt.json"), RECEIPT_BYTES_MAX).ok()?).ok()?;
     receipt.get("id")?.as_u64()
 }

@@ -31,6 +31,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long a job whose files or trainer cannot be read is left alone. After a reboot a disk may not be mounted yet.
 const EXAMINE_AGAIN: Duration = Duration::from_secs(15);
 
+/// Jobs of one user that are read at the same time.
+const EXAMINED_AT_ONCE: usize = 4;
+
 /// How often that is tried before the job fails.
 const EXAMINED_MAX: u32 = 20;
 
@@ -64,6 +67,8 @@ pub struct QueuedEntry {
     pub reason: String,
     /// Whether the store knows that it waits.
     told: bool,
+    /// Whether its files are being read.
+    examining: bool,
     tries: u32,
     try_at: Instant,
 }
@@ -74,7 +79,7 @@ impl QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
         let try_at = Instant::now();
         let download = Download::default();
-        QueuedEntry { handed_in, examined, download, reason, told: false, tries: 0, try_at }
+        QueuedEntry { handed_in, examined, download, reason, told: false, examining: false, tries: 0, try_at }
     }
 }
 
@@ -113,9 +118,14 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
             daemon.store.append(id, Record::new(now(), event)).await?;
             continue;
         }
-        let account = daemon.served.account(job.row.owner.uid).await.unwrap_or_else(|failure| {
-            // What runs still runs as them, and needs to be followed; a new trainer finds no home.
-            tracing::warn!(job = id.get(), error = failure.message, "the job's owner is not known any more");
+        let account = daemon.served.account(job.row.owner.uid).await.ok();
+        let account = account.filter(|account| account.name == job.row.owner.name).unwrap_or_else(|| {
+            // What runs still runs as them, and needs to be followed; nothing new is started.
+            tracing::warn!(
+                job = id.get(),
+                owner = job.row.owner.name,
+                "the job's owner is not known any more"
+            );
             Account::as_submitted(&job.row.owner)
         });
         let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
@@ -191,7 +201,7 @@ async fn look(
         line.clear();
         return Ok(Vec::new());
     }
-    examine_new(daemon).await?;
+    examine_new(daemon);
     download_missing(daemon).await?;
     let report = ask_nvml(gpus).await?;
     line_up(daemon, line);
@@ -308,40 +318,70 @@ async fn ask_nvml(gpus: &Arc<Mutex<Gpus>>) -> Result<GpuReport, Failure> {
     report.await.map_err(|e| Failure::new(Status::Bug, "nvml_thread", e))
 }
 
-/// Reads what is not known yet about queued jobs, their files above all.
-async fn examine_new(daemon: &Arc<Daemon>) -> Result<(), Failure> {
-    let new: Vec<(JobId, QueuedEntry)> = {
-        let queued = daemon.queued();
-        let due =
-            queued.iter().filter(|(_, entry)| entry.examined.is_none() && entry.try_at <= Instant::now());
-        due.map(|(id, entry)| (*id, entry.clone())).collect()
-    };
-    for (id, entry) in new {
-        let answer = examined(daemon, &entry.handed_in).await;
-        let tries = entry.tries + 1;
-        let failure = match answer {
-            Ok(examined) if examined.model.is_none() && matches!(entry.download, Download::Over) => {
-                let model = &entry.handed_in.spec.model;
-                let what = format!("{model} was downloaded, and no cache that is known has it");
-                let help = "name its directory as the model".to_owned();
-                fail(daemon, id, what, Some(help)).await?;
-                continue;
-            }
-            Ok(examined) => {
-                if let Some(entry) = daemon.queued().get_mut(&id) {
-                    entry.examined = Some(Arc::new(examined));
-                }
-                continue;
-            }
-            Err(failure) => failure,
-        };
-        if tries >= EXAMINED_MAX {
-            fail(daemon, id, failure.message, failure.help).await?;
-        } else if let Some(entry) = daemon.queued().get_mut(&id) {
-            entry.tries = tries;
-            entry.try_at = Instant::now() + EXAMINE_AGAIN;
-            entry.reason = failure.message;
+/// Starts to read what is not known yet about queued jobs, their files above all. Each is a task of its own: the slow disk
+/// of one user keeps nobody else waiting.
+fn examine_new(daemon: &Arc<Daemon>) {
+    let mut queued = daemon.queued();
+    let mut of_user: BTreeMap<u32, usize> = BTreeMap::new();
+    for entry in queued.values().filter(|entry| entry.examining) {
+        *of_user.entry(entry.handed_in.account.uid).or_default() += 1;
+    }
+    for (id, entry) in queued.iter_mut() {
+        if entry.examined.is_some() || entry.examining || entry.try_at > Instant::now() {
+            continue;
         }
+        let running = of_user.entry(entry.handed_in.account.uid).or_default();
+        if *running >= EXAMINED_AT_ONCE {
+            continue;
+        }
+        *running += 1;
+        entry.examining = true;
+        let (daemon, id, entry) = (Arc::clone(daemon), *id, entry.clone());
+        tokio::spawn(async move {
+            let answer = examined(&daemon, &entry.handed_in).await;
+            if let Err(failure) = note_examined(&daemon, id, &entry, answer).await {
+                tracing::error!(
+                    job = id.get(),
+                    error = failure.message,
+                    "the queue cannot go on with the job"
+                );
+            }
+            daemon.wake();
+        });
+    }
+}
+
+/// Notes what was read about a queued job, or lets it be tried again later.
+async fn note_examined(
+    daemon: &Daemon,
+    id: JobId,
+    was: &QueuedEntry,
+    answer: Result<Examined, Failure>,
+) -> Result<(), Failure> {
+    let tries = was.tries + 1;
+    let failure = match answer {
+        Ok(examined) if examined.model.is_none() && matches!(was.download, Download::Over) => {
+            let what =
+                format!("{} was downloaded, and no cache that is known has it", was.handed_in.spec.model);
+            return fail(daemon, id, what, Some("name its directory as the model".to_owned())).await;
+        }
+        Ok(examined) => {
+            if let Some(entry) = daemon.queued().get_mut(&id) {
+                entry.examining = false;
+                entry.examined = Some(Arc::new(examined));
+            }
+            return Ok(());
+        }
+        Err(failure) => failure,
+    };
+    if tries >= EXAMINED_MAX {
+        return fail(daemon, id, failure.message, failure.help).await;
+    }
+    if let Some(entry) = daemon.queued().get_mut(&id) {
+        entry.examining = false;
+        entry.tries = tries;
+        entry.try_at = Instant::now() + EXAMINE_AGAIN;
+        entry.reason = failure.message;
     }
     Ok(())
 }
@@ -462,6 +502,14 @@ async fn wait(daemon: &Daemon, id: JobId, reason: String) -> Result<(), Failure>
 /// Gives a job its device.
 async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Failure> {
     let Some(entry) = daemon.queued().get(&id).cloned() else { return Ok(()) };
+    // An account can be removed while its job waits, and its number be given to somebody else.
+    let owner = &entry.handed_in.account;
+    let now = daemon.served.account(owner.uid).await;
+    if !now.is_ok_and(|now| now.name == owner.name) {
+        let what =
+            format!("{} (uid {}), whose job it is, has no account here any more", owner.name, owner.uid);
+        return fail(daemon, id, what, None).await;
+    }
     let plan = sized.plan();
     let event = JobEvent::Planned {
         chosen: plan.chosen,

@@ -16,7 +16,7 @@ use mhtrain_swift::companion::{FILE_NAME, Launch, SOURCE, Telemetry, replays_fir
 use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::environment::TrainerEnvironment;
 
-use super::directory::JobDirectory;
+use super::directory::{JobDirectory, read_plain};
 use super::follow::Follower;
 use super::origin::Origin;
 use crate::config::Config;
@@ -156,7 +156,7 @@ fn written(directory: &JobDirectory, text: &str) -> Result<PathBuf, String> {
     let place = directory.private().join(PLACE);
     std::fs::create_dir_all(&place).map_err(|e| format!("cannot make {}: {e}", place.display()))?;
     let file = place.join(FILE_NAME);
-    if std::fs::read_to_string(&file).is_ok_and(|found| found == text) {
+    if read_plain(&file, text.len() as u64).is_ok_and(|found| found == text.as_bytes()) {
         return Ok(file);
     }
     let relative = format!("{PLACE}/{FILE_NAME}");

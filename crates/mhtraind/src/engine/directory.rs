@@ -21,6 +21,9 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::failure::{Failure, Status, unwritable};
 
+/// Largest receipt that is read: its owner could have put anything there.
+pub const RECEIPT_BYTES_MAX: u64 = 16 << 20;
+
 /// One job's directory, locked for this process.
 #[derive(Debug)]
 pub struct JobDirectory {
@@ -66,6 +69,7 @@ impl JobDirectory {
             .truncate(false)
             .write(true)
             .mode(0o600)
+            .custom_flags(untrusted())
             .open(&path)
             .map_err(|e| unwritable(&path, &e))?;
         lock_soon(&lock).map_err(|e| {
@@ -189,6 +193,12 @@ pub fn holds_a_job(output_dir: &Path) -> bool {
     ["receipt.json", "attempt-1", ".mhtraind/journal.jsonl"].iter().any(|name| output_dir.join(name).exists())
 }
 
+/// Returns how a file is opened that lies where another user may put something else: no link is followed, no pipe waited
+/// for, and no terminal becomes ours.
+pub fn untrusted() -> i32 {
+    (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed()
+}
+
 /// Reads a file that somebody else may have made: a link is not followed, and nothing but a plain file of a sane size is
 /// read.
 ///
@@ -196,8 +206,7 @@ pub fn holds_a_job(output_dir: &Path) -> bool {
 /// It is not there, cannot be read, or is something else.
 pub fn read_plain(path: &Path, bytes_max: u64) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
-    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-    let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let file = fs::OpenOptions::new().read(true).custom_flags(untrusted()).open(path)?;
     let found = file.metadata()?;
     if !found.is_file() || found.len() > bytes_max {
         return Err(std::io::ErrorKind::InvalidData.into());
@@ -230,8 +239,13 @@ pub fn write_whole(path: &Path, bytes: &[u8], lasting: Lasting) -> std::io::Resu
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
     let temporary = PathBuf::from(temporary);
-    let mut file =
-        fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(untrusted())
+        .open(&temporary)?;
     file.write_all(bytes)?;
     if lasting == Lasting::OverPowerCut {
         file.sync_all()?;

@@ -19,6 +19,7 @@ use mhtrain_swift::download::SOURCE;
 use rustix::process::{Signal, kill_process_group, set_parent_process_death_signal};
 use serde_json::json;
 
+use super::directory::untrusted;
 use super::origin::Origin;
 use super::prepare::Missing;
 use super::secrets;
@@ -78,7 +79,13 @@ pub fn download(
 }
 
 fn new_log(path: &Path) -> std::io::Result<File> {
-    let file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(path)?;
+    let file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .custom_flags(untrusted())
+        .open(path)?;
     file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
     Ok(file)
 }
@@ -118,6 +125,8 @@ fn end(child: &mut Child) {
         // It may have ended by itself meanwhile; not reaped yet, its pid is still its own.
         let _gone_already = kill_process_group(group, Signal::KILL);
     }
+    // Should it have left its own group.
+    let _gone_already = child.kill();
     let _reaped = child.wait();
 }
 

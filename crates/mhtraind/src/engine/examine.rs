@@ -73,8 +73,8 @@ pub fn examine(spec: JobSpec, origin: &Origin, config: &Config, cores: u32) -> R
     let environment = trainer_environment_as(&query, &|command| origin.prepare(command))
         .map_err(|e| Failure::failed("no_trainer", chain(&e)).help(e.help()))?;
     secrets::find(&spec.secrets, &origin.secrets)?;
-    let (_, mut notes) = Dialect::for_environment(&environment);
-    let looked = look(&spec, origin, config);
+    let (dialect, mut notes) = Dialect::for_environment(&environment);
+    let looked = look(&spec, &dialect, origin, config);
     notes.extend(looked.as_ref().err().cloned());
     Ok(Examined { spec, model: model.ok(), missing, environment, notes, cores, rows: looked.ok() })
 }

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -810,7 +811,7 @@ impl<'a> Job<'a> {
                 AttemptState::Starting => {}
                 AttemptState::Running { trainer } => {
                     if memory_at.is_none_or(|at| at.elapsed() >= MEMORY_EVERY) {
-                        pids = family(trainer.identity.pid);
+                        pids = self.theirs(family(trainer.identity.pid));
                         follower.saw_memory(self.card.used_by(&pids));
                         memory_at = Some(Instant::now());
                         let (step, printed) = (follower.glance(None).step, follower.printed_bytes());
@@ -926,6 +927,17 @@ impl<'a> Job<'a> {
         // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
         let _nobody_to_ask = attempt.request_stop(Duration::from_secs(u64::from(grace)));
         Ok(())
+    }
+
+    /// Returns those of the processes that are the job's user's: the record that names the first of them is theirs to write.
+    fn theirs(&self, mut pids: Vec<u32>) -> Vec<u32> {
+        if let Some(identity) = &self.origin.identity {
+            pids.retain(|pid| {
+                let owner = std::fs::metadata(format!("/proc/{pid}")).map(|found| found.uid());
+                owner.is_ok_and(|owner| owner == identity.uid)
+            });
+        }
+        pids
     }
 
     /// Keeps the stacks of an attempt that hangs, and ends it.

@@ -25,6 +25,7 @@ use mhtrain_sizing::data::LengthProfile;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::tier::{Steps, Tier};
 use mhtrain_swift::data_use::{DataUse, LongRows, RunFacts, data_use, percent};
+use mhtrain_swift::dialect::{Dialect, Line};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -198,7 +199,7 @@ struct Entry {
 /// # Errors
 /// A sentence that says why nobody could: the model or a data set is not on this machine, there is no tokenizer, the job
 /// changes what the rows are in a way that is not known here, or it took too long.
-pub fn look(spec: &JobSpec, origin: &Origin, config: &Config) -> Looked {
+pub fn look(spec: &JobSpec, dialect: &Dialect, origin: &Origin, config: &Config) -> Looked {
     if config.data.look_s == 0 {
         return Err("the rows of the data were not looked at (`look_s` is 0)".to_owned());
     }
@@ -206,7 +207,7 @@ pub fn look(spec: &JobSpec, origin: &Origin, config: &Config) -> Looked {
         return Err(format!("the rows of the data were not looked at: `args.{name}` changes what they are"));
     }
     let why = |what: String| format!("the rows of the data were not looked at: {what}");
-    ask(&question(spec, origin, config).map_err(why)?, origin).map_err(why)
+    ask(&question(spec, dialect, origin, config).map_err(why)?, origin).map_err(why)
 }
 
 /// Returns the argument that makes other rows, or other texts, of the data than are counted here.
@@ -233,7 +234,7 @@ fn changed_by(spec: &JobSpec) -> Option<&'static str> {
     })
 }
 
-fn question(spec: &JobSpec, origin: &Origin, config: &Config) -> Result<Question, String> {
+fn question(spec: &JobSpec, dialect: &Dialect, origin: &Origin, config: &Config) -> Result<Question, String> {
     let variable =
         |name: &str| spec.env.get(name).map(std::ffi::OsString::from).or_else(|| origin.variable(name));
     let places = Places::from_variables(&origin.cwd, variable);
@@ -255,7 +256,13 @@ fn question(spec: &JobSpec, origin: &Origin, config: &Config) -> Result<Question
     let text = |name: &str| spec.args.get(name).and_then(Value::as_str).map(str::to_owned);
     Ok(Question {
         model_directory,
-        wish: TemplateWish { model: spec.model.clone(), template: text("template"), system: text("system") },
+        wish: TemplateWish {
+            model: spec.model.clone(),
+            template: text("template"),
+            model_type: text("model_type"),
+            is_line_3: dialect.line() == Line::V3,
+            system: text("system"),
+        },
         entries,
         validation: match spec.validation {
             Some(Validation::Share(share)) => Some(share),

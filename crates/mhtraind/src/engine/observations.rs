@@ -1,7 +1,7 @@
 //! What did earlier attempts on this machine show about memory, and whose word counts?
 //!
-//! A daemon keeps them in its store, a foreground run in a file of its user. The numbers that a trainer reports of itself
-//! are its user's: they correct the predictions of that user alone. What NVML showed corrects everybody's.
+//! A daemon keeps them in its store, a foreground run in a file of its user. They correct the predictions of that user
+//! alone: what a trainer reports and what it holds on a card are its user's to choose, and must not keep others from theirs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -95,7 +95,8 @@ impl Observations {
         if let Some(history) = known.histories.get(&key) {
             return Arc::clone(history);
         }
-        let observations = known.noted.iter().filter_map(|noted| for_user(noted, uid)).collect();
+        let own = known.noted.iter().filter(|noted| noted.owner_uid == uid);
+        let observations = own.map(|noted| noted.observation.clone()).collect();
         let history = Arc::new(History { observations, versions: versions.clone() });
         known.histories.insert(key, Arc::clone(&history));
         history
@@ -104,17 +105,6 @@ impl Observations {
     fn known(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Returns what an observation says to a user: of another's, what NVML showed alone.
-fn for_user(noted: &ObservationOf, uid: u32) -> Option<Observation> {
-    let mut observation = noted.observation.clone();
-    if noted.owner_uid == uid {
-        return Some(observation);
-    }
-    let Seen::Peak { device: Some(device), .. } = observation.seen else { return None };
-    observation.seen = Seen::Peak { allocated: None, reserved: None, device: Some(device) };
-    Some(observation)
 }
 
 /// The file in which foreground runs of a user keep what they saw, an observation a line.
@@ -198,21 +188,16 @@ mod tests {
     }
 
     #[test]
-    fn what_others_report_of_themselves_is_not_believed_and_what_nvml_showed_is() {
+    fn what_others_ran_changes_nothing_for_a_user() {
         let gib = |n| Some(Bytes::from_gib(n));
-        let observations = Observations::new(vec![
-            noted(1, Seen::Peak { allocated: gib(10), reserved: gib(40), device: gib(12) }),
-            noted(1, Seen::MoreThan { limit: Bytes::from_gib(50) }),
-            noted(1, Seen::Peak { allocated: gib(10), reserved: gib(40), device: None }),
-        ]);
-        let own = observations.history(1, &Versions::default());
-        assert_eq!(own.observations.len(), 3);
-        let others = observations.history(2, &Versions::default());
-        let seen: Vec<Seen> = others.observations.iter().map(|observation| observation.seen).collect();
-        assert_eq!(seen, [Seen::Peak { allocated: None, reserved: None, device: gib(12) }]);
+        let peak = Seen::Peak { allocated: gib(10), reserved: gib(40), device: gib(12) };
+        let observations =
+            Observations::new(vec![noted(1, peak), noted(1, Seen::MoreThan { limit: Bytes::from_gib(50) })]);
+        assert_eq!(observations.history(1, &Versions::default()).observations.len(), 2);
+        assert_eq!(observations.history(2, &Versions::default()).observations.len(), 0);
         // A new one is in the next answer.
         observations.add(noted(2, Seen::MoreThan { limit: Bytes::from_gib(20) }));
-        assert_eq!(observations.history(2, &Versions::default()).observations.len(), 2);
+        assert_eq!(observations.history(2, &Versions::default()).observations.len(), 1);
     }
 
     #[test]

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use mhtrain_swift::checkpoint::{CheckpointFacts, TrainerState};
 
+use super::directory::read_plain;
+
 /// Largest trainer_state.json that is read, in bytes. It holds every log line of a run: 64 MiB are millions of steps.
 const STATE_BYTES_MAX: u64 = 64 << 20;
 
@@ -65,11 +67,8 @@ fn is_filled(path: &Path) -> bool {
 }
 
 fn read_state(path: &Path) -> Option<TrainerState> {
-    let meta = fs::metadata(path).ok()?;
-    if meta.len() > STATE_BYTES_MAX {
-        return None;
-    }
-    TrainerState::parse(&fs::read_to_string(path).ok()?).ok()
+    let text = read_plain(path, STATE_BYTES_MAX).ok()?;
+    TrainerState::parse(&String::from_utf8(text).ok()?).ok()
 }
 
 /// Makes a view of a checkpoint in which only trainer_state.json differs: hard links to every other file. The

@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -10,14 +12,17 @@ use std::time::{Duration, Instant};
 use mhtrain_supervisor::ProcessIdentity;
 use rustix::process::Signal;
 
-use super::directory::{Lasting, read_plain, write_whole};
+use super::directory::{Lasting, untrusted, write_whole};
 use super::origin::Origin;
 
 /// Steps whose median is the time of a step.
 const STEPS_KEPT: usize = 64;
 
-/// Steps that must have been seen before anything counts as a stall: the first ones compile and fill caches.
+/// Steps that must have been seen before their median counts: the first ones compile and fill caches.
 const STEPS_MIN: usize = 3;
+
+/// So many times the shortest time is waited while no time of a step is known.
+const UNKNOWN_STEPS: u32 = 4;
 
 /// How long a tool may take to read the stacks of a process.
 const STACKS_WITHIN: Duration = Duration::from_secs(20);
@@ -85,12 +90,16 @@ impl LifeSigns {
             self.alive_at = now;
         }
         self.output_bytes = output_bytes;
-        if self.rule.at_least.is_zero() || self.times.len() < STEPS_MIN {
+        if self.rule.at_least.is_zero() || self.step == 0 {
             return None;
         }
         let median = self.median();
         let since = now.duration_since(self.alive_at);
-        let limit = self.rule.at_least.max(median.saturating_mul(self.rule.steps));
+        let limit = match self.times.len() < STEPS_MIN {
+            // A step may take long, as far as is known: after a restart nobody has seen one.
+            true => self.rule.at_least * UNKNOWN_STEPS,
+            false => self.rule.at_least.max(median.saturating_mul(self.rule.steps)),
+        };
         (since > limit).then_some(Still { since, step: median })
     }
 
@@ -175,9 +184,16 @@ fn printed_by_itself(pids: &[u32], output: &Path) -> String {
     }
     // What begins to come is whole soon.
     std::thread::sleep(Duration::from_millis(200));
-    let text = read_plain(output, u64::MAX).unwrap_or_default();
-    let from = usize::try_from(before).unwrap_or(usize::MAX).min(text.len());
-    String::from_utf8_lossy(&text[from..]).into_owned()
+    printed_after(output, before).unwrap_or_default()
+}
+
+/// Reads what stands in a file after its first `before` bytes, as much of it as is kept.
+fn printed_after(output: &Path, before: u64) -> std::io::Result<String> {
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(untrusted()).open(output)?;
+    file.seek(SeekFrom::Start(before))?;
+    let mut bytes = Vec::new();
+    file.take(STACKS_BYTES_MAX as u64).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Returns whether a process has a handler for SIGUSR2, which ends one that has none. The companion's is faulthandler's.
@@ -215,7 +231,8 @@ mod tests {
     fn output_a_busy_card_and_the_beginning_are_no_stall() {
         assert_eq!(first_stall(2, 100, 1000, Some(true), false), None);
         assert_eq!(first_stall(2, 100, 1000, None, true), None);
-        assert_eq!(first_stall(2, 6, 1000, Some(false), false), None, "too few steps were seen");
+        assert_eq!(first_stall(2, 6, 200, Some(false), false), None, "too few steps were seen");
+        assert_eq!(first_stall(2, 6, 1000, Some(false), false), Some(247), "but for so long");
         let start = Instant::now();
         let off = StallRule { at_least: Duration::ZERO, ..RULE };
         let mut signs = LifeSigns::new(off, start);
