@@ -72,6 +72,30 @@ fn a_loss_that_is_no_number_is_answered_with_the_recipes_stable_learning() {
     assert!(highest <= 1e-4 && highest > 5e-5, "{rates:?}");
 }
 
+/// In the middle of an optimizer's step the weights may be of two steps: they are not saved, and the receipt says so.
+#[test]
+fn a_step_that_cannot_be_saved_is_in_the_receipt() {
+    let Some(lab) = Lab::new() else { return };
+    std::fs::copy(root().join("tests/trainer/raise_oom.py"), lab.env.path("raise_oom.py")).unwrap();
+    lab.job(
+        json!({"args": {"external_plugins": ["row_order.py", "simulated_capacity.py", "raise_oom.py"]}}),
+        1,
+    );
+    let once = [("RAISE_OOM_AT", "optimizer_done"), ("RAISE_OOM_STEP", "9"), ("RAISE_OOM_ONCE", "raised")];
+    lab.run(&["run", "job.json"], &once).expect(0);
+    let receipt = lab.receipt();
+    assert_eq!(attempts(&receipt)[0]["diagnosis"]["kind"], "device_oom");
+    let resume = &attempts(&receipt)[1]["resume"];
+    assert_eq!((&resume["from_step"], &resume["steps_repeated"]), (&json!(5), &json!(3)));
+    assert_eq!(
+        receipt["warnings"],
+        json!([
+            "attempt 1: step 8 could not be saved when memory ran out: weights and optimizer may be of different steps"
+        ])
+    );
+    assert_every_row_once(&kept(&[lab.trained(1), lab.trained(2)], &receipt), 1);
+}
+
 #[test]
 fn a_hang_is_ended_and_python_itself_says_where_it_was() {
     let Some(lab) = Lab::new() else { return };

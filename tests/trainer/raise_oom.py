@@ -3,6 +3,7 @@
     RAISE_OOM_AT     backward, optimizer (before it has touched anything), optimizer_done, eval, save
     RAISE_OOM_STEP   the optimizer step, counted from 1 (eval and save: after that step)
     RAISE_OOM_RANK   the only rank that raises it [all]
+    RAISE_OOM_ONCE   a file that is made when it is raised; where it is, nothing is raised any more
 """
 
 import functools
@@ -13,9 +14,12 @@ from transformers import Trainer, TrainerCallback
 
 AT, STEP = os.environ.get("RAISE_OOM_AT"), int(os.environ.get("RAISE_OOM_STEP", "0"))
 RANK = os.environ.get("RANK", "0")
+ONCE = os.environ.get("RAISE_OOM_ONCE")
 
 
 def out_of_memory(*args, **kwargs):
+    if ONCE:
+        open(ONCE, "w").close()
     raise torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has a total capacity of 2.00 GiB of which 20.00 MiB is "
         "free. Including non-PyTorch memory, this process has 1.98 GiB memory in use. Of the allocated memory 1.60 GiB "
@@ -68,7 +72,7 @@ def in_the_optimizer():
     Trainer.__init__ = __init__
 
 
-if AT is not None and os.environ.get("RAISE_OOM_RANK", RANK) == RANK:
+if AT is not None and os.environ.get("RAISE_OOM_RANK", RANK) == RANK and not (ONCE and os.path.exists(ONCE)):
     if AT == "backward":
         in_the_third_backward()
     elif AT in ("optimizer", "optimizer_done"):

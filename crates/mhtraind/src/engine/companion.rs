@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mhtrain_job::event::{AttemptStart, ResumeKind};
 use mhtrain_supervisor::log_tail::LogTail;
-use mhtrain_swift::companion::{FILE_NAME, Launch, SOURCE, Telemetry, replays_first_epoch};
+use mhtrain_swift::companion::{FILE_NAME, Launch, Rescue, SOURCE, Telemetry, replays_first_epoch};
 use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::environment::TrainerEnvironment;
 
@@ -92,7 +92,9 @@ impl Companion {
             Companion::Off => return Vec::new(),
             Companion::Unusable(why) => why.clone(),
             Companion::Ready(_) if telemetry.begin().is_none() => telemetry.why_silent(),
-            Companion::Ready(_) => return self.stood_aside(telemetry),
+            Companion::Ready(_) => {
+                return stood_aside(telemetry).chain(lost_step(start, telemetry)).collect();
+            }
         };
         if follower.glance(None).step == 0 && follower.log.end_of_training().is_none() {
             return Vec::new();
@@ -112,10 +114,21 @@ impl Companion {
         }
         warnings
     }
+}
 
-    fn stood_aside(&self, telemetry: &Telemetry) -> Vec<String> {
-        telemetry.aside().map(|why| format!("the companion stood aside: {why}")).into_iter().collect()
-    }
+fn stood_aside(telemetry: &Telemetry) -> impl Iterator<Item = String> + '_ {
+    telemetry.aside().map(|why| format!("the companion stood aside: {why}")).into_iter()
+}
+
+/// Says that an attempt ran out of memory and its last finished step was not saved. The next one then begins at the last
+/// regular checkpoint, and its own note says how many steps that repeats.
+fn lost_step(start: &AttemptStart, telemetry: &Telemetry) -> Option<String> {
+    let (step, why) = match telemetry.rescue()? {
+        Rescue::Lost { step, why } => (step, why.as_str()),
+        Rescue::Begun { step, .. } => (step, "it ended while that was written"),
+        Rescue::Saved { .. } | Rescue::Needless { .. } => return None,
+    };
+    Some(format!("attempt {}: step {step} could not be saved when memory ran out: {why}", start.attempt))
 }
 
 /// Returns the launch of an attempt whose recorder writes into `record`. (`stop` in there is the recorder's own.)
