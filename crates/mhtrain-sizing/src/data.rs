@@ -141,13 +141,6 @@ impl LengthProfile {
     pub fn within(&self, length: u32) -> &[(u32, u64)] {
         &self.counts[..self.counts.partition_point(|(tokens, _)| *tokens <= length)]
     }
-
-    /// Returns an upper bound for the tokens of a row in a pass that leaves out, or cuts, what is longer than `max_length`.
-    ///
-    /// A row that nobody measured may be as long as `max_length`.
-    pub fn longest_within(&self, max_length: u32) -> u32 {
-        if self.complete && self.longest > 0 { self.longest.min(max_length) } else { max_length }
-    }
 }
 
 /// Returns `whole * part / of` without overflow, rounded down.
@@ -204,14 +197,6 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_a_pass_follow_the_longest_row_only_when_no_row_is_unknown() {
-        assert_eq!(all(&[100, 700]).longest_within(3072), 700);
-        assert_eq!(all(&[100, 700, 4000]).longest_within(3072), 3072);
-        assert_eq!(LengthProfile::from_measured(&[100], 0, 50, true).longest_within(3072), 3072);
-        assert_eq!(all(&[]).longest_within(3072), 3072);
-    }
-
-    #[test]
     fn a_part_keeps_the_bound_of_the_whole() {
         let part = all(&[10, 20, 30, 4000]).draw(2);
         assert_eq!((part.rows(), part.longest()), (2, 4000));
@@ -238,7 +223,6 @@ mod tests {
             let mut sorted = lengths.clone();
             sorted.sort_unstable();
             prop_assert_eq!(profile.quantile(0.5), sorted[lengths.len().div_ceil(2) - 1]);
-            prop_assert!(profile.longest_within(limit.max(1)) <= limit.max(1));
         }
 
         /// Scaling loses and invents no row, and bends no share by more than a row a length.

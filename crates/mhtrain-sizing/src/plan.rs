@@ -224,11 +224,9 @@ pub fn workload(request: &Request, tier: &Tier) -> Workload {
         dtype: tier.torch_dtype,
         micro_batch: tier.micro_batch,
         accumulation: tier.accumulation,
-        // A pack is always full; without packing no pass is longer than the longest row.
-        max_length: match &request.data {
-            Some(data) if !tier.packing => data.longest_within(tier.max_length),
-            Some(_) | None => tier.max_length,
-        },
+        // Not the longest row of the data: what is resident would be most of such a prediction, and after an OOM the ratio
+        // of what was seen to it rules out rungs that fit.
+        max_length: tier.max_length,
         packing: tier.packing,
         // A single row has nothing to be padded to.
         padded: !tier.packing && tier.micro_batch > 1,
@@ -688,21 +686,12 @@ impl<'a> Sizing<'a> {
     /// Returns what the rows of the data changed about the rung that is taken.
     fn note_on_data(&self, taken: &Candidate) -> Option<String> {
         let data = self.request.data.as_ref()?;
-        let (tier, longest) = (&taken.tier, data.longest());
-        if taken.rule == Rule::LongerForData {
-            let standard = self.lengths.standard?;
-            let gained = data.rows_over(standard) - data.rows_over(tier.max_length);
-            return Some(format!(
-                "rows may have {} tokens instead of {standard}: that keeps {gained} rows more, and the class's own batch \
-                 fits",
-                tier.max_length
-            ));
-        }
-        let passed = workload(self.request, tier).max_length;
-        (passed < tier.max_length).then(|| {
+        let (standard, length) = (self.lengths.standard?, taken.tier.max_length);
+        (taken.rule == Rule::LongerForData).then(|| {
+            let gained = data.rows_over(standard) - data.rows_over(length);
             format!(
-                "no row has more than {longest} tokens, so no pass is as long as max_length {}",
-                tier.max_length
+                "rows may have {length} tokens instead of {standard}: that keeps {gained} rows more, and the class's own \
+                 batch fits"
             )
         })
     }

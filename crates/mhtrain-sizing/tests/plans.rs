@@ -221,24 +221,16 @@ fn data_with_longer_rows_gets_4096_where_the_own_batch_fits() {
 }
 
 #[test]
-fn without_packing_a_pass_is_as_long_as_the_longest_row() {
+fn short_rows_shrink_no_prediction() {
     let mut request = idle("Qwen/Qwen2.5-7B");
     let peak = |request: &Request| planned(request).chosen_rung().predicted_peak_bytes;
     let packed = peak(&request);
     request.data = rows(&[100, 600]);
-    assert_eq!(peak(&request), packed, "a pack is full whatever the rows are");
+    assert_eq!(peak(&request), packed);
     request.features.flash_attn = false;
-    request.pins = Pins { micro_batch: Some(8), ..Pins::default() };
     let short = peak(&request);
     request.data = None;
-    let unknown = peak(&request);
-    request.pins.max_length = Some(600);
-    assert_eq!(short, peak(&request), "as if the length were that of the longest row");
-    assert!(short < unknown, "{short} against {unknown}");
-    // A row that nobody measured may be as long as max_length.
-    request.pins.max_length = None;
-    request.data = Some(LengthProfile::from_measured(&[100, 600], 0, 1000, false));
-    assert_eq!(peak(&request), unknown);
+    assert_eq!(peak(&request), short);
 }
 
 #[test]
