@@ -100,7 +100,8 @@ fn a_step_that_cannot_be_saved_is_in_the_receipt() {
 fn a_hang_is_ended_and_python_itself_says_where_it_was() {
     let Some(lab) = Lab::new() else { return };
     let settings = std::fs::read_to_string(lab.env.path("mhtraind.toml")).unwrap();
-    lab.env.write("mhtraind.toml", settings.replace("[attempt]", "[attempt]\nstall_s = 5\nstall_steps = 5"));
+    // Long enough for the slowest first step of a resumed run on a busy machine: four times as long counts there.
+    lab.env.write("mhtraind.toml", settings.replace("[attempt]", "[attempt]\nstall_s = 25\nstall_steps = 3"));
     std::fs::copy(root().join("tests/trainer/provoke.py"), lab.env.path("provoke.py")).unwrap();
     let plugins = json!(["row_order.py", "simulated_capacity.py", "provoke.py"]);
     lab.job(json!({"args": {"external_plugins": plugins}}), 1);
