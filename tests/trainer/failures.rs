@@ -348,7 +348,7 @@ fn a_signal_to_the_wrapper_is_an_interruption() {
     for name in ["-TERM", "-INT"] {
         let Some(lab) = Lab::new() else { return };
         let found = diagnosed(&lab, "swift", &TYPED, &[], |child| {
-            let until = std::time::Instant::now() + std::time::Duration::from_secs(120);
+            let until = std::time::Instant::now() + std::time::Duration::from_secs(300);
             let trains = || {
                 let said = std::fs::read_to_string(lab.env.path("typed.log")).unwrap_or_default();
                 said.contains("'loss'") || said.contains("\"loss\"")
