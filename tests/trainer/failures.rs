@@ -10,6 +10,15 @@ use crate::environment::{Ran, root};
 use crate::lab::{Lab, trainer};
 use crate::{assert_every_row_once, attempts, kept};
 
+/// Returns whether a test was written for ms-swift 4.x alone, and this is 3.x. It says so.
+fn is_3x() -> bool {
+    let is = trainer().is_some_and(|(_, version)| version.starts_with("3."));
+    if is {
+        println!("skipped: not shown on ms-swift 3.x yet");
+    }
+    is
+}
+
 /// What happens in a step of the first attempt, with the keys that the job has besides.
 fn run_with(what: &str, step: u64, mut extra: Value) -> Option<(Lab, Ran)> {
     let lab = Lab::new()?;
@@ -117,6 +126,9 @@ fn a_hang_is_ended_and_python_itself_says_where_it_was() {
 
 #[test]
 fn a_traceback_and_the_words_of_an_oom_in_the_data_end_nothing() {
+    if is_3x() {
+        return;
+    }
     let Some(lab) = Lab::new() else { return };
     let words =
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity";
@@ -345,6 +357,9 @@ fn a_missing_flash_attn_and_a_port_in_use_are_told_by_real_words() {
 
 #[test]
 fn a_signal_to_the_wrapper_is_an_interruption() {
+    if is_3x() {
+        return;
+    }
     for name in ["-TERM", "-INT"] {
         let Some(lab) = Lab::new() else { return };
         let found = diagnosed(&lab, "swift", &TYPED, &[], |child| {
