@@ -30,6 +30,9 @@ const STACKS_WITHIN: Duration = Duration::from_secs(20);
 /// How long Python may take to print its own stacks after it was asked.
 const PRINTED_WITHIN: Duration = Duration::from_secs(2);
 
+/// After so long without output it has printed all.
+const QUIET: Duration = Duration::from_millis(300);
+
 /// Processes whose stacks are read: the ranks of a host and their workers.
 const PROCESSES_MAX: usize = 32;
 
@@ -167,24 +170,40 @@ fn dumped(tool: &Path, pid: u32, origin: &Origin) -> Option<String> {
 }
 
 /// Asks each Python that wants to be asked to print its stacks, and returns what came into the trainer's output.
+///
+/// One after another: faulthandler writes a line in many pieces, and those of two processes would lie in each other.
 fn printed_by_itself(pids: &[u32], output: &Path) -> String {
-    let size = || fs::metadata(output).map_or(0, |found| found.len());
-    let before = size();
-    let mut asked = false;
+    let mut text = String::new();
     for pid in pids.iter().filter(|pid| prints_stacks(**pid)).take(PROCESSES_MAX) {
         let Ok(process) = ProcessIdentity::of(*pid) else { continue };
-        asked |= process.signal(Signal::USR2).is_ok();
+        let before = size(output);
+        if process.signal(Signal::USR2).is_err() {
+            continue;
+        }
+        wait_until_printed(output, before);
+        text.push_str(&format!("pid {pid}:\n{}", printed_after(output, before).unwrap_or_default()));
     }
-    if !asked {
-        return String::new();
-    }
+    text
+}
+
+/// Waits until something came after the first `before` bytes of a file, and then nothing more.
+fn wait_until_printed(output: &Path, before: u64) {
     let until = Instant::now() + PRINTED_WITHIN;
-    while Instant::now() < until && size() == before {
+    let mut seen = before;
+    let mut since = Instant::now();
+    while Instant::now() < until {
         std::thread::sleep(Duration::from_millis(50));
+        let now = size(output);
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+        } else if seen > before && since.elapsed() >= QUIET {
+            return;
+        }
     }
-    // What begins to come is whole soon.
-    std::thread::sleep(Duration::from_millis(200));
-    printed_after(output, before).unwrap_or_default()
+}
+
+fn size(file: &Path) -> u64 {
+    fs::metadata(file).map_or(0, |found| found.len())
 }
 
 /// Reads what stands in a file after its first `before` bytes, as much of it as is kept.
