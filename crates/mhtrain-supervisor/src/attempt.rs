@@ -372,7 +372,7 @@ impl Attempt {
     /// When a file of the record cannot be read.
     pub fn clean_up(&self) -> Result<bool, RecordError> {
         let over = match self.state()? {
-            AttemptState::Exited(exit) => exit.leftovers_killed.is_some(),
+            AttemptState::Exited(_) => true,
             // Without a recorder.json the launch may be under way.
             AttemptState::Lost { trainer_alive } => !trainer_alive && self.record.recorder()?.is_some(),
             AttemptState::Starting | AttemptState::Running { .. } => false,
