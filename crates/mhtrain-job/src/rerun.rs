@@ -157,6 +157,7 @@ impl History {
                 | JobEvent::Planned { .. }
                 | JobEvent::Waiting { .. }
                 | JobEvent::Started { .. }
+                | JobEvent::Warned { .. }
                 | JobEvent::StopRequested { .. }
                 | JobEvent::Succeeded { .. }
                 | JobEvent::Failed { .. }

@@ -159,8 +159,16 @@ struct Gone {
     facts: ExitFacts,
     follower: Follower,
     pids: Vec<u32>,
-    /// It hung, and we ended it.
-    stall: Option<Stall>,
+    ended: Option<EndedByUs>,
+}
+
+/// Why we ended an attempt that nobody asked to stop.
+#[derive(Debug)]
+enum EndedByUs {
+    /// It hung.
+    Stalled(Stall),
+    /// Its loss was no number any more.
+    Diverged(Diagnosis),
 }
 
 /// Why an attempt did not come up.
@@ -284,7 +292,8 @@ impl<'a> Job<'a> {
                 after: Vec::new(),
             }));
         }
-        self.receipt.attempts = Receipt::from_events(None, self.journal.records()).attempts;
+        let told = Receipt::from_events(None, self.journal.records());
+        (self.receipt.attempts, self.receipt.warnings) = (told.attempts, told.warnings);
         // An end that nobody judged may be a success: a stop that came too late takes it from nobody.
         let unjudged = matches!(self.journal.state(), JobState::Recovering { rerun: None, .. });
         if let Some(cause) = self.stop
@@ -597,7 +606,7 @@ impl<'a> Job<'a> {
         match decision {
             ResumeDecision::Exact { checkpoint, step, repair, passed_over, .. } => {
                 for passed in &passed_over {
-                    self.warn(format!("{} is not resumed: {}", passed.path.display(), passed.why));
+                    self.warn(format!("{} is not resumed: {}", passed.path.display(), passed.why))?;
                 }
                 let shown = match repair {
                     None => checkpoint.clone(),
@@ -620,7 +629,7 @@ impl<'a> Job<'a> {
             ResumeDecision::Restart { why, lost_steps } => {
                 let resume = restart(lost_steps);
                 if resume.is_some() {
-                    self.warn(format!("training starts again: {why}"));
+                    self.warn(format!("training starts again: {why}"))?;
                 }
                 Ok(Ok((resume, None)))
             }
@@ -782,7 +791,8 @@ impl<'a> Job<'a> {
             at_least: Duration::from_secs(u64::from(self.config.attempt.stall_s)),
             steps: self.config.attempt.stall_steps,
         };
-        let (mut signs, mut stall) = (LifeSigns::new(rule, Instant::now()), None);
+        let (mut signs, mut ended) = (LifeSigns::new(rule, Instant::now()), None);
+        let mut companion_seen = false;
         let mut memory_at: Option<Instant> = None;
         let arrivals = attempt.arrivals().and_then(awaitable);
         let mut look = tokio::time::interval(LOOK_EVERY);
@@ -816,21 +826,27 @@ impl<'a> Job<'a> {
                         memory_at = Some(Instant::now());
                         let (step, printed) = (follower.glance(None).step, follower.printed_bytes());
                         let still = signs.look(Instant::now(), step, printed, self.card.is_busy());
-                        if let Some(still) = still.filter(|_| stall.is_none() && self.stop.is_none()) {
-                            stall = Some(self.end_stalled(&start, attempt, still, step, &pids));
+                        if let Some(still) = still.filter(|_| ended.is_none() && self.stop.is_none()) {
+                            let stall = self.end_stalled(&start, attempt, still, step, &pids);
+                            ended = Some(EndedByUs::Stalled(stall));
                         }
                     }
-                    self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
+                    let glance = follower.glance(Some(self.prepared.candidate.card.total));
+                    if glance.step > 0 && !companion_seen {
+                        companion_seen = true;
+                        self.warn_of_companion(&start, &follower)?;
+                    }
+                    self.screen.glance(&glance);
+                    if ended.is_none() && self.stop.is_none() {
+                        ended = self.end_diverged(&follower, attempt);
+                    }
                 }
                 AttemptState::Exited(end) => {
                     if end.leftovers_killed.is_none() {
                         kill_everything(attempt)?;
                     }
-                    // An empty cgroup that stays costs nothing but the look of it.
-                    if let Err(error) = attempt.clean_up() {
-                        tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
-                    }
-                    return self.gone(start, follower, pids, Some(&end), stall);
+                    clean_up(attempt);
+                    return self.gone(start, follower, pids, Some(&end), ended);
                 }
                 AttemptState::Lost { .. } if take_overs < TAKE_OVERS_MAX => {
                     take_overs += 1;
@@ -842,7 +858,8 @@ impl<'a> Job<'a> {
                 }
                 AttemptState::Lost { .. } => {
                     kill_everything(attempt)?;
-                    return self.gone(start, follower, pids, None, stall);
+                    clean_up(attempt);
+                    return self.gone(start, follower, pids, None, ended);
                 }
             }
         }
@@ -854,7 +871,7 @@ impl<'a> Job<'a> {
         mut follower: Follower,
         pids: Vec<u32>,
         end: Option<&ExitRecord>,
-        stall: Option<Stall>,
+        ended: Option<EndedByUs>,
     ) -> Result<Gone, Failure> {
         follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
         self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
@@ -873,14 +890,14 @@ impl<'a> Job<'a> {
             code: if let Exit::Code { code } = exit { Some(code) } else { None },
             signal: if let Exit::Signal { signal } = exit { Some(signal) } else { None },
             oom_kill: end.and_then(|end| end.oom_kill),
-            we_stopped_it: self.stop.is_some() || stall.is_some(),
+            we_stopped_it: self.stop.is_some() || ended.is_some(),
             expandable_segments: Some(
                 self.policy.expandable_segments != ExpandableSegments::Off
                     || start.adjustments.contains(&Adjustment::ExpandableSegments),
             ),
             full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
         };
-        Ok(Gone { start, exit, facts, follower, pids, stall })
+        Ok(Gone { start, exit, facts, follower, pids, ended })
     }
 
     fn note_started(&mut self, start: &AttemptStart, state: &AttemptState) -> Result<(), Failure> {
@@ -958,19 +975,32 @@ impl<'a> Job<'a> {
         Stall { still: still.since, step: still.step, last_step, stacks }
     }
 
+    /// Ends an attempt whose loss is no number any more. Each further step takes the time of the next attempt, and each
+    /// further checkpoint replaces one from before.
+    fn end_diverged(&self, follower: &Follower, attempt: &Attempt) -> Option<EndedByUs> {
+        let diagnosis = follower.diagnoser.diverged_for_good()?;
+        self.screen.say(format!("it diverged, and is ended: {}", diagnosis.evidence.line));
+        // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
+        let grace = Duration::from_secs(u64::from(self.config.attempt.grace_s));
+        let _nobody_to_ask = attempt.request_stop(grace);
+        Some(EndedByUs::Diverged(diagnosis))
+    }
+
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
-        let Gone { start, exit, facts, mut follower, pids, stall } = gone;
+        let Gone { start, exit, facts, mut follower, pids, ended } = gone;
         let mut diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
         if exit == Exit::Lost && names_no_cause(&diagnosis) && follower.log.end_of_training().is_none() {
             // It died with its recorder. To a reader of its output alone it may still be running, but it is gone.
             diagnosis = Diagnosis { evidence: diagnosis.evidence, ..interrupted() };
         }
         // A cause in its words comes first: one rank may have died of it while the others waited.
-        if let Some(stall) = stall
-            && matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown)
-        {
-            diagnosis = stall::diagnose(&stall);
+        if matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown) {
+            diagnosis = match ended {
+                Some(EndedByUs::Stalled(stall)) => stall::diagnose(&stall),
+                Some(EndedByUs::Diverged(found)) => found,
+                None => diagnosis,
+            };
         }
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
@@ -1013,7 +1043,7 @@ impl<'a> Job<'a> {
             self.last_good_step = self.last_good_step.max(Some(good));
         }
         let proven = self.prove(start, exit, follower);
-        self.warn_of_companion(start, follower);
+        self.warn_of_companion(start, follower)?;
         if diagnosis.kind != Kind::Diverged {
             if let Ok(proof) = proven {
                 return self.succeeded(start, &proof, follower);
@@ -1033,13 +1063,10 @@ impl<'a> Job<'a> {
         self.answer(diagnosis, proven.err(), pids)
     }
 
-    fn warn_of_companion(&mut self, start: &AttemptStart, follower: &Follower) {
+    fn warn_of_companion(&mut self, start: &AttemptStart, follower: &Follower) -> Result<(), Failure> {
         let steps = self.steps_per_epoch(&start.tier);
-        for warning in self.companion.warnings(start, follower, &self.prepared.dialect, steps) {
-            if !self.receipt.warnings.contains(&warning) {
-                self.warn(warning);
-            }
-        }
+        let warnings = self.companion.warnings(start, follower, &self.prepared.dialect, steps);
+        warnings.into_iter().try_for_each(|warning| self.warn(warning))
     }
 
     fn answer(
@@ -1165,9 +1192,14 @@ impl<'a> Job<'a> {
         self.receipt.ended_at = Some(now());
     }
 
-    fn warn(&mut self, warning: String) {
+    /// Tells and keeps a warning; each but once.
+    fn warn(&mut self, warning: String) -> Result<(), Failure> {
+        if self.receipt.warnings.contains(&warning) {
+            return Ok(());
+        }
         self.screen.say(format!("warning: {warning}"));
-        self.receipt.warnings.push(warning);
+        self.receipt.warnings.push(warning.clone());
+        self.journal.record(JobEvent::Warned { warning })
     }
 
     fn note_end(&mut self, exit: &Exit, diagnosis: &Diagnosis, follower: Option<&Follower>) {
@@ -1276,6 +1308,13 @@ fn no_record(error: RecordError) -> Failure {
 
 fn kill_everything(attempt: &Attempt) -> Result<(), Failure> {
     attempt.kill_everything().map(drop).map_err(|e| Failure::failed("cannot_stop", chain(&e)).help(e.help()))
+}
+
+/// Removes the cgroup of an attempt that is over. One that stays costs nothing but the look of it.
+pub fn clean_up(attempt: &Attempt) {
+    if let Err(error) = attempt.clean_up() {
+        tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
+    }
 }
 
 /// Returns a port that nobody listens on now.
