@@ -282,6 +282,23 @@ fn a_divergence_goes_back_to_the_weights_from_before_it_unless_that_is_forbidden
     }
 }
 
+/// Until its end, newer checkpoints would have replaced all from before.
+#[test]
+fn a_divergence_is_ended_before_the_good_checkpoints_are_replaced() {
+    let host = host();
+    let args = json!({"save_steps": 3, "save_total_limit": 3, "logging_steps": 1, "num_train_epochs": 4});
+    host.job(json!({"args": args}));
+    let scenario =
+        json!({"step_seconds": 0.3, "attempts": {"1": {"diverge_at_step": 5, "step_seconds": 0.3}}});
+    host.run(&["run", "job.json"], scenario).expect(0);
+    let receipt = host.receipt();
+    let first = &attempts(&receipt)[0];
+    assert_eq!(first["diagnosis"]["kind"], "diverged");
+    assert!(first["last_step"].as_u64() < first["max_steps"].as_u64(), "{first:#}");
+    let resume = &attempts(&receipt)[1]["resume"];
+    assert_eq!((&resume["kind"], &resume["from_step"]), (&json!("weights_only"), &json!(3)));
+}
+
 #[test]
 fn memory_in_pieces_is_answered_by_another_allocator_at_the_same_rung() {
     let host = host();

@@ -65,6 +65,8 @@ pub struct QueuedEntry {
     pub download: Download,
     /// Why it does not start.
     pub reason: String,
+    /// Length of the job as JSON.
+    pub bytes: usize,
     /// Whether the store knows that it waits.
     told: bool,
     /// Whether its files are being read.
@@ -77,9 +79,17 @@ impl QueuedEntry {
     /// Returns a job that has just come.
     pub fn new(handed_in: HandedIn, examined: Option<Arc<Examined>>) -> QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
-        let try_at = Instant::now();
-        let download = Download::default();
-        QueuedEntry { handed_in, examined, download, reason, told: false, examining: false, tries: 0, try_at }
+        QueuedEntry {
+            bytes: handed_in.spec.to_json().to_string().len(),
+            handed_in,
+            examined,
+            download: Download::default(),
+            reason,
+            told: false,
+            examining: false,
+            tries: 0,
+            try_at: Instant::now(),
+        }
     }
 }
 
