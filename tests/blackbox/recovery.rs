@@ -339,6 +339,27 @@ fn a_model_that_does_not_fit_is_refused_with_the_numbers() {
 }
 
 #[test]
+fn a_model_that_does_not_fit_is_packed_into_4_bits_where_the_job_allows_it() {
+    let host = host();
+    let python = std::fs::read_dir(host.env.path("trainer/lib")).unwrap().next().unwrap().unwrap();
+    let package = python.path().join("site-packages/bitsandbytes-0.49.0.dist-info");
+    std::fs::create_dir(&package).unwrap();
+    std::fs::write(package.join("METADATA"), "Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.49.0\n")
+        .unwrap();
+    host.job(json!({"allow": {"quantize": true}}));
+    let oom = json!({"capacity_gib": 80, "base_gib": 90, "kind": "load"});
+    host.run(&["run", "job.json"], json!({"attempts": {"1": {"oom": oom}}})).expect(0);
+    let receipt = host.receipt();
+    let second = &attempts(&receipt)[1];
+    assert_eq!((&second["tier"]["name"], &second["tier"]["quant_bits"]), (&json!("quantized"), &json!(4)));
+    assert_eq!(
+        (flag(&host, 1, "--quant_bits"), flag(&host, 2, "--quant_bits").as_deref()),
+        (None, Some("4"))
+    );
+    assert_eq!(attempts(&receipt).len(), 2);
+}
+
+#[test]
 fn memory_that_runs_out_in_a_save_stops_since_no_batch_helps() {
     let host = host();
     let oom = json!({"oom": {"capacity_gib": 80, "base_gib": 90, "at_step": 3, "kind": "save"}});

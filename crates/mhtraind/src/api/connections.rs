@@ -11,7 +11,9 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 
 use crate::daemon::Peer;
 
@@ -23,6 +25,10 @@ const OF_ALL_MAX: usize = 512;
 
 /// How long a client may take to send the head of a request. One that says nothing is disconnected then.
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long somebody who is sent away may take to hear why, and how many may at the same time; others hear nothing.
+const REFUSED_WITHIN: Duration = Duration::from_secs(1);
+const REFUSALS_MAX: usize = 64;
 
 /// How long nobody is taken in after the kernel refused a connection: it has no descriptors left.
 const BREATH: Duration = Duration::from_millis(100);
@@ -46,7 +52,7 @@ fn take_in(stream: UnixStream, places: &Arc<Places>, router: &Router) {
     let uid = stream.peer_cred().map_or(u32::MAX, |credentials| credentials.uid());
     let Some(place) = Place::take(places, uid) else {
         tracing::warn!(uid, "too many connections of one user");
-        refuse(&stream);
+        refuse(stream, places);
         return;
     };
     let service = TowerToHyperService::new(router.clone().layer(Extension(Peer { uid })));
@@ -61,24 +67,42 @@ fn take_in(stream: UnixStream, places: &Arc<Places>, router: &Router) {
     });
 }
 
-/// Says why, as far as the client's end takes it at once.
-fn refuse(stream: &UnixStream) {
+/// Says why, to as many at a time as cost little.
+fn refuse(mut stream: UnixStream, places: &Places) {
+    let Ok(turn) = Arc::clone(&places.refusals).try_acquire_owned() else { return };
+    tokio::spawn(async move {
+        let _until_it_is_said = turn;
+        let _as_far_as_it_goes = tokio::time::timeout(REFUSED_WITHIN, async {
+            stream.write_all(refusal().as_bytes()).await?;
+            stream.shutdown().await?;
+            // Who is disconnected while it still sends does not read the answer.
+            tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
+        })
+        .await;
+    });
+}
+
+fn refusal() -> String {
     let message =
         format!("you have {OF_ONE_USER_MAX} connections to the daemon, or all users have {OF_ALL_MAX}");
     let body = json!({"error": {"code": "too_many_connections", "message": message, "exit_code": 1,
         "help": "close some: each `follow`, `wait` and `log -f` holds one"}});
     let body = body.to_string();
-    let head = format!(
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    let _as_far_as_it_goes = stream.try_write(format!("{head}{body}").as_bytes());
+    let head = "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close";
+    format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len())
 }
 
-/// How many connections each user has.
-#[derive(Debug, Default)]
+/// How many connections each user has, and who is being sent away.
+#[derive(Debug)]
 struct Places {
     taken: Mutex<BTreeMap<u32, usize>>,
+    refusals: Arc<Semaphore>,
+}
+
+impl Default for Places {
+    fn default() -> Places {
+        Places { taken: Mutex::default(), refusals: Arc::new(Semaphore::new(REFUSALS_MAX)) }
+    }
 }
 
 /// The place of one connection.
