@@ -29,6 +29,7 @@ const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// How long somebody who is sent away may take to hear why, and how many may at the same time; others hear nothing.
 const REFUSED_WITHIN: Duration = Duration::from_secs(1);
 const REFUSALS_MAX: usize = 64;
+const ASKS_WITHIN: Duration = Duration::from_millis(200);
 
 /// How long nobody is taken in after the kernel refused a connection: it has no descriptors left.
 const BREATH: Duration = Duration::from_millis(100);
@@ -73,6 +74,8 @@ fn refuse(mut stream: UnixStream, places: &Places) {
     tokio::spawn(async move {
         let _until_it_is_said = turn;
         let _as_far_as_it_goes = tokio::time::timeout(REFUSED_WITHIN, async {
+            // An answer before the question is an error to some clients.
+            let _asks_or_not = tokio::time::timeout(ASKS_WITHIN, stream.readable()).await;
             stream.write_all(refusal().as_bytes()).await?;
             stream.shutdown().await?;
             // Who is disconnected while it still sends does not read the answer.
