@@ -27,9 +27,9 @@ const OF_ALL_MAX: usize = 512;
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
 
 /// How long somebody who is sent away may take to hear why, and how many may at the same time; others hear nothing.
-const REFUSED_WITHIN: Duration = Duration::from_secs(1);
+const REFUSED_WITHIN: Duration = Duration::from_secs(5);
 const REFUSALS_MAX: usize = 64;
-const ASKS_WITHIN: Duration = Duration::from_millis(200);
+const ASKS_WITHIN: Duration = Duration::from_secs(3);
 
 /// How long nobody is taken in after the kernel refused a connection: it has no descriptors left.
 const BREATH: Duration = Duration::from_millis(100);
