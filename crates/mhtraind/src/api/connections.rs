@@ -11,7 +11,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
@@ -75,7 +75,7 @@ fn refuse(mut stream: UnixStream, places: &Places) {
         let _until_it_is_said = turn;
         let _as_far_as_it_goes = tokio::time::timeout(REFUSED_WITHIN, async {
             // An answer before the question is an error to some clients.
-            let _asks_or_not = tokio::time::timeout(ASKS_WITHIN, stream.readable()).await;
+            let _asks_or_not = tokio::time::timeout(ASKS_WITHIN, stream.read(&mut [0; 1024])).await;
             stream.write_all(refusal().as_bytes()).await?;
             stream.shutdown().await?;
             // Who is disconnected while it still sends does not read the answer.
