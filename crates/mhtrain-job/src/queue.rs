@@ -4,6 +4,7 @@
 //! device's queue. A job that takes any stands in the queue of the device where it would get the best rung. The first
 //! in a queue is never overtaken on its device: else small jobs would keep a large one waiting for ever.
 
+use std::borrow::Borrow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -138,23 +139,24 @@ pub struct TooSmall {
 ///
 /// # Errors
 /// What keeps `size` from answering at all.
-pub fn fit<E>(
+pub fn fit<P: Borrow<Plan>, E>(
     room: &Room,
-    mut size: impl FnMut(Bytes, Bytes) -> Result<Result<Plan, TooSmall>, E>,
-) -> Result<(Fit, Option<Plan>), E> {
+    mut size: impl FnMut(Bytes, Bytes) -> Result<Result<P, TooSmall>, E>,
+) -> Result<(Fit, Option<P>), E> {
     let is_idle = room.held_by_others < IDLE_BELOW;
     if let Ok(plan) = size(room.free, room.held_by_others)?
-        && (plan.chosen_rung().fits || is_idle)
+        && (plan.borrow().chosen_rung().fits || is_idle)
     {
-        return Ok((Fit::Now(rank(&plan, room.free)), Some(plan)));
+        return Ok((Fit::Now(rank(plan.borrow(), room.free)), Some(plan)));
     }
     let best = match size(room.total, Bytes::ZERO)? {
         Ok(plan) => plan,
         Err(TooSmall { why, help }) => return Ok((Fit::Never { why, help }, None)),
     };
+    let best: &Plan = best.borrow();
     let fitting = best.rungs.iter().filter(|rung| rung.fits && rung.tier.name != Profile::Emergency);
     let need = fitting.map(|rung| rung.admission_bytes).min().unwrap_or(best.chosen_rung().admission_bytes);
-    let rank = rank(&best, room.total);
+    let rank = rank(best, room.total);
     Ok((Fit::Later { rank, need, free: room.free, holders: room.holders.clone() }, None))
 }
 
