@@ -3,6 +3,8 @@
 //! Of the process before nothing is left but the job's events, and perhaps a trainer. The last event says what may be out
 //! there, because each intention is recorded before its effect.
 
+use std::collections::BTreeSet;
+
 use crate::diagnosis::{Answer, Diagnosis};
 use crate::event::{AttemptStart, Exit, JobEvent, Record};
 use crate::rerun::{Adjustment, History, ResumeWish, Wait};
@@ -144,6 +146,24 @@ pub fn last_start(records: &[Record]) -> Option<&AttemptStart> {
     })
 }
 
+/// Returns the steps whose checkpoint an attempt could not read.
+pub fn unreadable_steps(records: &[Record]) -> BTreeSet<u64> {
+    let mut begun_at = None;
+    let mut unreadable = BTreeSet::new();
+    for event in events(records) {
+        match event {
+            JobEvent::AttemptStarting(start) => {
+                begun_at = start.resume.as_ref().map(|resume| resume.from_step)
+            }
+            JobEvent::RerunDecided(rerun) if rerun.answer == Answer::PreviousCheckpoint => {
+                unreadable.extend(begun_at);
+            }
+            _ => {}
+        }
+    }
+    unreadable
+}
+
 /// Returns whether a job waits for another card: it left one that failed, and was not sized for the next one yet.
 fn needs_other_device(records: &[Record]) -> bool {
     let last = events(records).rev().find(|event| {
@@ -171,6 +191,7 @@ mod tests {
 
     use super::*;
     use crate::diagnosis::Kind;
+    use crate::event::{Resume, ResumeKind};
     use crate::rerun::Rerun;
     use crate::testing::{diagnosis, tier};
 
@@ -244,6 +265,19 @@ mod tests {
         assert_eq!(place(&records(left.clone()), true).unwrap(), Place::OnDevice);
         let GoesOn::Start(next) = goes_on(&records(left)).unwrap() else { panic!("no start") };
         assert_eq!(next.rung, None, "the rung of the new plan");
+    }
+
+    #[test]
+    fn a_checkpoint_that_could_not_be_read_is_known_whoever_goes_on() {
+        let resumed = |attempt, from_step| {
+            let resume = Resume { kind: ResumeKind::Exact, checkpoint: None, from_step, steps_repeated: 0 };
+            let JobEvent::AttemptStarting(start) = start(attempt, 0) else { panic!("no start") };
+            JobEvent::AttemptStarting(AttemptStart { resume: Some(resume), ..start })
+        };
+        let mut life = vec![planned(), resumed(2, 16), ended(2, Kind::CheckpointCorrupt)];
+        life.push(decided(Answer::PreviousCheckpoint, 0));
+        life.extend([resumed(3, 14), ended(3, Kind::Interrupted), decided(Answer::Resume, 0)]);
+        assert_eq!(unreadable_steps(&records(life)), BTreeSet::from([16]));
     }
 
     #[test]

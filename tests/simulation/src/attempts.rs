@@ -7,7 +7,6 @@
 //!
 //! Each step writes at most one thing, so that whatever is killed between two steps finds every order that there is.
 
-use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use mhtrain_job::rerun::{
 };
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
-use mhtrain_job::take_over::{GoesOn, NextAttempt, goes_on, last_start};
+use mhtrain_job::take_over::{GoesOn, NextAttempt, goes_on, last_start, unreadable_steps};
 use mhtrain_sizing::plan::Plan;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::beginning::{self, Beginning, Saved, Wanted};
@@ -66,8 +65,6 @@ pub(crate) struct JobLoop {
     step: Step,
     take_overs: u32,
     tries: u32,
-    /// Steps whose checkpoint could not be read.
-    corrupt_steps: BTreeSet<u64>,
     /// Last step whose loss was a number.
     last_good_step: Option<u64>,
 }
@@ -186,7 +183,6 @@ impl JobLoop {
             step: Step::Open,
             take_overs: 0,
             tries: 0,
-            corrupt_steps: BTreeSet::new(),
             last_good_step: None,
         }
     }
@@ -423,10 +419,6 @@ impl JobLoop {
         );
         let dialect = dialect.0;
         let history = self.history(world);
-        let last = last_start(&self.records).and_then(|start| start.resume.as_ref());
-        if let Some(resume) = last.filter(|_| next.wish == ResumeWish::Previous) {
-            self.corrupt_steps.insert(resume.from_step);
-        }
         let wanted = Wanted {
             tier: &tier,
             wish: next.wish,
@@ -436,10 +428,15 @@ impl JobLoop {
             replays_first_epoch: dialect.replays_first_epoch(),
             steps_per_epoch: self.steps_per_epoch(world, &tier),
             allow_restart: self.spec.allow.restart,
-            corrupt_steps: &self.corrupt_steps,
+            corrupt_steps: &unreadable_steps(&self.records),
         };
         let (resume, from) = match beginning::begin(&saved, &wanted) {
-            Beginning::FirstRow { resume, .. } => (resume, None),
+            Beginning::FirstRow { resume, why } => {
+                if let Some(why) = why {
+                    world.tell(|| format!("engine: it begins again: {why}"));
+                }
+                (resume, None)
+            }
             Beginning::Checkpoint { resume, path, repair, .. } => {
                 let mut shown = self.checkpoint_at(world, &path);
                 if let (Some(shown), Some(_)) = (&mut shown, repair) {

@@ -9,7 +9,7 @@
 //! Decisions are made elsewhere (`rerun::decide`, `choose_resume`, `prove`); this is the loop that carries them out.
 //! Each intention is in the journal before its effect, so a process that comes after us knows what may be out there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use mhtrain_job::rerun::{
     Adjustment, Decision, ExpandableSegments, History, Policy, Rerun, ResumeWish, Wait, decide,
 };
 use mhtrain_job::state::JobState;
-use mhtrain_job::take_over::{GoesOn, NextAttempt, goes_on, last_start};
+use mhtrain_job::take_over::{GoesOn, NextAttempt, goes_on, last_start, unreadable_steps};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
@@ -197,7 +197,6 @@ struct Job<'a> {
     stop: Option<StopCause>,
     deadline: Option<Instant>,
     earlier: Vec<(PathBuf, Tier)>,
-    corrupt_steps: BTreeSet<u64>,
     /// Last step whose loss was a number; checkpoints after it are not trusted after a divergence.
     last_good_step: Option<u64>,
 }
@@ -265,7 +264,6 @@ impl<'a> Job<'a> {
             stop,
             deadline: None,
             earlier,
-            corrupt_steps: BTreeSet::new(),
             last_good_step: None,
             prepared,
         })
@@ -524,11 +522,6 @@ impl<'a> Job<'a> {
 
     /// Decides from where an attempt goes on. Returns the checkpoint to show to the trainer, repaired where it must be.
     fn choose_resume(&mut self, next: &Next, tier: &Tier) -> Result<Result<Beginning, Step>, Failure> {
-        if next.wish == ResumeWish::Previous
-            && let Some(resume) = self.last_start().and_then(|start| start.resume)
-        {
-            self.corrupt_steps.insert(resume.from_step);
-        }
         let saved = self.saved()?;
         let wanted = Wanted {
             tier,
@@ -539,7 +532,7 @@ impl<'a> Job<'a> {
             replays_first_epoch: self.replays_first_epoch(),
             steps_per_epoch: self.steps_per_epoch(tier),
             allow_restart: self.prepared.spec.allow.restart,
-            corrupt_steps: &self.corrupt_steps,
+            corrupt_steps: &unreadable_steps(self.journal.records()),
         };
         match begin(&saved, &wanted) {
             beginning::Beginning::FirstRow { resume, why } => {
