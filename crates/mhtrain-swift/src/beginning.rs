@@ -100,9 +100,9 @@ pub fn begin(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
         let help = decision.help();
         return match decision {
             // A checkpoint of the last step cannot be resumed: nothing would be trained and nothing proven. The end is
-            // trained again from the one before it.
-            ResumeDecision::Finished { step, .. } => {
-                checkpoints.retain(|checkpoint| checkpoint.step < step);
+            // trained again from the one before it. Another attempt may have meant to do more steps: only this one goes.
+            ResumeDecision::Finished { checkpoint, .. } => {
+                checkpoints.retain(|other| other.path != checkpoint);
                 continue;
             }
             ResumeDecision::Exact { checkpoint, step, repair, passed_over, .. } => Beginning::Checkpoint {
