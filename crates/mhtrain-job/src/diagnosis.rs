@@ -135,6 +135,20 @@ pub struct Diagnosis {
     pub answer: Answer,
 }
 
+impl Diagnosis {
+    /// Returns the diagnosis of an attempt that nobody saw end.
+    pub fn interrupted() -> Diagnosis {
+        Diagnosis {
+            kind: Kind::Interrupted,
+            fatal: true,
+            certain: false,
+            phase: None,
+            evidence: Evidence::default(),
+            answer: Answer::Resume,
+        }
+    }
+}
+
 impl fmt::Display for Kind {
     /// Says it in words; the JSON name is what serde writes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

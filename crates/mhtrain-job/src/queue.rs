@@ -4,11 +4,16 @@
 //! device's queue. A job that takes any stands in the queue of the device where it would get the best rung. The first
 //! in a queue is never overtaken on its device: else small jobs would keep a large one waiting for ever.
 
+use std::borrow::Borrow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
+use mhtrain_sizing::plan::Plan;
 use mhtrain_sizing::tier::Profile;
 use mhtrain_sizing::units::Bytes;
+
+/// Foreign memory below which a device counts as idle: a display, a monitoring agent, a context that is just gone.
+const IDLE_BELOW: Bytes = Bytes::from_mib(1024);
 
 /// A job that is not started yet.
 #[derive(Clone, Debug, PartialEq)]
@@ -102,6 +107,62 @@ impl Rank {
     pub fn new(profile: Profile, micro_batch: u32, free: Bytes) -> Rank {
         Rank { profile: Reverse(profile), micro_batch, free }
     }
+}
+
+/// What a device has to give.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Room {
+    /// Memory that can be used when nobody else is there.
+    pub total: Bytes,
+    /// What is free now.
+    pub free: Bytes,
+    /// What processes that are not ours hold.
+    pub held_by_others: Bytes,
+    /// Who they are, for people.
+    pub holders: String,
+}
+
+/// Why a job cannot be sized for a device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TooSmall {
+    /// Why, with the numbers.
+    pub why: String,
+    /// What the user can do.
+    pub help: Option<String>,
+}
+
+/// Returns how a job fits on a device now, and the plan with which it would start. `size` plans it for a device that has
+/// so much free, and of which others hold so much.
+///
+/// What fits is taken even when an idle device would give a faster rung. The emergency profile is tried against the
+/// prediction only on a device that is idle: elsewhere waiting helps.
+///
+/// # Errors
+/// What keeps `size` from answering at all.
+pub fn fit<P: Borrow<Plan>, E>(
+    room: &Room,
+    mut size: impl FnMut(Bytes, Bytes) -> Result<Result<P, TooSmall>, E>,
+) -> Result<(Fit, Option<P>), E> {
+    let is_idle = room.held_by_others < IDLE_BELOW;
+    if let Ok(plan) = size(room.free, room.held_by_others)?
+        && (plan.borrow().chosen_rung().fits || is_idle)
+    {
+        return Ok((Fit::Now(rank(plan.borrow(), room.free)), Some(plan)));
+    }
+    let best = match size(room.total, Bytes::ZERO)? {
+        Ok(plan) => plan,
+        Err(TooSmall { why, help }) => return Ok((Fit::Never { why, help }, None)),
+    };
+    let best: &Plan = best.borrow();
+    let fitting = best.rungs.iter().filter(|rung| rung.fits && rung.tier.name != Profile::Emergency);
+    let need = fitting.map(|rung| rung.admission_bytes).min().unwrap_or(best.chosen_rung().admission_bytes);
+    let rank = rank(best, room.total);
+    Ok((Fit::Later { rank, need, free: room.free, holders: room.holders.clone() }, None))
+}
+
+fn rank(plan: &Plan, free: Bytes) -> Rank {
+    let tier = &plan.chosen_rung().tier;
+    Rank::new(tier.name, tier.micro_batch, free)
 }
 
 /// What jobs of ours have: each thing with the id of its job.

@@ -413,7 +413,7 @@ fn packed_weights_come_before_the_emergency_profile_where_allowed_and_are_taken_
     assert!(packed.notes.iter().any(|note| note.contains("packed into 4 bits")), "{:?}", packed.notes);
     // What such a rung shows is kept for the method that it is.
     let seen = Seen::MoreThan { limit: Bytes::from_gib(9) };
-    let kept = packed.observation(packed.chosen, "job 1".to_owned(), seen.clone()).unwrap();
+    let kept = packed.observation(packed.chosen, "job 1".to_owned(), seen).unwrap();
     assert_eq!(kept.fingerprint.method, TrainType::Qlora);
     assert_eq!(packed.observation(0, "job 2".to_owned(), seen).unwrap().fingerprint.method, TrainType::Lora);
 

@@ -2,6 +2,7 @@
 //!
 //! Pure: text and values in, text and values out. Everything that is known about ms-swift is in this crate.
 
+pub mod beginning;
 pub mod checkpoint;
 pub mod command;
 pub mod companion;
@@ -20,3 +21,4 @@ pub mod proof;
 pub mod python_json;
 pub mod stall;
 pub mod template;
+pub mod verdict;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use mhtrain_job::diagnosis::Diagnosis;
 use mhtrain_job::event::{Exit, JobEvent, Record};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::spec::JobSpec;
@@ -27,7 +28,7 @@ use super::{Account, Daemon, HandedIn, QueuedEntry, Submission};
 use crate::engine::directory::{JobDirectory, RECEIPT_BYTES_MAX, read_plain};
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
-use crate::engine::local::{self, LocalRun, clean_up, interrupted};
+use crate::engine::local::{self, LocalRun, clean_up};
 use crate::engine::observations::Observer;
 use crate::engine::prepare::{self, chain};
 use crate::engine::screen::Screen;
@@ -281,7 +282,7 @@ impl Worker {
         self.append(JobEvent::AttemptEnded {
             attempt: number,
             exit: Exit::Lost,
-            diagnosis: Box::new(interrupted()),
+            diagnosis: Box::new(Diagnosis::interrupted()),
             last_step: None,
         })
     }

@@ -11,6 +11,7 @@ use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::{DRAINED, Dependency, DependencyState, Fit, Offer, QueuedJob, Verdict, decide};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
+use mhtrain_job::take_over::{Place, place};
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::plan::History;
@@ -21,7 +22,6 @@ use super::download::{self, Download};
 use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
-use crate::engine::local::needs_other_device;
 use crate::engine::observations::versions;
 use crate::failure::{Failure, Status};
 
@@ -121,9 +121,10 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
                 continue;
             }
         };
-        if let JobState::Queued { stop: Some(_) } | JobState::Waiting { attempts: 0, stop: Some(_), .. } =
-            &state
-        {
+        let records = daemon.store.call(move |store| store.events(id)).await?;
+        let sized = sized(id, &records);
+        let place = place(&records, sized.is_some()).map_err(|e| Failure::new(Status::Bug, "bug", e))?;
+        if place == Place::Cancelled {
             let event = JobEvent::Cancelled { reason: "cancel".to_owned() };
             daemon.store.append(id, Record::new(now(), event)).await?;
             continue;
@@ -139,11 +140,8 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
             Account::as_submitted(&job.row.owner)
         });
         let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
-        let moves = daemon.store.call(move |store| Ok(needs_other_device(&store.events(id)?))).await?;
-        match sized(daemon, id).await? {
-            Some(sized) if (state.attempts() > 0 || state.has_live_attempt()) && !moves => {
-                job::start(daemon, id, handed_in, sized);
-            }
+        match sized {
+            Some(sized) if place == Place::OnDevice => job::start(daemon, id, handed_in, sized),
             _ => {
                 let told = matches!(state, JobState::Waiting { .. });
                 daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(handed_in, None) });
@@ -154,17 +152,16 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
 }
 
 /// Returns what a job was sized as, if it was.
-async fn sized(daemon: &Daemon, id: JobId) -> Result<Option<Sized>, Failure> {
-    let records = daemon.store.call(move |store| store.events(id)).await?;
-    let value = records.into_iter().rev().find_map(|record| match record.event {
-        JobEvent::Planned { sized, .. } => sized,
+fn sized(id: JobId, records: &[Record]) -> Option<Sized> {
+    let value = records.iter().rev().find_map(|record| match &record.event {
+        JobEvent::Planned { sized, .. } => sized.clone(),
         _ => None,
     });
     match value.map(serde_json::from_value).transpose() {
-        Ok(sized) => Ok(sized),
+        Ok(sized) => sized,
         Err(error) => {
             tracing::error!(job = id.get(), %error, "the plan of the job cannot be read; it is made again");
-            Ok(None)
+            None
         }
     }
 }

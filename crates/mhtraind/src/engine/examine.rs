@@ -3,7 +3,7 @@
 //! A job is examined once: model, data, trainer, secrets. From then on a card is only a question to the sizing engine,
 //! asked again whenever memory comes or goes.
 
-use mhtrain_job::queue::{Fit, Rank};
+use mhtrain_job::queue::{self, Fit, Room, TooSmall};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::host::probe_host;
@@ -12,8 +12,6 @@ use mhtrain_probe::trainer_environment::trainer_environment_as;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{History, Plan, PlanError, plan_learned};
-use mhtrain_sizing::tier::Profile;
-use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
@@ -25,9 +23,6 @@ use super::prepare::{Candidate, Datasets, Files, Missing, Prepared, chain, look_
 use super::secrets;
 use crate::config::Config;
 use crate::failure::Failure;
-
-/// Foreign memory below which a card counts as idle: a display, a monitoring agent, a context that is just gone.
-const IDLE_BELOW: Bytes = Bytes::from_mib(1024);
 
 /// A job that can be sized for any card of this host.
 #[derive(Clone, Debug)]
@@ -80,10 +75,7 @@ pub fn examine(spec: JobSpec, origin: &Origin, config: &Config, cores: u32) -> R
 }
 
 impl Examined {
-    /// Returns how the job fits on a card now, and the plan with which it would start.
-    ///
-    /// What fits is taken even when an idle card would give a faster rung. The emergency profile is tried against the
-    /// prediction only on a card that is idle: elsewhere waiting helps.
+    /// Returns how the job fits on a card now (`mhtrain_job::queue::fit`), and all that it would start with.
     ///
     /// # Errors
     /// The job cannot be sized at all.
@@ -103,34 +95,19 @@ impl Examined {
             Err(refusal) => return Ok((Fit::Unusable { why: refusal.to_string() }, None)),
         };
         let held_by_others = gpu.held_by_others(&[]);
+        let room = Room { total: card.total, free: card.free, held_by_others, holders: holders(gpu) };
         let now = Candidate { card, uuid: gpu.uuid.clone(), held_by_others };
-        let mut idle = Candidate { held_by_others: Bytes::ZERO, ..now.clone() };
-        idle.card.free = idle.card.total;
         let rows = self.rows.as_ref().map(|look| &look.profile);
-        let size = |candidate: &Candidate| -> Result<Result<Plan, PlanError>, Failure> {
+        let (fit, plan) = queue::fit(&room, |free, held_by_others| {
+            let mut candidate = Candidate { held_by_others, ..now.clone() };
+            candidate.card.free = free;
             let features = self.environment.features();
-            let request = sizing_request(&self.spec, model, candidate, features, config, rows)?;
-            Ok(plan_learned(&request, book, history))
-        };
-        let is_idle = held_by_others < IDLE_BELOW;
-        if let Ok(plan) = size(&now)?
-            && (plan.chosen_rung().fits || is_idle)
-        {
-            let rank = rank(&plan, now.card.free);
-            return Ok((
-                Fit::Now(rank),
-                Some(self.sized(now, plan, book, book.run_advice(model, self.cores))),
-            ));
-        }
-        let best = match size(&idle)? {
-            Ok(plan) => plan,
-            Err(error) => return Ok((Fit::Never { why: chain(&error), help: error.help() }, None)),
-        };
-        let fitting = best.rungs.iter().filter(|rung| rung.fits && rung.tier.name != Profile::Emergency);
-        let need =
-            fitting.map(|rung| rung.admission_bytes).min().unwrap_or(best.chosen_rung().admission_bytes);
-        let rank = rank(&best, idle.card.free);
-        Ok((Fit::Later { rank, need, free: now.card.free, holders: holders(gpu) }, None))
+            let request = sizing_request(&self.spec, model, &candidate, features, config, rows)?;
+            let refused = |error: PlanError| TooSmall { why: chain(&error), help: error.help() };
+            Ok::<_, Failure>(plan_learned(&request, book, history).map_err(refused))
+        })?;
+        let sized = plan.map(|plan| self.sized(now, plan, book, book.run_advice(model, self.cores)));
+        Ok((fit, sized))
     }
 
     fn sized(&self, candidate: Candidate, plan: Plan, book: &TierBook, advice: RunAdvice) -> Sized {
@@ -207,11 +184,6 @@ pub fn device_name(index: Option<u32>, uuid: Option<&str>) -> String {
         (None, Some(uuid)) => uuid.to_owned(),
         (None, None) => "a GPU".to_owned(),
     }
-}
-
-fn rank(plan: &Plan, free: Bytes) -> Rank {
-    let tier = &plan.chosen_rung().tier;
-    Rank::new(tier.name, tier.micro_batch, free)
 }
 
 fn holders(gpu: &GpuState) -> String {

@@ -9,19 +9,20 @@
 //! Decisions are made elsewhere (`rerun::decide`, `choose_resume`, `prove`); this is the loop that carries them out.
 //! Each intention is in the journal before its effect, so a process that comes after us knows what may be out there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mhtrain_job::diagnosis::{Answer, Diagnosis, Kind};
-use mhtrain_job::event::{AttemptStart, Exit, JobEvent, ProcessIdentity, Record, Resume, ResumeKind};
+use mhtrain_job::event::{AttemptStart, Exit, JobEvent, ProcessIdentity, Resume, ResumeKind};
 use mhtrain_job::receipt::{AttemptNote, ProofFacts, ProofKind, Receipt, render};
 use mhtrain_job::rerun::{
     Adjustment, Decision, ExpandableSegments, History, Policy, Rerun, ResumeWish, Wait, decide,
 };
 use mhtrain_job::state::JobState;
+use mhtrain_job::take_over::{GoesOn, NextAttempt, goes_on, last_start, unreadable_steps};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
@@ -29,12 +30,13 @@ use mhtrain_supervisor::Arrivals;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
 use mhtrain_supervisor::process::descendants;
 use mhtrain_supervisor::record::{Ended as TrainerEnd, ExitRecord, Extent, RecordError};
-use mhtrain_swift::checkpoint::{CheckpointFacts, ResumeDecision, ResumeQuestion, choose_resume};
+use mhtrain_swift::beginning::{self, Saved, Wanted, begin};
 use mhtrain_swift::command::{AttemptFlags, TrainerStart, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
 use mhtrain_swift::environment::TrainerEnvironment;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
-use mhtrain_swift::stall::{self, Stall};
+use mhtrain_swift::stall::Stall;
+use mhtrain_swift::verdict::{Conclusion, EndedByUs, conclude, diagnose_end};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -162,15 +164,6 @@ struct Gone {
     ended: Option<EndedByUs>,
 }
 
-/// Why we ended an attempt that nobody asked to stop.
-#[derive(Debug)]
-enum EndedByUs {
-    /// It hung.
-    Stalled(Stall),
-    /// Its loss was no number any more.
-    Diverged(Diagnosis),
-}
-
 /// Why an attempt did not come up.
 #[derive(Debug)]
 enum Unlaunched {
@@ -203,7 +196,6 @@ struct Job<'a> {
     stop: Option<StopCause>,
     deadline: Option<Instant>,
     earlier: Vec<(PathBuf, Tier)>,
-    corrupt_steps: BTreeSet<u64>,
     /// Last step whose loss was a number; checkpoints after it are not trusted after a divergence.
     last_good_step: Option<u64>,
 }
@@ -271,7 +263,6 @@ impl<'a> Job<'a> {
             stop,
             deadline: None,
             earlier,
-            corrupt_steps: BTreeSet::new(),
             last_good_step: None,
             prepared,
         })
@@ -279,39 +270,28 @@ impl<'a> Job<'a> {
 
     /// Returns where an earlier process left the job, or its beginning.
     fn first_step(&mut self) -> Result<Step, Failure> {
-        let begun = self.journal.records().len() > 1;
-        let chosen = self.prepared.plan.chosen;
-        if !begun {
+        let goes_on = goes_on(self.journal.records()).map_err(|e| Failure::new(Status::Bug, "bug", e))?;
+        if goes_on == GoesOn::Begin {
             self.record_plan()?;
-            let wish = ResumeWish::Latest;
             return Ok(Step::Start(Next {
-                rung: chosen,
+                rung: self.prepared.plan.chosen,
                 adjustments: Vec::new(),
-                wish,
+                wish: ResumeWish::Latest,
                 wait: Wait::None,
                 after: Vec::new(),
             }));
         }
         let told = Receipt::from_events(None, self.journal.records());
         (self.receipt.attempts, self.receipt.warnings) = (told.attempts, told.warnings);
-        // An end that nobody judged may be a success: a stop that came too late takes it from nobody.
-        let unjudged = matches!(self.journal.state(), JobState::Recovering { rerun: None, .. });
-        if let Some(cause) = self.stop
-            && !unjudged
-            && !self.journal.state().has_live_attempt()
-        {
-            return self.cancelled(cause);
-        }
-        match self.journal.state().clone() {
-            JobState::Starting { attempt, .. } | JobState::Running { attempt, .. } => {
-                let start = self.last_start().filter(|start| start.attempt == attempt.number);
-                let start =
-                    start.ok_or_else(|| Failure::new(Status::Bug, "bug", "an attempt without its start"))?;
-                let record = self.directory.record(attempt.number);
+        match goes_on {
+            GoesOn::Begin => unreachable!("answered above"),
+            GoesOn::Cancel => self.cancelled(self.stop.unwrap_or(StopCause::Cancel)),
+            GoesOn::Follow(start) => {
+                let record = self.directory.record(start.attempt);
                 match Attempt::open_of(&record, self.origin.identity.as_ref()) {
                     Ok(live) if live.abandon_unrecorded().map_err(no_record)? => self.never_started(&start),
                     Ok(live) => {
-                        self.screen.say(format!("attempt {} is taken over", attempt.number));
+                        self.screen.say(format!("attempt {} is taken over", start.attempt));
                         if self.stop.is_some() {
                             let grace = Duration::from_secs(u64::from(self.config.attempt.grace_s));
                             // Without a recorder there is nobody to ask: following sees that and kills what is left.
@@ -324,51 +304,30 @@ impl<'a> Job<'a> {
                     Err(error) => Err(no_record(error)),
                 }
             }
-            JobState::Recovering { rerun: None, .. } => self.judge_again(),
-            JobState::Recovering { rerun: Some(_), .. }
-            | JobState::Queued { .. }
-            | JobState::Waiting { .. } => {
-                let history = self.history();
-                // On another card it was sized anew.
-                let begins = self.last_start().is_none() || is_planned_anew(self.journal.records());
-                let rung = if begins { chosen } else { self.rung_on_this_ladder(history.rung)? };
-                let decided = self.journal.records().iter().rev().find_map(|record| match &record.event {
-                    JobEvent::RerunDecided(rerun) => Some(rerun.clone()),
-                    _ => None,
-                });
-                Ok(Step::Start(Next {
-                    rung,
-                    adjustments: history.adjustments,
-                    wish: decided.as_ref().map_or(ResumeWish::Latest, |rerun| rerun.resume),
-                    wait: decided.map_or(Wait::None, |rerun| rerun.wait),
-                    after: Vec::new(),
-                }))
-            }
-            JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled { .. } => {
-                Err(Failure::new(Status::Bug, "bug", "a job that is over cannot be continued"))
+            GoesOn::Judge { start, exit, diagnosis } => self.judge_again(&start, &exit, &diagnosis),
+            GoesOn::Start(NextAttempt { rung, adjustments, resume: wish, wait }) => {
+                let planned = self.prepared.plan.chosen;
+                let rung = rung.map_or(Ok(planned), |recorded| self.rung_on_this_ladder(recorded))?;
+                Ok(Step::Start(Next { rung, adjustments, wish, wait, after: Vec::new() }))
             }
         }
     }
 
     /// Judges an attempt that ended when nobody was left to decide what follows: its files tell the same as then.
-    fn judge_again(&mut self) -> Result<Step, Failure> {
-        let ended = self.journal.records().iter().rev().find_map(|record| match &record.event {
-            JobEvent::AttemptEnded { exit, diagnosis, .. } => {
-                Some((exit.clone(), diagnosis.as_ref().clone()))
-            }
-            _ => None,
-        });
-        let (Some((exit, diagnosis)), Some(start)) = (ended, self.last_start()) else {
-            return Err(Failure::new(Status::Bug, "bug", "an end without an attempt"));
-        };
+    fn judge_again(
+        &mut self,
+        start: &AttemptStart,
+        exit: &Exit,
+        diagnosis: &Diagnosis,
+    ) -> Result<Step, Failure> {
         let output_dir = self.directory.attempt(start.attempt);
         let mut follower = Follower::new(&self.output_of(start.attempt), &output_dir);
         follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
-        self.conclude(&start, &exit, &diagnosis, &follower, Vec::new())
+        self.conclude(start, exit, diagnosis, &follower, Vec::new())
     }
 
     fn never_started(&mut self, start: &AttemptStart) -> Result<Step, Failure> {
-        let diagnosis = interrupted();
+        let diagnosis = Diagnosis::interrupted();
         self.journal.record(JobEvent::AttemptEnded {
             attempt: start.attempt,
             exit: Exit::Lost,
@@ -404,10 +363,7 @@ impl<'a> Job<'a> {
     }
 
     fn last_start(&self) -> Option<AttemptStart> {
-        self.journal.records().iter().rev().find_map(|record| match &record.event {
-            JobEvent::AttemptStarting(start) => Some(start.clone()),
-            _ => None,
-        })
+        last_start(self.journal.records()).cloned()
     }
 
     fn history(&mut self) -> History {
@@ -519,7 +475,7 @@ impl<'a> Job<'a> {
             }
             Err(Unlaunched::Killed(why)) => {
                 self.screen.say(format!("attempt {number} was interrupted: {why}"));
-                let diagnosis = interrupted();
+                let diagnosis = Diagnosis::interrupted();
                 self.note_end(&Exit::Lost, &diagnosis, None);
                 self.journal.record(JobEvent::AttemptEnded {
                     attempt: number,
@@ -531,7 +487,7 @@ impl<'a> Job<'a> {
             }
             Err(Unlaunched::Failed(failure)) => {
                 let exit = Exit::SpawnFailed { error: failure.message.clone() };
-                let diagnosis = Diagnosis { kind: Kind::Unknown, certain: true, ..interrupted() };
+                let diagnosis = Diagnosis { kind: Kind::Unknown, certain: true, ..Diagnosis::interrupted() };
                 self.note_end(&exit, &diagnosis, None);
                 self.journal.record(JobEvent::AttemptEnded {
                     attempt: number,
@@ -566,131 +522,55 @@ impl<'a> Job<'a> {
 
     /// Decides from where an attempt goes on. Returns the checkpoint to show to the trainer, repaired where it must be.
     fn choose_resume(&mut self, next: &Next, tier: &Tier) -> Result<Result<Beginning, Step>, Failure> {
-        let steps_done = self.history().steps_done;
-        let restart = |lost: u64| {
-            (steps_done > 0 || lost > 0).then_some(Resume {
-                kind: ResumeKind::Restart,
-                checkpoint: None,
-                from_step: 0,
-                steps_repeated: steps_done.max(lost),
-            })
-        };
-        let (mut checkpoints, old) = self.saved(tier)?;
-        match next.wish {
-            ResumeWish::FromStart => return Ok(Ok((restart(0), None))),
-            ResumeWish::LastGoodWeights => return Ok(Ok(self.last_good_weights(checkpoints, steps_done))),
-            ResumeWish::Previous => {
-                if let Some(resume) = self.last_start().and_then(|start| start.resume) {
-                    self.corrupt_steps.insert(resume.from_step);
-                }
-            }
-            ResumeWish::Latest => {}
-        }
-        let corrupt_steps = self.corrupt_steps.clone();
-        let question = ResumeQuestion {
-            old: &old,
-            new: tier,
+        let saved = self.saved()?;
+        let wanted = Wanted {
+            tier,
+            wish: next.wish,
+            steps_done: self.history().steps_done,
+            last_good_step: self.last_good_step,
             restores_train_batch_size: self.prepared.dialect.restores_checkpoint_batch(),
             replays_first_epoch: self.replays_first_epoch(),
             steps_per_epoch: self.steps_per_epoch(tier),
             allow_restart: self.prepared.spec.allow.restart,
-            corrupt_steps: &corrupt_steps,
+            corrupt_steps: &unreadable_steps(self.journal.records()),
         };
-        let mut decision = choose_resume(&checkpoints, &question);
-        // A checkpoint of the last step cannot be resumed: nothing would be trained and nothing proven. The end is
-        // trained again from the one before it.
-        while let ResumeDecision::Finished { step, .. } = decision {
-            checkpoints.retain(|checkpoint| checkpoint.step < step);
-            decision = choose_resume(&checkpoints, &question);
-        }
-        match decision {
-            ResumeDecision::Exact { checkpoint, step, repair, passed_over, .. } => {
+        match begin(&saved, &wanted) {
+            beginning::Beginning::FirstRow { resume, why } => {
+                if let Some(why) = why.filter(|_| resume.is_some()) {
+                    self.warn(format!("training starts again: {why}"))?;
+                }
+                Ok(Ok((resume, None)))
+            }
+            beginning::Beginning::Checkpoint { resume, path, repair, passed_over } => {
                 for passed in &passed_over {
                     self.warn(format!("{} is not resumed: {}", passed.path.display(), passed.why))?;
                 }
                 let shown = match repair {
-                    None => checkpoint.clone(),
+                    None => path,
                     Some(state) => {
                         let parent = self
                             .directory
                             .private()
                             .join(format!("resume-{}", self.receipt.attempts.len() + 1));
-                        repaired_view(&checkpoint, &state, &parent).map_err(|e| unwritable(&parent, &e))?
+                        repaired_view(&path, &state, &parent).map_err(|e| unwritable(&parent, &e))?
                     }
-                };
-                let resume = Resume {
-                    kind: ResumeKind::Exact,
-                    checkpoint: Some(checkpoint.display().to_string()),
-                    from_step: step,
-                    steps_repeated: steps_done.saturating_sub(step),
                 };
                 Ok(Ok((Some(resume), Some(shown))))
             }
-            ResumeDecision::Restart { why, lost_steps } => {
-                let resume = restart(lost_steps);
-                if resume.is_some() {
-                    self.warn(format!("training starts again: {why}"))?;
-                }
-                Ok(Ok((resume, None)))
-            }
-            ref refused @ ResumeDecision::Refuse { ref why, .. } => {
-                self.failed(why.to_string(), refused.help()).map(Err)
-            }
-            ResumeDecision::Finished { .. } => unreachable!("finished checkpoints were taken out above"),
+            beginning::Beginning::Refused { why, help } => self.failed(why.to_string(), help).map(Err),
         }
     }
 
-    /// Returns the newest checkpoint from before the loss went bad, for its weights alone.
-    fn last_good_weights(&self, mut checkpoints: Vec<CheckpointFacts>, steps_done: u64) -> Beginning {
-        let good_until = self.last_good_step.unwrap_or(0);
-        checkpoints.retain(|checkpoint| checkpoint.is_complete() && checkpoint.step <= good_until);
-        checkpoints.sort_by_key(|checkpoint| checkpoint.step);
-        match checkpoints.pop() {
-            Some(checkpoint) => {
-                let resume = Resume {
-                    kind: ResumeKind::WeightsOnly,
-                    checkpoint: Some(checkpoint.path.display().to_string()),
-                    from_step: checkpoint.step,
-                    steps_repeated: steps_done.saturating_sub(checkpoint.step),
-                };
-                (Some(resume), Some(checkpoint.path))
-            }
-            None => {
-                let resume = Resume {
-                    kind: ResumeKind::Restart,
-                    checkpoint: None,
-                    from_step: 0,
-                    steps_repeated: steps_done,
-                };
-                (Some(resume), None)
-            }
-        }
-    }
-
-    /// Returns the checkpoints that earlier attempts left, and the rung that wrote them. Those of attempts that
-    /// trained other rows are only returned when there are no others: then they say why nothing can be resumed.
-    fn saved(&self, tier: &Tier) -> Result<(Vec<CheckpointFacts>, Tier), Failure> {
-        let mut sources = self.earlier.clone();
-        sources.extend(
-            self.receipt
-                .attempts
-                .iter()
-                .map(|note| (self.directory.attempt(note.attempt), note.tier.clone())),
-        );
-        let (mut same, mut other, mut other_tier) = (Vec::new(), Vec::new(), None);
-        for (path, old) in sources {
-            let found = checkpoints_in(&path).map_err(|e| unreadable(&path, &e))?;
-            if old.trains_the_same_as(tier) {
-                same.extend(found);
-            } else if !found.is_empty() {
-                other = found;
-                other_tier = Some(old);
-            }
-        }
-        Ok(match (same.is_empty(), other_tier) {
-            (true, Some(old)) => (other, old),
-            _ => (same, tier.clone()),
+    /// Returns what earlier attempts saved, oldest first.
+    fn saved(&self) -> Result<Vec<Saved>, Failure> {
+        let own = self.receipt.attempts.iter();
+        let own = own.map(|note| (self.directory.attempt(note.attempt), note.tier.clone()));
+        let all = self.earlier.iter().cloned().chain(own);
+        all.map(|(path, tier)| {
+            let checkpoints = checkpoints_in(&path).map_err(|e| unreadable(&path, &e))?;
+            Ok(Saved { tier, checkpoints })
         })
+        .collect()
     }
 
     fn steps_per_epoch(&self, tier: &Tier) -> Option<u64> {
@@ -989,19 +869,9 @@ impl<'a> Job<'a> {
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
         let Gone { start, exit, facts, mut follower, pids, ended } = gone;
-        let mut diagnosis = std::mem::take(&mut follower.diagnoser).finish(facts);
-        if exit == Exit::Lost && names_no_cause(&diagnosis) && follower.log.end_of_training().is_none() {
-            // It died with its recorder. To a reader of its output alone it may still be running, but it is gone.
-            diagnosis = Diagnosis { evidence: diagnosis.evidence, ..interrupted() };
-        }
-        // A cause in its words comes first: one rank may have died of it while the others waited.
-        if matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown) {
-            diagnosis = match ended {
-                Some(EndedByUs::Stalled(stall)) => stall::diagnose(&stall),
-                Some(EndedByUs::Diverged(found)) => found,
-                None => diagnosis,
-            };
-        }
+        let loop_ended = follower.log.end_of_training().is_some();
+        let printed = std::mem::take(&mut follower.diagnoser);
+        let diagnosis = diagnose_end(printed, &exit, facts, loop_ended, ended.as_ref());
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {
@@ -1044,23 +914,23 @@ impl<'a> Job<'a> {
         }
         let proven = self.prove(start, exit, follower);
         self.warn_of_companion(start, follower)?;
-        if diagnosis.kind != Kind::Diverged {
-            if let Ok(proof) = proven {
-                return self.succeeded(start, &proof, follower);
+        match conclude(proven, diagnosis, exit, self.stop.is_some()) {
+            Conclusion::Succeeded(proof) => self.succeeded(start, &proof, follower),
+            Conclusion::Cancelled => self.cancelled(self.stop.unwrap_or(StopCause::Cancel)),
+            Conclusion::NotStarted(error) => {
+                let reason = format!("the trainer could not be started: {error}");
+                self.failed(reason, Some("`mhtraind doctor` checks the trainer".to_owned()))
             }
-            if let Some(cause) = self.stop {
-                return self.cancelled(cause);
+            Conclusion::Answer(unproven) => {
+                self.save_receipt()?;
+                self.screen.say(format!(
+                    "attempt {} ended: {}",
+                    start.attempt,
+                    diagnose::for_people(diagnosis)
+                ));
+                self.answer(diagnosis, unproven, pids)
             }
-        } else if let Some(cause) = self.stop {
-            return self.cancelled(cause);
         }
-        self.save_receipt()?;
-        if let Exit::SpawnFailed { error } = exit {
-            let reason = format!("the trainer could not be started: {error}");
-            return self.failed(reason, Some("`mhtraind doctor` checks the trainer".to_owned()));
-        }
-        self.screen.say(format!("attempt {} ended: {}", start.attempt, diagnose::for_people(diagnosis)));
-        self.answer(diagnosis, proven.err(), pids)
     }
 
     fn warn_of_companion(&mut self, start: &AttemptStart, follower: &Follower) -> Result<(), Failure> {
@@ -1228,26 +1098,6 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Returns whether a job waits for another card: it left one that failed, and was not sized for the next one yet.
-pub fn needs_other_device(records: &[Record]) -> bool {
-    let last = records.iter().rev().find(|record| {
-        matches!(
-            record.event,
-            JobEvent::Planned { .. } | JobEvent::RerunDecided(_) | JobEvent::AttemptStarting(_)
-        )
-    });
-    last.is_some_and(|record| matches!(&record.event, JobEvent::RerunDecided(rerun) if rerun.answer == Answer::OtherDevice))
-}
-
-/// Returns whether the job was sized for another card after it left one.
-fn is_planned_anew(records: &[Record]) -> bool {
-    let last = |wanted: fn(&JobEvent) -> bool| records.iter().rposition(|record| wanted(&record.event));
-    let planned = last(|event| matches!(event, JobEvent::Planned { .. }));
-    let decided = last(|event| matches!(event, JobEvent::RerunDecided(_)));
-    let started = last(|event| matches!(event, JobEvent::AttemptStarting(_)));
-    decided.is_some() && planned > decided && planned > started
-}
-
 /// Prints a verdict: the receipt for people, or as JSON.
 ///
 /// # Errors
@@ -1321,23 +1171,6 @@ pub fn clean_up(attempt: &Attempt) {
 fn free_port() -> Option<u16> {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).ok()?;
     Some(listener.local_addr().ok()?.port())
-}
-
-/// Returns whether a diagnosis knows of nothing that a trainer could have died of.
-fn names_no_cause(diagnosis: &Diagnosis) -> bool {
-    !diagnosis.fatal && matches!(diagnosis.kind, Kind::Unknown | Kind::Success)
-}
-
-/// Returns the diagnosis of an attempt that nobody saw end.
-pub fn interrupted() -> Diagnosis {
-    Diagnosis {
-        kind: Kind::Interrupted,
-        fatal: true,
-        certain: false,
-        phase: None,
-        evidence: mhtrain_job::diagnosis::Evidence::default(),
-        answer: mhtrain_job::diagnosis::Answer::Resume,
-    }
 }
 
 /// Returns whether the allocator's expandable segments are on: they are, unless the surroundings switched them off, and

@@ -1,0 +1,447 @@
+//! What must hold after every event, whatever happened?
+//!
+//! What really happened is known here and to nobody in the simulated daemon: which trainers live, what each of them
+//! trained, of what it died. The numbers are those of the invariants in `docs/reliability.md`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mhtrain_job::diagnosis::Answer;
+use mhtrain_job::event::{AttemptStart, JobEvent, Record, Resume, ResumeKind};
+use mhtrain_job::receipt::Receipt;
+use mhtrain_job::rerun::{Rerun, ResumeWish};
+use mhtrain_job::state::JobState;
+use mhtrain_job::take_over::last_start;
+use mhtrain_sizing::tier::Profile;
+use mhtrain_sizing::units::Bytes;
+use serde_json::Value;
+
+use crate::daemon::Sized;
+use crate::disk::{AttemptId, Checkpoint, Lineage, StoredJob, path};
+use crate::script::Death;
+use crate::sizing::policy;
+use crate::world::World;
+
+/// A promise that was broken.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[expect(missing_docs, reason = "each field is what its message calls it")]
+pub enum Violation {
+    #[error("(1) attempt {attempt} of job {job} has the effective batch {found}, and {least} is the least")]
+    BatchTooSmall { job: u64, attempt: u32, found: u64, least: u64 },
+    #[error(
+        "(1) attempt {attempt} of job {job} has the effective batch {found}, the first attempt had {first}"
+    )]
+    BatchChanged { job: u64, attempt: u32, found: u64, first: u64 },
+    #[error("(2) job {job} goes down the ladder, and its trainer did not run out of device memory")]
+    LowerTierWithoutOom { job: u64 },
+    #[error("(2) job {job} goes from rung {from} to rung {to}, which is not later or needs more")]
+    NoLowerTier { job: u64, from: usize, to: usize },
+    #[error("(2) job {job} is to stay on rung {from} and goes to rung {to}")]
+    OtherRung { job: u64, from: usize, to: usize },
+    #[error("(3) job {job} starts attempt {attempt}, and {most} are the most")]
+    TooManyAttempts { job: u64, attempt: u32, most: usize },
+    #[error("(4) job {job}, acknowledged under the key {key}, is lost")]
+    Lost { job: u64, key: String },
+    #[error("(4) the key {key} names two jobs")]
+    Twice { key: String },
+    #[error("(4) job {job} was {was}, and is {is}")]
+    Undone { job: u64, was: &'static str, is: &'static str },
+    #[error("(4) the acknowledged cancel of job {job} is forgotten")]
+    CancelForgotten { job: u64 },
+    #[error("(4) job {job} is cancelled, and nobody asked for it")]
+    CancelledByNobody { job: u64 },
+    #[error("(4) job {job} read again from the disk is not what it was")]
+    StoreDiffers { job: u64 },
+    #[error("(4) job {job} cannot take the event {event}: {why}")]
+    Illegal { job: u64, event: &'static str, why: String },
+    #[error("(4) jobs {jobs:?} are not over by themselves")]
+    NotOver { jobs: Vec<u64> },
+    #[error("(5) two trainers of job {job} live")]
+    TwoTrainers { job: u64 },
+    #[error("(5) a trainer of attempt {attempt} of job {job} lives, and the store says: {state}")]
+    UnknownTrainer { job: u64, attempt: u32, state: String },
+    #[error("(6) two jobs of ours are on GPU {card}")]
+    TwoJobs { card: usize },
+    #[error("(6) job {job} was promised more than GPU {card} has")]
+    PromisedTooMuch { job: u64, card: usize },
+    #[error("(7) attempt {attempt} of job {job} has {what}, which the job does not allow")]
+    NotAllowed { job: u64, attempt: u32, what: &'static str },
+    #[error("(7) the receipt of job {job} does not have the attempts that were made")]
+    ReceiptDiffers { job: u64 },
+    #[error("(9) job {job} is called a success: {why}")]
+    NoSuccess { job: u64, why: String },
+    #[error("(10) attempt {attempt} of job {job} does not have the pinned {what}")]
+    PinOverridden { job: u64, attempt: u32, what: &'static str },
+    #[error("attempt {attempt} of job {job} is called exact, and is not: {why}")]
+    NotExact { job: u64, attempt: u32, why: &'static str },
+    #[error(
+        "attempt {attempt} of job {job} goes on from step {step}, whose checkpoint an attempt before could not read"
+    )]
+    UnreadableAgain { job: u64, attempt: u32, step: u64 },
+    #[error("attempt {attempt} of job {job} begins again, and step {saved} is saved and good")]
+    WorkLost { job: u64, attempt: u32, saved: u64 },
+    #[error("something is left when everything is over: {what}")]
+    LeftOver { what: String },
+    #[error("the simulation itself is wrong: {what}")]
+    Nonsense { what: String },
+}
+
+/// What really happened.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Truth {
+    pub(crate) attempts: BTreeMap<AttemptId, AttemptTruth>,
+    /// Jobs that were seen to be over, and how.
+    over: BTreeMap<u64, &'static str>,
+}
+
+/// What really happened to one attempt.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AttemptTruth {
+    began: bool,
+    ran_out: bool,
+    said: BTreeSet<&'static str>,
+    finished: Option<(u64, Lineage)>,
+    hangs_since: Option<u64>,
+}
+
+impl Truth {
+    fn of(&mut self, id: AttemptId) -> &mut AttemptTruth {
+        self.attempts.entry(id).or_default()
+    }
+
+    pub(crate) fn began(&mut self, id: AttemptId) {
+        self.of(id).began = true;
+    }
+
+    pub(crate) fn ran_out(&mut self, id: AttemptId) {
+        self.of(id).ran_out = true;
+    }
+
+    pub(crate) fn said(&mut self, id: AttemptId, death: Death) {
+        if death == Death::Corrupt {
+            self.of(id).said.insert("corrupt");
+        }
+    }
+
+    pub(crate) fn finished(&mut self, id: AttemptId, steps: u64, lineage: Lineage) {
+        self.of(id).finished = Some((steps, lineage));
+    }
+
+    pub(crate) fn hung(&mut self, id: AttemptId, now: u64) {
+        self.of(id).hangs_since = Some(now);
+    }
+
+    pub(crate) fn hangs_since(&self, id: AttemptId) -> Option<u64> {
+        self.attempts.get(&id)?.hangs_since
+    }
+}
+
+/// Returns whether a job that starts is promised no more than the card has: it fits, or nobody else is there and the plan
+/// is a last resort.
+pub(crate) fn is_promised_only_what_is_there(total: u64, used: u64, sized: &Sized) -> bool {
+    let rung = sized.plan.chosen_rung();
+    let free = Bytes::from_gib(total.saturating_sub(used));
+    let fits = rung.fits && rung.admission_bytes <= free;
+    fits || (used == 0 && rung.tier.name == Profile::Emergency)
+}
+
+/// Looks at an event that was just written down.
+pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), Violation> {
+    let job = world.disk.job(id);
+    let before = &job.records[..job.records.len().saturating_sub(1)];
+    match event {
+        JobEvent::AttemptStarting(start) => {
+            is_as_promised(world, id, job, before, start)?;
+            begins_where_it_should(world, id, job, before, start)
+        }
+        JobEvent::RerunDecided(rerun) => keeps_the_ladder(world, id, before, rerun),
+        JobEvent::AttemptEnded { .. } | JobEvent::Failed { .. } => nobody_lives(world, id, job),
+        JobEvent::Cancelled { .. } => {
+            let asked = before.iter().any(|record| matches!(record.event, JobEvent::StopRequested { .. }));
+            if !asked && !world.users.wished_to_cancel(job.context.script) {
+                return Err(Violation::CancelledByNobody { job: id });
+            }
+            nobody_lives(world, id, job)
+        }
+        JobEvent::Succeeded { proof } => {
+            nobody_lives(world, id, job)?;
+            is_a_success(world, id, job, before, proof)
+        }
+        JobEvent::Submitted { .. }
+        | JobEvent::Planned { .. }
+        | JobEvent::Waiting { .. }
+        | JobEvent::Started { .. }
+        | JobEvent::Warned { .. }
+        | JobEvent::StopRequested { .. } => Ok(()),
+    }
+}
+
+/// Looks at the whole world.
+pub(crate) fn always(world: &mut World<'_>) -> Result<(), Violation> {
+    let mut jobs = BTreeSet::new();
+    let mut cards = BTreeSet::new();
+    for (id, trainer) in &world.trainers {
+        let (job, attempt) = *id;
+        if !jobs.insert(job) {
+            return Err(Violation::TwoTrainers { job });
+        }
+        if !cards.insert(trainer.card) {
+            return Err(Violation::TwoJobs { card: trainer.card });
+        }
+        let known = match world.disk.find(job).map(|job| &job.state) {
+            Some(JobState::Starting { attempt: live, .. } | JobState::Running { attempt: live, .. }) => {
+                live.number == attempt
+            }
+            Some(_) | None => false,
+        };
+        if !known {
+            let state = world.disk.find(job).map_or("nothing", |job| job.state.name()).to_owned();
+            return Err(Violation::UnknownTrainer { job, attempt, state });
+        }
+    }
+    let mut keys = BTreeSet::new();
+    for (id, job) in world.disk.jobs() {
+        if !keys.insert(&job.key) {
+            return Err(Violation::Twice { key: job.key.clone() });
+        }
+        let is = job.state.name();
+        if let Some(was) = world.truth.over.get(&id).filter(|was| **was != is) {
+            return Err(Violation::Undone { job: id, was, is });
+        }
+        if job.state.is_final() {
+            world.truth.over.insert(id, is);
+        }
+    }
+    for (id, key) in &world.users.acknowledged {
+        if world.disk.find(*id).is_none_or(|job| job.key != *key) {
+            return Err(Violation::Lost { job: *id, key: key.clone() });
+        }
+    }
+    let forgotten = |id: &&u64| {
+        world.disk.find(**id).is_none_or(|job| !job.state.is_final() && job.state.stop().is_none())
+    };
+    match world.users.cancelled.iter().find(forgotten) {
+        Some(job) => Err(Violation::CancelForgotten { job: *job }),
+        None => Ok(()),
+    }
+}
+
+/// Looks at what is left when nothing happens any more.
+pub(crate) fn at_the_end(world: &World<'_>) -> Result<(), Violation> {
+    let open: Vec<u64> =
+        world.disk.jobs().filter(|(_, job)| !job.state.is_final()).map(|(id, _)| id).collect();
+    if !open.is_empty() {
+        return Err(Violation::NotOver { jobs: open });
+    }
+    for (id, job) in world.disk.jobs() {
+        let receipt = Receipt::from_events(Some(id), &job.records);
+        let starts = job.records.iter().filter_map(|record| match &record.event {
+            JobEvent::AttemptStarting(start) => Some((start.attempt, &start.tier, &start.resume)),
+            _ => None,
+        });
+        let noted = receipt.attempts.iter().map(|note| (note.attempt, &note.tier, &note.resume));
+        if !starts.eq(noted) || receipt.state != job.state.name() {
+            return Err(Violation::ReceiptDiffers { job: id });
+        }
+    }
+    let leases = world.daemon.as_ref().map_or(0, |daemon| daemon.live.len() + daemon.queued.len());
+    let what = match (world.trainers.len(), world.recorders.len(), leases) {
+        (0, 0, 0) => return Ok(()),
+        (trainers, recorders, leases) => {
+            format!("{trainers} trainers, {recorders} recorders, {leases} jobs of the daemon")
+        }
+    };
+    Err(Violation::LeftOver { what })
+}
+
+fn nobody_lives(world: &World<'_>, id: u64, job: &StoredJob) -> Result<(), Violation> {
+    match world.trainers.keys().find(|(job, _)| *job == id) {
+        Some((_, attempt)) => {
+            let state = job.state.name().to_owned();
+            Err(Violation::UnknownTrainer { job: id, attempt: *attempt, state })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Invariants 1, 3, 7 and 10.
+fn is_as_promised(
+    world: &World<'_>,
+    id: u64,
+    job: &StoredJob,
+    before: &[Record],
+    start: &AttemptStart,
+) -> Result<(), Violation> {
+    let AttemptStart { attempt, tier, .. } = start;
+    let attempt = *attempt;
+    let spec = &job.spec;
+    let found = tier.effective_batch();
+    let least = u64::from(spec.min_effective_batch);
+    if found < least {
+        return Err(Violation::BatchTooSmall { job: id, attempt, found, least });
+    }
+    let first = starts(before).next();
+    if let Some(first) = first.map(|first| first.tier.effective_batch()).filter(|first| *first != found) {
+        return Err(Violation::BatchChanged { job: id, attempt, found, first });
+    }
+    let wish = &world.script.jobs[job.context.script].wish;
+    let pin = |what| Violation::PinOverridden { job: id, attempt, what };
+    if wish.micro_batch.is_some_and(|pinned| tier.micro_batch != pinned) {
+        return Err(pin("per_device_train_batch_size"));
+    }
+    if wish.max_length.is_some_and(|pinned| tier.max_length != pinned) {
+        return Err(pin("max_length"));
+    }
+    let refused = |what| Violation::NotAllowed { job: id, attempt, what };
+    if !spec.allow.emergency && tier.name == Profile::Emergency {
+        return Err(refused("the emergency profile"));
+    }
+    if !spec.allow.shorter_max_length && wish.max_length.is_none() && tier.max_length < 3072 {
+        return Err(refused("shorter rows"));
+    }
+    // An attempt that never began was killed with the daemon that meant it, and cost nothing.
+    let never_began = world.truth_of(id).filter(|truth| !truth.began).count();
+    if let Some((sized, policy)) = world.sized_as(id).zip(policy(spec, true)) {
+        let most = policy.attempts_max(&sized.plan);
+        if attempt as usize > most + never_began + 1 {
+            return Err(Violation::TooManyAttempts { job: id, attempt, most });
+        }
+    }
+    Ok(())
+}
+
+/// Invariant 2.
+fn keeps_the_ladder(world: &World<'_>, id: u64, before: &[Record], rerun: &Rerun) -> Result<(), Violation> {
+    let Some(dead) = last_start(before) else { return Ok(()) };
+    let (from, to) = (dead.rung, rerun.rung);
+    if rerun.answer != Answer::LowerTier {
+        return if from == to { Ok(()) } else { Err(Violation::OtherRung { job: id, from, to }) };
+    }
+    if !world.truth.attempts.get(&(id, dead.attempt)).is_some_and(|truth| truth.ran_out) {
+        return Err(Violation::LowerTierWithoutOom { job: id });
+    }
+    let Some(sized) = world.sized_as(id) else { return Ok(()) };
+    let peak = |rung: usize| sized.plan.rungs.get(rung).map(|rung| rung.predicted_peak_bytes);
+    if to <= from || peak(to) > peak(from) {
+        return Err(Violation::NoLowerTier { job: id, from, to });
+    }
+    Ok(())
+}
+
+/// What is said of a resume is true, and nothing saved is given up without need.
+fn begins_where_it_should(
+    world: &World<'_>,
+    id: u64,
+    job: &StoredJob,
+    before: &[Record],
+    start: &AttemptStart,
+) -> Result<(), Violation> {
+    let attempt = start.attempt;
+    let unreadable: BTreeSet<u64> = starts(before)
+        .filter(|start| {
+            let truth = world.truth.attempts.get(&(id, start.attempt));
+            truth.is_some_and(|truth| truth.said.contains("corrupt"))
+        })
+        .filter_map(|start| start.resume.as_ref().map(|resume| resume.from_step))
+        .collect();
+    let checkpoints = || {
+        let attempts = world.disk.attempts.range((id, 0)..=(id, u32::MAX));
+        attempts.flat_map(|(id, files)| files.checkpoints.iter().map(move |it| (*id, it)))
+    };
+    let is_good = |it: &Checkpoint| {
+        let Lineage { whole, effective_batch, max_length, packing, spoilt } = it.lineage;
+        let tier = &start.tier;
+        let same_rows = effective_batch == tier.effective_batch()
+            && max_length == tier.max_length
+            && packing == tier.packing;
+        it.has_state && it.has_optimizer && !it.corrupt && whole && !spoilt && same_rows
+    };
+    match &start.resume {
+        Some(Resume { kind: ResumeKind::Exact, checkpoint: Some(name), from_step, .. }) => {
+            if unreadable.contains(from_step) {
+                return Err(Violation::UnreadableAgain { job: id, attempt, step: *from_step });
+            }
+            let all = world.disk.attempts.iter();
+            let mut all = all.flat_map(|(id, files)| files.checkpoints.iter().map(move |it| (*id, it)));
+            let found = all.find(|(id, it)| path(*id, it.step).display().to_string() == *name);
+            let why = match found {
+                None => "the checkpoint is not there",
+                Some((_, it)) if !it.has_state || !it.has_optimizer => "the checkpoint is not whole",
+                Some((_, it)) if it.lineage.effective_batch != start.tier.effective_batch() => {
+                    "its step had another effective batch"
+                }
+                Some((_, it)) if it.lineage.max_length != start.tier.max_length => {
+                    "its rows were of another length"
+                }
+                Some((_, it)) if it.lineage.packing != start.tier.packing => "its rows were packed otherwise",
+                Some(_) => return Ok(()),
+            };
+            Err(Violation::NotExact { job: id, attempt, why })
+        }
+        None | Some(Resume { kind: ResumeKind::Restart, .. }) => {
+            let wish = last_wish(before);
+            // In a later epoch the line 3.x would replay the rows of the first: there it has to begin again.
+            let can = |it: &Checkpoint| is_good(it) && it.step < it.max_steps && !world.script.three;
+            let saved = checkpoints().map(|(_, it)| it).filter(|it| can(it)).map(|it| it.step).max();
+            match saved.filter(|step| !unreadable.contains(step)) {
+                Some(saved) if wish != Some(ResumeWish::FromStart) && job.context.retry_of.is_none() => {
+                    Err(Violation::WorkLost { job: id, attempt, saved })
+                }
+                Some(_) | None => Ok(()),
+            }
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// Invariant 9.
+fn is_a_success(
+    world: &World<'_>,
+    id: u64,
+    job: &StoredJob,
+    before: &[Record],
+    proof: &Value,
+) -> Result<(), Violation> {
+    let no = |why: String| Err(Violation::NoSuccess { job: id, why });
+    let script = &world.script.jobs[job.context.script];
+    let Some(start) = last_start(before) else { return no("no attempt was started".to_owned()) };
+    let planned = script.rows.div_ceil(start.tier.effective_batch()) * u64::from(script.wish.epochs);
+    let truth = world.truth.attempts.get(&(id, start.attempt));
+    let Some((steps, lineage)) = truth.and_then(|truth| truth.finished) else {
+        return no("its training loop did not end".to_owned());
+    };
+    // Without the rows nobody but the trainer knows how many steps there should be; the proof says that it is the weaker one.
+    let rows_known = proof.get("proof").and_then(Value::as_str) == Some("rows");
+    if rows_known && (steps != planned || !lineage.whole) {
+        return no(format!("{steps} of {planned} steps were trained, whole: {}", lineage.whole));
+    }
+    if lineage.spoilt {
+        return no("its loss was no number".to_owned());
+    }
+    let files = world.disk.attempts.get(&(id, start.attempt));
+    let last = files.and_then(|files| files.checkpoints.iter().find(|it| it.step == steps));
+    if !last.is_some_and(|it| it.has_state && it.has_optimizer) {
+        return no("the last checkpoint is not whole".to_owned());
+    }
+    Ok(())
+}
+
+fn starts(records: &[Record]) -> impl Iterator<Item = &AttemptStart> {
+    records.iter().filter_map(|record| match &record.event {
+        JobEvent::AttemptStarting(start) => Some(start),
+        _ => None,
+    })
+}
+
+/// Returns what was wished for after the last attempt.
+fn last_wish(records: &[Record]) -> Option<ResumeWish> {
+    records.iter().rev().find_map(|record| match &record.event {
+        JobEvent::RerunDecided(rerun) => Some(rerun.resume),
+        _ => None,
+    })
+}
+
+impl World<'_> {
+    fn truth_of(&self, id: u64) -> impl Iterator<Item = &AttemptTruth> {
+        self.truth.attempts.range((id, 0)..=(id, u32::MAX)).map(|(_, truth)| truth)
+    }
+}

@@ -1,0 +1,95 @@
+//! How much memory does a job of the simulation take, by the real sizing engine?
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use mhtrain_job::queue::TooSmall;
+use mhtrain_job::rerun::{ExpandableSegments, Policy};
+use mhtrain_job::spec::JobSpec;
+use mhtrain_sizing::estimate::estimate;
+use mhtrain_sizing::gpu::{Card, ComputeCapability};
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
+use mhtrain_sizing::plan::{Plan, plan};
+use mhtrain_sizing::request::TrainerFeatures;
+use mhtrain_sizing::tier::Tier;
+use mhtrain_sizing::units::Bytes;
+use mhtrain_sizing::workload::Workload;
+
+use crate::script::Wish;
+
+/// What the ladder of a job depends on beside the job: GiB of the card, and what is free.
+type Question = (Wish, u64, u64);
+
+/// A plan, or why there is none.
+pub(crate) type Answer = Result<Rc<Plan>, TooSmall>;
+
+thread_local! {
+    /// The engine is a function of its question, and the same question comes in thousands of histories.
+    static ANSWERS: RefCell<HashMap<Question, Answer>> = RefCell::default();
+    static BOOK: TierBook = TierBook::builtin();
+}
+
+/// Returns the plan of a job for a card of so many GiB, of which so many are free.
+pub(crate) fn size(spec: &JobSpec, wish: &Wish, total_gib: u64, free_gib: u64) -> Answer {
+    let question = (wish.clone(), total_gib, free_gib);
+    if let Some(answer) = ANSWERS.with_borrow(|answers| answers.get(&question).cloned()) {
+        return answer;
+    }
+    let answer = ask(spec, total_gib, free_gib);
+    ANSWERS.with_borrow_mut(|answers| answers.insert(question, answer.clone()));
+    answer
+}
+
+fn ask(spec: &JobSpec, total_gib: u64, free_gib: u64) -> Answer {
+    let refused = |why: String, help| TooSmall { why, help };
+    let model = Model::resolve(&spec.model, None, None).map_err(|e| refused(e.to_string(), e.help()))?;
+    let card = Card {
+        name: format!("card of {total_gib} GiB"),
+        index: Some(0),
+        total: Bytes::from_gib(total_gib),
+        free: Bytes::from_gib(free_gib),
+        compute_capability: Some(ComputeCapability::AMPERE),
+    };
+    let features = TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true };
+    let held = Bytes::from_gib(total_gib.saturating_sub(free_gib));
+    let request = spec
+        .sizing_request(model, card, held, features, 0.10)
+        .map_err(|e| refused(e.to_string(), e.help()))?;
+    let planned = BOOK.with(|book| plan(&request, book));
+    planned.map(Rc::new).map_err(|e| refused(e.to_string(), e.help()))
+}
+
+/// Returns the policy for a job of the daemon.
+pub(crate) fn policy(spec: &JobSpec, other_device: bool) -> Option<Policy> {
+    let mut policy = Policy::for_job(spec, ExpandableSegments::Off, 1, 4).ok()?;
+    policy.other_device = other_device;
+    Some(policy)
+}
+
+/// Returns the GiB that a pass of a rung takes whose prediction is off by so many percent. It is no finer, so that few
+/// different questions come to the engine.
+pub(crate) fn needs(wish: &Wish, tier: &Tier, percent: u64) -> u64 {
+    let Ok(model) = Model::resolve(wish.model, None, None) else { return 1 };
+    let adapters = tier.adapters.clone().unwrap_or_default();
+    let workload = Workload {
+        train_type: wish.method(),
+        lora_rank: adapters.lora_rank,
+        targets: adapters.target_modules,
+        dtype: tier.torch_dtype,
+        micro_batch: tier.micro_batch,
+        accumulation: tier.accumulation,
+        max_length: tier.max_length,
+        packing: tier.packing,
+        padded: !tier.packing && tier.micro_batch > 1,
+        attn_impl: tier.attn_impl,
+        gradient_checkpointing: tier.gradient_checkpointing,
+        liger_kernel: tier.liger_kernel,
+        logit_share: 1.0,
+    };
+    let predicted = estimate(&model, &workload).map_or(1.0, |estimate| estimate.device_peak_bytes.gib());
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some GiB")]
+    let mib = (predicted * 1024.0) as u64;
+    (mib * percent).div_ceil(100 * 1024).max(1)
+}

@@ -1,0 +1,206 @@
+//! What do users ask for, and what were they told?
+//!
+//! A client that got no answer, because the daemon died, asks again: a submit with the same key.
+
+use std::collections::BTreeSet;
+
+use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::spec::JobSpec;
+
+use crate::bugs::Bug;
+use crate::disk::{Context, StoreError, Sync};
+use crate::faults::name;
+use crate::invariants::Violation;
+use crate::script::Script;
+use crate::world::World;
+
+/// The users, and all that they know.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Users {
+    asks: Vec<Ask>,
+    /// Jobs of the script that came.
+    came: usize,
+    /// The number that each job of the script was acknowledged with, the last one after retries.
+    pub(crate) numbers: Vec<Option<u64>>,
+    /// Submits that were acknowledged: number and key.
+    pub(crate) acknowledged: Vec<(u64, String)>,
+    /// Cancels that were acknowledged.
+    pub(crate) cancelled: Vec<u64>,
+    /// Jobs of the script whose user wanted the end.
+    unwanted: BTreeSet<usize>,
+    /// How often each job of the script was retried.
+    retries: Vec<u32>,
+}
+
+/// Something that somebody asks the daemon.
+#[derive(Clone, Debug)]
+struct Ask {
+    what: What,
+    /// The job of the script.
+    job: usize,
+    /// What the daemon of this generation wrote down and did not answer yet.
+    written: Option<(u32, u64)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum What {
+    Submit { key: String, retry_of: Option<u64> },
+    Cancel,
+}
+
+impl Users {
+    /// Lets users submit whose time has come.
+    pub(crate) fn come(&mut self, script: &Script, event: u32) {
+        while let Some(job) = script.jobs.get(self.came).filter(|job| job.at <= event) {
+            // Who waits for another job must know its number.
+            if job.after.is_some_and(|after| self.numbers.get(after).copied().flatten().is_none()) {
+                return;
+            }
+            let what = What::Submit { key: name(self.came), retry_of: None };
+            self.asks.push(Ask { what, job: self.came, written: None });
+            self.came += 1;
+            self.numbers.resize(self.came, None);
+            self.retries.resize(self.came, 0);
+        }
+    }
+
+    /// Returns the asks that can go on.
+    pub(crate) fn asking(&self, somebody_is_there: bool) -> impl Iterator<Item = usize> {
+        0..if somebody_is_there { self.asks.len() } else { 0 }
+    }
+
+    /// Returns whether the user of a job ever wanted its end.
+    pub(crate) fn wished_to_cancel(&self, job: usize) -> bool {
+        self.unwanted.contains(&job)
+    }
+
+    /// Lets the user of a job want its end.
+    pub(crate) fn wish_to_cancel(&mut self, job: usize) {
+        if self.numbers.get(job).copied().flatten().is_some() {
+            self.unwanted.insert(job);
+            self.asks.push(Ask { what: What::Cancel, job, written: None });
+        }
+    }
+
+    /// Lets the user of a job want it once more.
+    pub(crate) fn wish_to_retry(&mut self, job: usize) {
+        if let Some(number) = self.numbers.get(job).copied().flatten() {
+            self.retries[job] += 1;
+            let key = format!("{}-again-{}", name(job), self.retries[job]);
+            let what = What::Submit { key, retry_of: Some(number) };
+            self.asks.push(Ask { what, job, written: None });
+        }
+    }
+}
+
+impl World<'_> {
+    /// Lets the daemon take the next step for somebody who asked.
+    pub(crate) fn ask(&mut self, at: usize) {
+        let mut ask = self.users.asks.remove(at);
+        if ask.written.is_some_and(|(generation, _)| generation != self.generation) {
+            // Whoever wrote it died: the client asks again.
+            ask.written = None;
+        }
+        let goes_on = match (ask.what.clone(), ask.written) {
+            (What::Submit { key, retry_of }, None) => self.take_in(&mut ask, &key, retry_of),
+            (What::Submit { key, .. }, Some((_, id))) => self.acknowledge(ask.job, id, key),
+            (What::Cancel, None) => self.take_cancel(&mut ask),
+            (What::Cancel, Some((_, id))) => self.acknowledge_cancel(id),
+        };
+        if goes_on {
+            self.users.asks.push(ask);
+        }
+    }
+
+    /// Writes a submit down. Returns whether the client still waits.
+    fn take_in(&mut self, ask: &mut Ask, key: &str, retry_of: Option<u64>) -> bool {
+        if retry_of.is_some_and(|id| !self.may_be_retried(id)) {
+            return false;
+        }
+        let script = self.script;
+        let job = &script.jobs[ask.job];
+        let after: Vec<u64> = job.after.iter().filter_map(|after| self.users.numbers[*after]).collect();
+        let spec = match JobSpec::from_value(&job.job_file(ask.job, &after)) {
+            Ok(spec) => spec,
+            Err(error) => {
+                self.broken = Some(Violation::Nonsense { what: format!("the job file is refused: {error}") });
+                return false;
+            }
+        };
+        let record = Record::new(self.wall(), JobEvent::Submitted { spec: spec.to_json() });
+        let context = Context { script: ask.job, retry_of };
+        let sync = if self.bug == Some(Bug::LostAck) { Sync::Later } else { Sync::Now };
+        match self.disk.submit(key, &spec, &record, context, sync) {
+            Ok((id, existed)) => {
+                self.tell(|| {
+                    format!("submit {key}: job {id} is written down{}", if existed { " already" } else { "" })
+                });
+                ask.written = Some((self.generation, id));
+                if existed {
+                    return self.acknowledge(ask.job, id, key.to_owned());
+                }
+                true
+            }
+            Err(StoreError::Full) => true,
+            Err(error) => {
+                self.broken = Some(Violation::Illegal { job: 0, event: "submitted", why: error.to_string() });
+                false
+            }
+        }
+    }
+
+    fn may_be_retried(&self, id: u64) -> bool {
+        self.disk.find(id).is_some_and(|job| matches!(job.state.name(), "failed" | "cancelled"))
+    }
+
+    fn acknowledge(&mut self, job: usize, id: u64, key: String) -> bool {
+        self.tell(|| format!("submit {key}: acknowledged as job {id}"));
+        self.users.numbers[job] = Some(id);
+        self.users.acknowledged.push((id, key));
+        if let Some(daemon) = &mut self.daemon
+            && !daemon.live.contains_key(&id)
+            && self.disk.find(id).is_some_and(|job| !job.state.is_final())
+        {
+            daemon.queued.entry(id).or_default();
+        }
+        false
+    }
+
+    /// Writes a cancel down, as `Daemon::cancel` does. Returns whether the client still waits.
+    fn take_cancel(&mut self, ask: &mut Ask) -> bool {
+        let (Some(id), Some(daemon)) = (self.users.numbers[ask.job], &self.daemon) else { return false };
+        let by = "cancel".to_owned();
+        let event = if daemon.live.contains_key(&id) {
+            JobEvent::StopRequested { by }
+        } else if daemon.queued.contains_key(&id) {
+            JobEvent::Cancelled { reason: by }
+        } else {
+            return false;
+        };
+        if self.bug == Some(Bug::ForgottenCancel) {
+            ask.written = Some((self.generation, id));
+            return true;
+        }
+        match self.append(id, event) {
+            Ok(()) => {
+                ask.written = Some((self.generation, id));
+                true
+            }
+            // It is over, or it cannot be written: the client is told so.
+            Err(_) => false,
+        }
+    }
+
+    fn acknowledge_cancel(&mut self, id: u64) -> bool {
+        let shown = self.shown(id);
+        self.tell(|| format!("cancel of {shown}: acknowledged"));
+        self.users.cancelled.push(id);
+        if let Some(daemon) = &mut self.daemon {
+            if let Some(job) = daemon.live.get_mut(&id) {
+                job.asked_to_stop = true;
+            }
+            daemon.queued.remove(&id);
+        }
+        false
+    }
+}
