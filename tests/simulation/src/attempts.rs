@@ -65,8 +65,6 @@ pub(crate) struct JobLoop {
     step: Step,
     take_overs: u32,
     tries: u32,
-    /// Last step whose loss was a number.
-    last_good_step: Option<u64>,
 }
 
 /// What the loop does next.
@@ -183,7 +181,6 @@ impl JobLoop {
             step: Step::Open,
             take_overs: 0,
             tries: 0,
-            last_good_step: None,
         }
     }
 
@@ -412,7 +409,7 @@ impl JobLoop {
     fn launch(&mut self, world: &mut World<'_>, next: &Next) -> Result<Step, Failure> {
         let number = self.state()?.attempts() + 1;
         let mut tier = self.plan().rungs[next.rung].tier.clone();
-        let saved = self.saved(world);
+        let saved = self.saved(world, next.wish);
         let dialect = Dialect::for_versions(
             Some(if world.script.three { "3.12.6" } else { "4.6.0" }),
             Some(if world.script.three { "4.57.6" } else { "5.19.0" }),
@@ -423,7 +420,6 @@ impl JobLoop {
             tier: &tier,
             wish: next.wish,
             steps_done: history.steps_done,
-            last_good_step: self.last_good_step,
             restores_train_batch_size: dialect.restores_checkpoint_batch(),
             replays_first_epoch: dialect.replays_first_epoch(),
             steps_per_epoch: self.steps_per_epoch(world, &tier),
@@ -474,11 +470,15 @@ impl JobLoop {
         jobs.into_iter().rev().flat_map(of).collect()
     }
 
-    fn saved(&self, world: &World<'_>) -> Vec<Saved> {
+    fn saved(&self, world: &World<'_>, wish: ResumeWish) -> Vec<Saved> {
         let saved = |id: AttemptId| {
             let files = world.disk.attempts.get(&id)?;
             let checkpoints = files.checkpoints.iter().map(|checkpoint| checkpoint.facts(id)).collect();
-            Some(Saved { tier: files.launch.tier.clone(), checkpoints })
+            let last_good_step = match wish {
+                ResumeWish::LastGoodWeights => Follower::read(files).log.last_finite_step(),
+                ResumeWish::Latest | ResumeWish::Previous | ResumeWish::FromStart => None,
+            };
+            Some(Saved { tier: files.launch.tier.clone(), checkpoints, last_good_step })
         };
         self.attempts(world).into_iter().filter_map(saved).collect()
     }
@@ -609,9 +609,6 @@ impl JobLoop {
         exit: &Exit,
         diagnosis: Diagnosis,
     ) -> Step {
-        let files = world.disk.attempts.get(&(self.id, start.attempt));
-        let good = files.and_then(|files| Follower::read(files).log.last_finite_step());
-        self.last_good_step = self.last_good_step.max(good);
         let proven = self.prove(world, start, exit);
         let proven = match (world.bug, exit) {
             (Some(Bug::SuccessWithoutRows), Exit::Code { code: 0 }) => {
