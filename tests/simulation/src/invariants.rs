@@ -380,9 +380,13 @@ fn begins_where_it_should(
             let wish = last_wish(before);
             // In a later epoch the line 3.x would replay the rows of the first: there it has to begin again.
             let can = |it: &Checkpoint| is_good(it) && it.step < it.max_steps && !world.script.three;
+            // What is good after a divergence is told by a log whose end may be gone with the power.
+            let is_told = wish != Some(ResumeWish::LastGoodWeights) || world.has_first_boot();
             let saved = checkpoints().map(|(_, it)| it).filter(|it| can(it)).map(|it| it.step).max();
             match saved.filter(|step| !unreadable.contains(step)) {
-                Some(saved) if wish != Some(ResumeWish::FromStart) && job.context.retry_of.is_none() => {
+                Some(saved)
+                    if is_told && wish != Some(ResumeWish::FromStart) && job.context.retry_of.is_none() =>
+                {
                     Err(Violation::WorkLost { job: id, attempt, saved })
                 }
                 Some(_) | None => Ok(()),
