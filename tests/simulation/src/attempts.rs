@@ -92,6 +92,8 @@ enum Step {
     Answer { diagnosis: Diagnosis, unproven: Option<Unproven> },
     /// Leaves a card that failed.
     Leave,
+    /// Makes the last checkpoint survive a power cut, before that is called a success.
+    Keep { id: AttemptId, last: u64, event: JobEvent },
     /// Writes down the end of the job.
     End(JobEvent),
     /// Something outside of the job went wrong.
@@ -219,6 +221,7 @@ impl JobLoop {
             | Step::Conclude { .. }
             | Step::Answer { .. }
             | Step::Leave
+            | Step::Keep { .. }
             | Step::End(_)
             | Step::Broken { .. } => true,
         }
@@ -331,6 +334,12 @@ impl JobLoop {
                     daemon.queued.insert(self.id, Waiting::default());
                 }
                 Ok(Step::Over)
+            }
+            Step::Keep { id, last, event } => {
+                let files = world.disk.attempts.get_mut(&id);
+                let checkpoints = files.into_iter().flat_map(|files| &mut files.checkpoints);
+                checkpoints.filter(|it| it.step == last).for_each(|it| it.synced = true);
+                Ok(Step::End(event))
             }
             Step::End(event) => {
                 self.append(world, event)?;
@@ -618,8 +627,9 @@ impl JobLoop {
         };
         match conclude(proven, &diagnosis, exit, self.stop) {
             Conclusion::Succeeded(proof) => {
+                let last = proof.steps;
                 let proof = serde_json::to_value(proof).unwrap_or_default();
-                Step::End(JobEvent::Succeeded { proof })
+                Step::Keep { id: (self.id, start.attempt), last, event: JobEvent::Succeeded { proof } }
             }
             Conclusion::Cancelled => cancelled(),
             Conclusion::NotStarted(error) => failed(format!("the trainer could not be started: {error}")),

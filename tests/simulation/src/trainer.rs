@@ -277,6 +277,7 @@ impl World<'_> {
                 has_state: false,
                 has_optimizer: true,
                 corrupt: false,
+                synced: false,
                 lineage: trainer.lineage,
             });
             trainer.stage = Stage::AmidSave;
@@ -362,7 +363,6 @@ impl World<'_> {
                 Ended::Code(1)
             }
         };
-        self.truth.said(id, death);
         Some(Some(ended))
     }
 

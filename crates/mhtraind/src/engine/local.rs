@@ -993,6 +993,10 @@ impl<'a> Job<'a> {
         let last = proof.checkpoint.clone();
         let chosen =
             best.filter(|_| wants_best).map(PathBuf::from).filter(|path| path.is_dir()).unwrap_or(last);
+        self.directory.make_lasting(&proof.checkpoint)?;
+        if chosen != proof.checkpoint {
+            self.directory.make_lasting(&chosen)?;
+        }
         self.directory.link_final(&chosen)?;
         self.receipt.proof = Some(match proof.proof {
             proof::ProofKind::Rows => ProofKind::Rows,
