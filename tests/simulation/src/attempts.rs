@@ -196,6 +196,10 @@ impl JobLoop {
 
     /// Returns whether there is something to do now.
     pub(crate) fn is_ready(&self, world: &World<'_>) -> bool {
+        if world.disk.full && self.writes() {
+            // The real one asks the store again and again: nothing follows on an event that is not recorded.
+            return false;
+        }
         match &self.step {
             Step::Wait { until, .. } => self.asked_to_stop || has_passed(until, self.sized.card, world),
             Step::Pause { until } => *until <= world.now,
@@ -224,6 +228,30 @@ impl JobLoop {
             | Step::Keep { .. }
             | Step::End(_)
             | Step::Broken { .. } => true,
+        }
+    }
+
+    /// Returns whether the next step writes an event.
+    fn writes(&self) -> bool {
+        match &self.step {
+            Step::NeverStarted(_)
+            | Step::Wait { until: Until::Told, .. }
+            | Step::Launch(_)
+            | Step::Started(_)
+            | Step::Follow { noted: false, .. }
+            | Step::Ended { .. }
+            | Step::Answer { .. }
+            | Step::End(_)
+            | Step::Broken { .. } => true,
+            Step::Open
+            | Step::Wait { .. }
+            | Step::Spawn(..)
+            | Step::Follow { .. }
+            | Step::Conclude { .. }
+            | Step::Leave
+            | Step::Keep { .. }
+            | Step::Pause { .. }
+            | Step::Over => false,
         }
     }
 
@@ -713,6 +741,9 @@ impl JobLoop {
             Some(by) => JobEvent::Cancelled { reason: by.to_owned() },
             None => JobEvent::Failed { reason: why.to_owned(), help: None },
         };
+        if matches!(event, JobEvent::Failed { .. }) && world.broken.is_none() {
+            world.broken = Some(Violation::FailedByAccident { job: self.id, why: why.to_owned() });
+        }
         self.append(world, event)?;
         Ok(Step::Over)
     }

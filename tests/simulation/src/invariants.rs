@@ -52,6 +52,8 @@ pub enum Violation {
     StoreDiffers { job: u64 },
     #[error("(4) job {job} cannot take the event {event}: {why}")]
     Illegal { job: u64, event: &'static str, why: String },
+    #[error("(4) job {job} fails for a reason that is not its own: {why}")]
+    FailedByAccident { job: u64, why: String },
     #[error("(4) jobs {jobs:?} are not over by themselves")]
     NotOver { jobs: Vec<u64> },
     #[error("(5) two trainers of job {job} live")]
