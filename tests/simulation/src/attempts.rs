@@ -341,6 +341,9 @@ impl JobLoop {
             }
             Step::Started(start) => {
                 let id = (self.id, start.attempt);
+                if world.bug == Some(Bug::EffectBeforeIntention) {
+                    self.append(world, JobEvent::AttemptStarting(start.clone()))?;
+                }
                 if world.disk.attempts.get(&id).is_some_and(|files| files.trainer.is_some()) {
                     return Ok(Step::Follow { start, noted: false, stop_sent: false });
                 }
@@ -485,10 +488,7 @@ impl JobLoop {
         let adjustments = next.adjustments.clone();
         let start = AttemptStart { attempt: number, rung: next.rung, tier, resume, adjustments };
         if world.bug == Some(Bug::EffectBeforeIntention) {
-            self.step = Step::Spawn(start.clone(), from.clone());
-            let started = self.advance(world)?;
-            self.append(world, JobEvent::AttemptStarting(start))?;
-            return Ok(started);
+            return Ok(Step::Spawn(start, from));
         }
         self.append(world, JobEvent::AttemptStarting(start.clone()))?;
         Ok(Step::Spawn(start, from))
