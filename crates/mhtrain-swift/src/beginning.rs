@@ -142,7 +142,7 @@ fn to_ask_about(saved: &[Saved], tier: &Tier) -> (Vec<CheckpointFacts>, Tier) {
         these.filter(|saved| !saved.checkpoints.is_empty())
     };
     let same: Vec<CheckpointFacts> = all(true).flat_map(|saved| saved.checkpoints.clone()).collect();
-    match all(false).last() {
+    match all(false).next_back() {
         Some(other) if same.is_empty() => (other.checkpoints.clone(), other.tier.clone()),
         Some(_) | None => (same, tier.clone()),
     }

@@ -71,7 +71,8 @@ impl Trainer {
         };
         let begun_at = launch.from.as_ref().map_or(0, |from| from.step);
         let lineage = launch.from.as_ref().map_or(own, |from| {
-            let replays = script.three && begun_at > steps_per_epoch && begun_at % steps_per_epoch != 0;
+            let replays =
+                script.three && begun_at > steps_per_epoch && !begun_at.is_multiple_of(steps_per_epoch);
             let same = Lineage { whole: true, spoilt: false, ..from.lineage } == own;
             let whole = from.lineage.whole && (launch.weights_only || (same && !replays));
             Lineage { whole, spoilt: from.lineage.spoilt, ..own }
