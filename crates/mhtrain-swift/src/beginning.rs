@@ -21,6 +21,8 @@ pub struct Saved {
     pub tier: Tier,
     /// Its checkpoints, in any order.
     pub checkpoints: Vec<CheckpointFacts>,
+    /// Last step of it whose loss was a number, by its log; asked for only after a divergence.
+    pub last_good_step: Option<u64>,
 }
 
 /// What the next attempt is like.
@@ -32,8 +34,6 @@ pub struct Wanted<'a> {
     pub wish: ResumeWish,
     /// Last optimizer step that any attempt finished; 0 before the first.
     pub steps_done: u64,
-    /// Last step whose loss was a number.
-    pub last_good_step: Option<u64>,
     /// As in [`ResumeQuestion`].
     pub restores_train_batch_size: bool,
     /// As in [`ResumeQuestion`].
@@ -78,14 +78,14 @@ pub enum Beginning {
 
 /// Returns where the next attempt begins, with what the attempts before it left, oldest first.
 pub fn begin(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
-    let (mut checkpoints, old) = to_ask_about(saved, wanted.tier);
     match wanted.wish {
         ResumeWish::FromStart => {
             return Beginning::FirstRow { resume: again(wanted.steps_done), why: None };
         }
-        ResumeWish::LastGoodWeights => return last_good_weights(checkpoints, wanted),
+        ResumeWish::LastGoodWeights => return last_good_weights(saved, wanted),
         ResumeWish::Latest | ResumeWish::Previous => {}
     }
+    let (mut checkpoints, old) = to_ask_about(saved, wanted.tier);
     let question = ResumeQuestion {
         old: &old,
         new: wanted.tier,
@@ -148,10 +148,17 @@ fn to_ask_about(saved: &[Saved], tier: &Tier) -> (Vec<CheckpointFacts>, Tier) {
     }
 }
 
-/// Returns the newest checkpoint from before the loss went bad, for its weights alone.
-fn last_good_weights(mut checkpoints: Vec<CheckpointFacts>, wanted: &Wanted<'_>) -> Beginning {
-    let good_until = wanted.last_good_step.unwrap_or(0);
-    checkpoints.retain(|checkpoint| checkpoint.is_complete() && checkpoint.step <= good_until);
+/// Returns the newest checkpoint from before the loss went bad, for its weights alone. Each attempt's own log says which of
+/// its checkpoints are: a step that was good in one may have gone bad in the next.
+fn last_good_weights(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
+    let good = |saved: &Saved| {
+        let good_until = saved.last_good_step.unwrap_or(0);
+        let mut saved = saved.clone();
+        saved.checkpoints.retain(|checkpoint| checkpoint.is_complete() && checkpoint.step <= good_until);
+        saved
+    };
+    let good: Vec<Saved> = saved.iter().map(good).collect();
+    let (checkpoints, _) = to_ask_about(&good, wanted.tier);
     let Some(newest) = checkpoints.into_iter().max_by_key(|checkpoint| checkpoint.step) else {
         let resume = Resume {
             kind: ResumeKind::Restart,
@@ -171,5 +178,104 @@ fn last_good_weights(mut checkpoints: Vec<CheckpointFacts>, wanted: &Wanted<'_>)
         path: newest.path,
         repair: None,
         passed_over: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mhtrain_sizing::tier::{Profile, Steps};
+    use mhtrain_sizing::workload::{AttnImpl, Dtype};
+
+    use super::*;
+    use crate::checkpoint::TrainerState;
+
+    fn tier(max_length: u32) -> Tier {
+        Tier {
+            name: Profile::Standard,
+            micro_batch: 8,
+            accumulation: 4,
+            world_size: 1,
+            max_length,
+            packing: true,
+            attn_impl: AttnImpl::FlashAttn,
+            torch_dtype: Dtype::Bfloat16,
+            gradient_checkpointing: true,
+            liger_kernel: false,
+            learning_rate: 1e-4,
+            warmup_ratio: 0.05,
+            max_grad_norm: None,
+            num_train_epochs: 1.0,
+            save_steps: Steps::Count(5),
+            save_total_limit: 2,
+            logging_steps: Steps::Count(1),
+            router_aux_loss_coef: None,
+            adapters: None,
+        }
+    }
+
+    fn saved(attempt: u32, steps: &[(u64, u64)], last_good_step: Option<u64>) -> Saved {
+        let checkpoint = |(step, max_steps): &(u64, u64)| {
+            let text =
+                format!(r#"{{"global_step": {step}, "max_steps": {max_steps}, "train_batch_size": 8}}"#);
+            CheckpointFacts {
+                path: PathBuf::from(format!("attempt-{attempt}/checkpoint-{step}")),
+                step: *step,
+                state: TrainerState::parse(&text).ok(),
+                has_optimizer: true,
+                has_scheduler: true,
+                has_rng: true,
+                has_weights: true,
+            }
+        };
+        Saved { tier: tier(3072), checkpoints: steps.iter().map(checkpoint).collect(), last_good_step }
+    }
+
+    fn begun(saved: &[Saved], tier: &Tier, wish: ResumeWish) -> Beginning {
+        let corrupt_steps = BTreeSet::new();
+        let wanted = Wanted {
+            tier,
+            wish,
+            steps_done: 12,
+            restores_train_batch_size: false,
+            replays_first_epoch: false,
+            steps_per_epoch: None,
+            allow_restart: true,
+            corrupt_steps: &corrupt_steps,
+        };
+        begin(saved, &wanted)
+    }
+
+    fn path(beginning: &Beginning) -> Option<&str> {
+        match beginning {
+            Beginning::Checkpoint { path, .. } => path.to_str(),
+            Beginning::FirstRow { .. } | Beginning::Refused { .. } => None,
+        }
+    }
+
+    #[test]
+    fn a_finished_checkpoint_is_left_out_alone() {
+        let all = [saved(1, &[(3, 3)], None), saved(2, &[(3, 6), (6, 6)], None)];
+        let beginning = begun(&all, &tier(3072), ResumeWish::Latest);
+        assert_eq!(path(&beginning), Some("attempt-2/checkpoint-3"));
+    }
+
+    #[test]
+    fn weights_are_good_by_the_log_of_the_attempt_that_saved_them() {
+        let all = [saved(1, &[(4, 12), (6, 12)], Some(10)), saved(2, &[(8, 12), (10, 12)], None)];
+        let beginning = begun(&all, &tier(3072), ResumeWish::LastGoodWeights);
+        assert_eq!(path(&beginning), Some("attempt-1/checkpoint-6"));
+        let spoilt = [saved(1, &[(4, 12)], None)];
+        let beginning = begun(&spoilt, &tier(3072), ResumeWish::LastGoodWeights);
+        assert!(matches!(beginning, Beginning::FirstRow { resume: Some(_), .. }), "{beginning:?}");
+    }
+
+    #[test]
+    fn other_rows_are_begun_from_the_first_one() {
+        let beginning = begun(&[saved(1, &[(4, 12)], None)], &tier(2048), ResumeWish::Latest);
+        let Beginning::FirstRow { resume: Some(resume), why: Some(NoResume::OtherRows { .. }) } = beginning
+        else {
+            panic!("{beginning:?}");
+        };
+        assert_eq!((resume.kind, resume.steps_repeated), (ResumeKind::Restart, 12));
     }
 }

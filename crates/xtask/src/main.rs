@@ -1,4 +1,4 @@
-//! The developers' commands: tests, the package, chaos, benchmarks and scores.
+//! The developers' commands: tests, the package, simulation, chaos, benchmarks and scores.
 
 mod bench;
 mod chaos;
@@ -10,6 +10,7 @@ mod score_diagnosis;
 mod score_memory;
 mod score_plan;
 mod score_published;
+mod simulate;
 mod startup;
 mod systemd;
 mod test;
@@ -34,6 +35,8 @@ enum Command {
     Systemd(systemd::SystemdArgs),
     /// Kill daemons, recorders and trainers at random moments, and see whether anything is lost or done twice
     Chaos(chaos::ChaosArgs),
+    /// Run the decisions in a simulated world with faults, 20,000 histories of it or as many as asked for
+    Simulate(simulate::SimulateArgs),
     /// Measure the daemon beside pueue and task-spooler
     Bench(bench::BenchArgs),
     /// Measure how long a trainer takes to its first step, and a rerun after an out-of-memory error
@@ -54,6 +57,7 @@ fn main() -> anyhow::Result<()> {
         Command::Package(args) => package::run(&args),
         Command::Systemd(args) => systemd::run(&args),
         Command::Chaos(args) => chaos::run(&args),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Startup(args) => startup::run_all(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),

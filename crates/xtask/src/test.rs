@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::Args;
 
+use crate::simulate;
 use crate::workspace::{cargo, root, target_dir};
 
 /// The lines of ms-swift that everything is tested on; their locks are in `config/trainer/`.
@@ -40,6 +41,7 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let mut test = cargo();
     test.args(["test", "--workspace"]).current_dir(&root);
     stage(&mut stages, "unit and black-box tests", &mut test)?;
+    stage(&mut stages, "20,000 simulated histories", &mut simulate::command()?)?;
     // Not this very program: the build may just have put another one in its place.
     let mut chaos = cargo();
     chaos.args(["run", "--quiet", "--package", "xtask", "--", "chaos", "--trials", "50"]).current_dir(&root);

@@ -65,8 +65,6 @@ pub(crate) struct JobLoop {
     step: Step,
     take_overs: u32,
     tries: u32,
-    /// Last step whose loss was a number.
-    last_good_step: Option<u64>,
 }
 
 /// What the loop does next.
@@ -94,6 +92,8 @@ enum Step {
     Answer { diagnosis: Diagnosis, unproven: Option<Unproven> },
     /// Leaves a card that failed.
     Leave,
+    /// Makes the last checkpoint survive a power cut, before that is called a success.
+    Keep { id: AttemptId, last: u64, event: JobEvent },
     /// Writes down the end of the job.
     End(JobEvent),
     /// Something outside of the job went wrong.
@@ -183,7 +183,6 @@ impl JobLoop {
             step: Step::Open,
             take_overs: 0,
             tries: 0,
-            last_good_step: None,
         }
     }
 
@@ -197,6 +196,10 @@ impl JobLoop {
 
     /// Returns whether there is something to do now.
     pub(crate) fn is_ready(&self, world: &World<'_>) -> bool {
+        if world.disk.full && self.writes() {
+            // The real one asks the store again and again: nothing follows on an event that is not recorded.
+            return false;
+        }
         match &self.step {
             Step::Wait { until, .. } => self.asked_to_stop || has_passed(until, self.sized.card, world),
             Step::Pause { until } => *until <= world.now,
@@ -222,8 +225,33 @@ impl JobLoop {
             | Step::Conclude { .. }
             | Step::Answer { .. }
             | Step::Leave
+            | Step::Keep { .. }
             | Step::End(_)
             | Step::Broken { .. } => true,
+        }
+    }
+
+    /// Returns whether the next step writes an event.
+    fn writes(&self) -> bool {
+        match &self.step {
+            Step::NeverStarted(_)
+            | Step::Wait { until: Until::Told, .. }
+            | Step::Launch(_)
+            | Step::Started(_)
+            | Step::Follow { noted: false, .. }
+            | Step::Ended { .. }
+            | Step::Answer { .. }
+            | Step::End(_)
+            | Step::Broken { .. } => true,
+            Step::Open
+            | Step::Wait { .. }
+            | Step::Spawn(..)
+            | Step::Follow { .. }
+            | Step::Conclude { .. }
+            | Step::Leave
+            | Step::Keep { .. }
+            | Step::Pause { .. }
+            | Step::Over => false,
         }
     }
 
@@ -313,6 +341,9 @@ impl JobLoop {
             }
             Step::Started(start) => {
                 let id = (self.id, start.attempt);
+                if world.bug == Some(Bug::EffectBeforeIntention) {
+                    self.append(world, JobEvent::AttemptStarting(start.clone()))?;
+                }
                 if world.disk.attempts.get(&id).is_some_and(|files| files.trainer.is_some()) {
                     return Ok(Step::Follow { start, noted: false, stop_sent: false });
                 }
@@ -334,6 +365,12 @@ impl JobLoop {
                     daemon.queued.insert(self.id, Waiting::default());
                 }
                 Ok(Step::Over)
+            }
+            Step::Keep { id, last, event } => {
+                let files = world.disk.attempts.get_mut(&id);
+                let checkpoints = files.into_iter().flat_map(|files| &mut files.checkpoints);
+                checkpoints.filter(|it| it.step == last).for_each(|it| it.synced = true);
+                Ok(Step::End(event))
             }
             Step::End(event) => {
                 self.append(world, event)?;
@@ -412,7 +449,7 @@ impl JobLoop {
     fn launch(&mut self, world: &mut World<'_>, next: &Next) -> Result<Step, Failure> {
         let number = self.state()?.attempts() + 1;
         let mut tier = self.plan().rungs[next.rung].tier.clone();
-        let saved = self.saved(world);
+        let saved = self.saved(world, next.wish);
         let dialect = Dialect::for_versions(
             Some(if world.script.three { "3.12.6" } else { "4.6.0" }),
             Some(if world.script.three { "4.57.6" } else { "5.19.0" }),
@@ -423,7 +460,6 @@ impl JobLoop {
             tier: &tier,
             wish: next.wish,
             steps_done: history.steps_done,
-            last_good_step: self.last_good_step,
             restores_train_batch_size: dialect.restores_checkpoint_batch(),
             replays_first_epoch: dialect.replays_first_epoch(),
             steps_per_epoch: self.steps_per_epoch(world, &tier),
@@ -452,10 +488,7 @@ impl JobLoop {
         let adjustments = next.adjustments.clone();
         let start = AttemptStart { attempt: number, rung: next.rung, tier, resume, adjustments };
         if world.bug == Some(Bug::EffectBeforeIntention) {
-            self.step = Step::Spawn(start.clone(), from.clone());
-            let started = self.advance(world)?;
-            self.append(world, JobEvent::AttemptStarting(start))?;
-            return Ok(started);
+            return Ok(Step::Spawn(start, from));
         }
         self.append(world, JobEvent::AttemptStarting(start.clone()))?;
         Ok(Step::Spawn(start, from))
@@ -474,11 +507,15 @@ impl JobLoop {
         jobs.into_iter().rev().flat_map(of).collect()
     }
 
-    fn saved(&self, world: &World<'_>) -> Vec<Saved> {
+    fn saved(&self, world: &World<'_>, wish: ResumeWish) -> Vec<Saved> {
         let saved = |id: AttemptId| {
             let files = world.disk.attempts.get(&id)?;
             let checkpoints = files.checkpoints.iter().map(|checkpoint| checkpoint.facts(id)).collect();
-            Some(Saved { tier: files.launch.tier.clone(), checkpoints })
+            let last_good_step = match wish {
+                ResumeWish::LastGoodWeights => Follower::read(files).log.last_finite_step(),
+                ResumeWish::Latest | ResumeWish::Previous | ResumeWish::FromStart => None,
+            };
+            Some(Saved { tier: files.launch.tier.clone(), checkpoints, last_good_step })
         };
         self.attempts(world).into_iter().filter_map(saved).collect()
     }
@@ -610,9 +647,6 @@ impl JobLoop {
         exit: &Exit,
         diagnosis: Diagnosis,
     ) -> Step {
-        let files = world.disk.attempts.get(&(self.id, start.attempt));
-        let good = files.and_then(|files| Follower::read(files).log.last_finite_step());
-        self.last_good_step = self.last_good_step.max(good);
         let proven = self.prove(world, start, exit);
         let proven = match (world.bug, exit) {
             (Some(Bug::SuccessWithoutRows), Exit::Code { code: 0 }) => {
@@ -622,8 +656,9 @@ impl JobLoop {
         };
         match conclude(proven, &diagnosis, exit, self.stop) {
             Conclusion::Succeeded(proof) => {
+                let last = proof.steps;
                 let proof = serde_json::to_value(proof).unwrap_or_default();
-                Step::End(JobEvent::Succeeded { proof })
+                Step::Keep { id: (self.id, start.attempt), last, event: JobEvent::Succeeded { proof } }
             }
             Conclusion::Cancelled => cancelled(),
             Conclusion::NotStarted(error) => failed(format!("the trainer could not be started: {error}")),
@@ -707,6 +742,9 @@ impl JobLoop {
             Some(by) => JobEvent::Cancelled { reason: by.to_owned() },
             None => JobEvent::Failed { reason: why.to_owned(), help: None },
         };
+        if matches!(event, JobEvent::Failed { .. }) && world.broken.is_none() {
+            world.broken = Some(Violation::FailedByAccident { job: self.id, why: why.to_owned() });
+        }
         self.append(world, event)?;
         Ok(Step::Over)
     }

@@ -149,6 +149,8 @@ pub(crate) struct Checkpoint {
     pub(crate) has_optimizer: bool,
     /// Whether it looks whole and cannot be read.
     pub(crate) corrupt: bool,
+    /// Whether a power cut leaves it as it is.
+    pub(crate) synced: bool,
     pub(crate) lineage: Lineage,
 }
 
@@ -236,7 +238,7 @@ impl Disk {
                 let lost = draws.pick(&[0, 0, 30, 200]);
                 text.truncate(text.len().saturating_sub(lost));
             }
-            if let Some(newest) = files.checkpoints.last_mut() {
+            if let Some(newest) = files.checkpoints.last_mut().filter(|newest| !newest.synced) {
                 match draws.below(4) {
                     0 => newest.has_optimizer = false,
                     1 => newest.has_state = false,

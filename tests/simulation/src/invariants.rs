@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mhtrain_job::diagnosis::Answer;
+use mhtrain_job::diagnosis::{Answer, Kind};
 use mhtrain_job::event::{AttemptStart, JobEvent, Record, Resume, ResumeKind};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::rerun::{Rerun, ResumeWish};
@@ -17,7 +17,6 @@ use serde_json::Value;
 
 use crate::daemon::Sized;
 use crate::disk::{AttemptId, Checkpoint, Lineage, StoredJob, path};
-use crate::script::Death;
 use crate::sizing::policy;
 use crate::world::World;
 
@@ -53,6 +52,8 @@ pub enum Violation {
     StoreDiffers { job: u64 },
     #[error("(4) job {job} cannot take the event {event}: {why}")]
     Illegal { job: u64, event: &'static str, why: String },
+    #[error("(4) job {job} fails for a reason that is not its own: {why}")]
+    FailedByAccident { job: u64, why: String },
     #[error("(4) jobs {jobs:?} are not over by themselves")]
     NotOver { jobs: Vec<u64> },
     #[error("(5) two trainers of job {job} live")]
@@ -98,7 +99,6 @@ pub(crate) struct Truth {
 pub(crate) struct AttemptTruth {
     began: bool,
     ran_out: bool,
-    said: BTreeSet<&'static str>,
     finished: Option<(u64, Lineage)>,
     hangs_since: Option<u64>,
 }
@@ -114,12 +114,6 @@ impl Truth {
 
     pub(crate) fn ran_out(&mut self, id: AttemptId) {
         self.of(id).ran_out = true;
-    }
-
-    pub(crate) fn said(&mut self, id: AttemptId, death: Death) {
-        if death == Death::Corrupt {
-            self.of(id).said.insert("corrupt");
-        }
     }
 
     pub(crate) fn finished(&mut self, id: AttemptId, steps: u64, lineage: Lineage) {
@@ -209,6 +203,9 @@ pub(crate) fn always(world: &mut World<'_>) -> Result<(), Violation> {
         }
         if job.state.is_final() {
             world.truth.over.insert(id, is);
+        }
+        if matches!(job.state, JobState::Succeeded { .. }) && !has_its_result(world, id, job) {
+            return Err(Violation::NoSuccess { job: id, why: "the last checkpoint is not whole".to_owned() });
         }
     }
     for (id, key) in &world.users.acknowledged {
@@ -336,13 +333,7 @@ fn begins_where_it_should(
     start: &AttemptStart,
 ) -> Result<(), Violation> {
     let attempt = start.attempt;
-    let unreadable: BTreeSet<u64> = starts(before)
-        .filter(|start| {
-            let truth = world.truth.attempts.get(&(id, start.attempt));
-            truth.is_some_and(|truth| truth.said.contains("corrupt"))
-        })
-        .filter_map(|start| start.resume.as_ref().map(|resume| resume.from_step))
-        .collect();
+    let unreadable = diagnosed_unreadable(before);
     let checkpoints = || {
         let attempts = world.disk.attempts.range((id, 0)..=(id, u32::MAX));
         attempts.flat_map(|(id, files)| files.checkpoints.iter().map(move |it| (*id, it)))
@@ -381,9 +372,13 @@ fn begins_where_it_should(
             let wish = last_wish(before);
             // In a later epoch the line 3.x would replay the rows of the first: there it has to begin again.
             let can = |it: &Checkpoint| is_good(it) && it.step < it.max_steps && !world.script.three;
+            // What is good after a divergence is told by a log whose end may be gone with the power.
+            let is_told = wish != Some(ResumeWish::LastGoodWeights) || world.has_first_boot();
             let saved = checkpoints().map(|(_, it)| it).filter(|it| can(it)).map(|it| it.step).max();
             match saved.filter(|step| !unreadable.contains(step)) {
-                Some(saved) if wish != Some(ResumeWish::FromStart) && job.context.retry_of.is_none() => {
+                Some(saved)
+                    if is_told && wish != Some(ResumeWish::FromStart) && job.context.retry_of.is_none() =>
+                {
                     Err(Violation::WorkLost { job: id, attempt, saved })
                 }
                 Some(_) | None => Ok(()),
@@ -414,15 +409,21 @@ fn is_a_success(
     if rows_known && (steps != planned || !lineage.whole) {
         return no(format!("{steps} of {planned} steps were trained, whole: {}", lineage.whole));
     }
-    if lineage.spoilt {
+    // The lines that say it may be gone with the power, and what is left is a success.
+    if lineage.spoilt && world.has_first_boot() {
         return no("its loss was no number".to_owned());
     }
-    let files = world.disk.attempts.get(&(id, start.attempt));
-    let last = files.and_then(|files| files.checkpoints.iter().find(|it| it.step == steps));
-    if !last.is_some_and(|it| it.has_state && it.has_optimizer) {
-        return no("the last checkpoint is not whole".to_owned());
-    }
     Ok(())
+}
+
+/// Returns whether the checkpoint that a successful job ended with is whole: now, and after every power cut.
+fn has_its_result(world: &World<'_>, id: u64, job: &StoredJob) -> bool {
+    let Some(start) = last_start(&job.records) else { return false };
+    let id = (id, start.attempt);
+    let steps = world.truth.attempts.get(&id).and_then(|truth| truth.finished).map(|(steps, _)| steps);
+    let files = world.disk.attempts.get(&id);
+    let last = files.and_then(|files| files.checkpoints.iter().find(|it| Some(it.step) == steps));
+    last.is_some_and(|it| it.has_state && it.has_optimizer)
 }
 
 fn starts(records: &[Record]) -> impl Iterator<Item = &AttemptStart> {
@@ -430,6 +431,22 @@ fn starts(records: &[Record]) -> impl Iterator<Item = &AttemptStart> {
         JobEvent::AttemptStarting(start) => Some(start),
         _ => None,
     })
+}
+
+/// Returns the steps from which an attempt went on and could not, as far as its words were not lost with the power.
+fn diagnosed_unreadable(records: &[Record]) -> BTreeSet<u64> {
+    let mut from = None;
+    let mut unreadable = BTreeSet::new();
+    for record in records {
+        match &record.event {
+            JobEvent::AttemptStarting(start) => from = start.resume.as_ref().map(|resume| resume.from_step),
+            JobEvent::AttemptEnded { diagnosis, .. } if diagnosis.kind == Kind::CheckpointCorrupt => {
+                unreadable.extend(from);
+            }
+            _ => {}
+        }
+    }
+    unreadable
 }
 
 /// Returns what was wished for after the last attempt.

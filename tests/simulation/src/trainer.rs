@@ -278,6 +278,7 @@ impl World<'_> {
                 has_state: false,
                 has_optimizer: true,
                 corrupt: false,
+                synced: false,
                 lineage: trainer.lineage,
             });
             trainer.stage = Stage::AmidSave;
@@ -363,7 +364,6 @@ impl World<'_> {
                 Ended::Code(1)
             }
         };
-        self.truth.said(id, death);
         Some(Some(ended))
     }
 

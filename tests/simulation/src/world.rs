@@ -277,6 +277,11 @@ impl<'a> World<'a> {
         self.next_pid = if self.next_pid + 1 < PIDS.end { self.next_pid + 1 } else { PIDS.start };
     }
 
+    /// Returns whether power was never lost.
+    pub(crate) fn has_first_boot(&self) -> bool {
+        self.boot == 1
+    }
+
     /// Returns whether a process lives, as a recorder finds out that did not start it.
     pub(crate) fn lives(&self, process: &ProcessIdentity) -> bool {
         if self.bug == Some(Bug::PidAlone) && self.strangers.contains(&process.pid) {

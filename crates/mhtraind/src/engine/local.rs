@@ -196,8 +196,6 @@ struct Job<'a> {
     stop: Option<StopCause>,
     deadline: Option<Instant>,
     earlier: Vec<(PathBuf, Tier)>,
-    /// Last step whose loss was a number; checkpoints after it are not trusted after a divergence.
-    last_good_step: Option<u64>,
 }
 
 impl<'a> Job<'a> {
@@ -263,7 +261,6 @@ impl<'a> Job<'a> {
             stop,
             deadline: None,
             earlier,
-            last_good_step: None,
             prepared,
         })
     }
@@ -522,12 +519,11 @@ impl<'a> Job<'a> {
 
     /// Decides from where an attempt goes on. Returns the checkpoint to show to the trainer, repaired where it must be.
     fn choose_resume(&mut self, next: &Next, tier: &Tier) -> Result<Result<Beginning, Step>, Failure> {
-        let saved = self.saved()?;
+        let saved = self.saved(next.wish)?;
         let wanted = Wanted {
             tier,
             wish: next.wish,
             steps_done: self.history().steps_done,
-            last_good_step: self.last_good_step,
             restores_train_batch_size: self.prepared.dialect.restores_checkpoint_batch(),
             replays_first_epoch: self.replays_first_epoch(),
             steps_per_epoch: self.steps_per_epoch(tier),
@@ -562,13 +558,15 @@ impl<'a> Job<'a> {
     }
 
     /// Returns what earlier attempts saved, oldest first.
-    fn saved(&self) -> Result<Vec<Saved>, Failure> {
+    fn saved(&self, wish: ResumeWish) -> Result<Vec<Saved>, Failure> {
         let own = self.receipt.attempts.iter();
         let own = own.map(|note| (self.directory.attempt(note.attempt), note.tier.clone()));
         let all = self.earlier.iter().cloned().chain(own);
         all.map(|(path, tier)| {
             let checkpoints = checkpoints_in(&path).map_err(|e| unreadable(&path, &e))?;
-            Ok(Saved { tier, checkpoints })
+            let last_good_step =
+                if wish == ResumeWish::LastGoodWeights { last_good_step(&path)? } else { None };
+            Ok(Saved { tier, checkpoints, last_good_step })
         })
         .collect()
     }
@@ -909,9 +907,6 @@ impl<'a> Job<'a> {
         follower: &Follower,
         pids: Vec<u32>,
     ) -> Result<Step, Failure> {
-        if let Some(good) = follower.log.last_finite_step() {
-            self.last_good_step = self.last_good_step.max(Some(good));
-        }
         let proven = self.prove(start, exit, follower);
         self.warn_of_companion(start, follower)?;
         match conclude(proven, diagnosis, exit, self.stop.is_some()) {
@@ -1014,6 +1009,10 @@ impl<'a> Job<'a> {
         let last = proof.checkpoint.clone();
         let chosen =
             best.filter(|_| wants_best).map(PathBuf::from).filter(|path| path.is_dir()).unwrap_or(last);
+        self.directory.make_lasting(&proof.checkpoint)?;
+        if chosen != proof.checkpoint {
+            self.directory.make_lasting(&chosen)?;
+        }
         self.directory.link_final(&chosen)?;
         self.receipt.proof = Some(match proof.proof {
             proof::ProofKind::Rows => ProofKind::Rows,
@@ -1109,6 +1108,13 @@ pub fn show(verdict: &Verdict, as_json: bool) -> Result<(), Failure> {
 /// Returns the last optimizer step that the trainer finished.
 fn last_step(follower: &Follower) -> Option<u64> {
     Some(follower.glance(None).step).filter(|step| *step > 0)
+}
+
+/// Returns the last step whose loss was a number in the attempt that trained in this directory.
+fn last_good_step(output_dir: &Path) -> Result<Option<u64>, Failure> {
+    let mut follower = Follower::new(Path::new("/dev/null"), output_dir);
+    follower.look_to_the_end().map_err(|e| unreadable(output_dir, &e))?;
+    Ok(follower.log.last_finite_step())
 }
 
 /// Returns the rows of the train set after filtering and packing: as the companion counted them, else as the
