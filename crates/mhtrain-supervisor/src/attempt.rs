@@ -230,8 +230,8 @@ impl StopError {
 impl Attempt {
     /// Starts a recorder, which starts the trainer. Returns when the recorder is up; it outlives us.
     ///
-    /// `exe` is a program that calls [`recorder_main`](crate::recorder::recorder_main),
-    /// [`gate_main`](crate::recorder::gate_main) and [`adopt_main`](crate::adopt::adopt_main) for the three hidden verbs.
+    /// `exe` is a program that calls [`recorder_main`](crate::recorder::recorder_main) and
+    /// [`adopt_main`](crate::adopt::adopt_main) for the two hidden verbs.
     /// `env` is the whole environment of the trainer; nothing of ours is added but the variable that marks the attempt's
     /// processes. A trainer that cannot be executed is no error here: the state becomes [`Ended::NotStarted`].
     ///
