@@ -196,6 +196,8 @@ struct Job<'a> {
     deadline: Option<Instant>,
     earlier: Vec<(PathBuf, Tier)>,
     corrupt_steps: BTreeSet<u64>,
+    /// Attempts of which the kernel may still hold something.
+    ended: Vec<Attempt>,
     /// Last step whose loss was a number; checkpoints after it are not trusted after a divergence.
     last_good_step: Option<u64>,
 }
@@ -264,6 +266,7 @@ impl<'a> Job<'a> {
             deadline: None,
             earlier,
             corrupt_steps: BTreeSet::new(),
+            ended: Vec::new(),
             last_good_step: None,
             prepared,
         })
@@ -412,11 +415,15 @@ impl<'a> Job<'a> {
         loop {
             step = match step {
                 Step::Over(status) => {
+                    // The receipt takes the disk a while, and needs no device.
+                    self.screen.give_device_back();
                     self.save_receipt()?;
+                    self.clean_up();
                     return Ok(Verdict { status: Some(status), receipt: self.receipt.clone() });
                 }
                 Step::OtherDevice => {
                     self.save_receipt()?;
+                    self.clean_up();
                     return Ok(Verdict { status: None, receipt: self.receipt.clone() });
                 }
                 Step::Start(next) => match self.wait(&next).await? {
@@ -428,9 +435,20 @@ impl<'a> Job<'a> {
                 },
                 Step::Adopt(start, attempt) => {
                     let gone = self.follow(start, &attempt).await?;
+                    self.ended.push(attempt);
                     self.judge(gone)?
                 }
             };
+        }
+    }
+
+    /// Removes what attempts that are over leave in the kernel. It waits for their recorders, so it comes last.
+    fn clean_up(&mut self) {
+        for attempt in self.ended.drain(..) {
+            // An empty cgroup that stays costs nothing but the look of it.
+            if let Err(error) = attempt.clean_up() {
+                tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
+            }
         }
     }
 
@@ -504,10 +522,7 @@ impl<'a> Job<'a> {
         self.journal.record(JobEvent::AttemptStarting(start.clone()))?;
         self.receipt.attempts.push(AttemptNote::begun(&start, now()));
         match self.spawn(&start, checkpoint) {
-            Ok(attempt) => {
-                self.save_receipt()?;
-                Ok(Ok((start, attempt)))
-            }
+            Ok(attempt) => Ok(Ok((start, attempt))),
             Err(Unlaunched::Killed(why)) => {
                 self.screen.say(format!("attempt {number} was interrupted: {why}"));
                 let diagnosis = interrupted();
@@ -783,7 +798,9 @@ impl<'a> Job<'a> {
             steps: self.config.attempt.stall_steps,
         };
         let (mut signs, mut stall) = (LifeSigns::new(rule, Instant::now()), None);
-        let mut memory_at: Option<Instant> = None;
+        // The first look at memory, and the receipt of a running job, come when it has run for a moment: until then there is
+        // nothing to see, and both take longer than a launch.
+        let (mut memory_due, mut is_told) = (Instant::now() + LOOK_EVERY, false);
         let arrivals = attempt.arrivals().and_then(awaitable);
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -810,10 +827,13 @@ impl<'a> Job<'a> {
             match state {
                 AttemptState::Starting => {}
                 AttemptState::Running { trainer } => {
-                    if memory_at.is_none_or(|at| at.elapsed() >= MEMORY_EVERY) {
+                    if Instant::now() >= memory_due {
+                        if !std::mem::replace(&mut is_told, true) {
+                            self.save_receipt()?;
+                        }
                         pids = self.theirs(family(trainer.identity.pid));
                         follower.saw_memory(self.card.used_by(&pids));
-                        memory_at = Some(Instant::now());
+                        memory_due = Instant::now() + MEMORY_EVERY;
                         let (step, printed) = (follower.glance(None).step, follower.printed_bytes());
                         let still = signs.look(Instant::now(), step, printed, self.card.is_busy());
                         if let Some(still) = still.filter(|_| stall.is_none() && self.stop.is_none()) {
@@ -825,10 +845,6 @@ impl<'a> Job<'a> {
                 AttemptState::Exited(end) => {
                     if end.leftovers_killed.is_none() {
                         kill_everything(attempt)?;
-                    }
-                    // An empty cgroup that stays costs nothing but the look of it.
-                    if let Err(error) = attempt.clean_up() {
-                        tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
                     }
                     return self.gone(start, follower, pids, Some(&end), stall);
                 }
