@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -802,6 +803,8 @@ impl<'a> Job<'a> {
         // nothing to see, and both take longer than a launch.
         let (mut memory_due, mut is_told) = (Instant::now() + LOOK_EVERY, false);
         let arrivals = attempt.arrivals().and_then(awaitable);
+        let recorder_end = || attempt.recorder_end().and_then(awaitable);
+        let mut end = recorder_end();
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         if self.deadline.is_none() {
@@ -815,6 +818,11 @@ impl<'a> Job<'a> {
                 cause = self.signals.next() => Some(cause),
                 _ = look.tick() => None,
                 () = arrival(arrivals.as_ref()) => None,
+                () = readable(end.as_ref()) => {
+                    // It stays readable, and has nothing more to tell.
+                    end = None;
+                    None
+                }
             };
             let late = self.deadline.is_some_and(|at| Instant::now() >= at) && self.stop.is_none();
             if let Some(cause) = asked.or(late.then_some(StopCause::TimeLimit)) {
@@ -855,6 +863,7 @@ impl<'a> Job<'a> {
                     if let Err(error) = attempt.take_over(&own_exe()?, self.origin.identity.as_ref()) {
                         self.screen.say(format!("no other recorder comes up: {}", chain(&error)));
                     }
+                    end = recorder_end();
                 }
                 AttemptState::Lost { .. } => {
                     kill_everything(attempt)?;
@@ -1252,21 +1261,26 @@ fn rows(follower: &Follower) -> Option<u64> {
     counted.or_else(|| follower.log.summary()?.train_rows)
 }
 
-/// Returns arrivals that a task can wait for; `None` where this runtime cannot.
-fn awaitable(arrivals: Arrivals) -> Option<AsyncFd<Arrivals>> {
-    // SAFETY: `Arrivals` owns one descriptor from its making until it is dropped, and `as_raw_fd` always returns that one.
-    unsafe { AsyncFd::register_with_interest(arrivals, Interest::READABLE) }.ok()
+/// Returns a descriptor that a task can wait for; `None` where this runtime cannot.
+fn awaitable<T: AsRawFd>(descriptor: T) -> Option<AsyncFd<T>> {
+    // SAFETY: `Arrivals` and `OwnedFd` own one descriptor from their making until they are dropped, and `as_raw_fd` always
+    // returns that one.
+    unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }.ok()
 }
 
 /// Waits for a change of an attempt's state, where the kernel tells of one.
 async fn arrival(arrivals: Option<&AsyncFd<Arrivals>>) {
-    let Some(arrivals) = arrivals else { return std::future::pending().await };
-    match arrivals.readable().await {
-        Ok(mut ready) => {
-            arrivals.get_ref().forget();
-            ready.clear_ready();
-        }
-        // Then only the clock wakes us.
+    readable(arrivals).await;
+    if let Some(arrivals) = arrivals {
+        arrivals.get_ref().forget();
+    }
+}
+
+/// Waits until a descriptor can be read; for ever where there is none: then only the clock wakes us.
+async fn readable<T: AsRawFd>(descriptor: Option<&AsyncFd<T>>) {
+    let Some(descriptor) = descriptor else { return std::future::pending().await };
+    match descriptor.readable().await {
+        Ok(mut ready) => ready.clear_ready(),
         Err(_) => std::future::pending().await,
     }
 }
