@@ -176,7 +176,10 @@ impl Worker {
             other_device: self.submission.device_uuid.is_none(),
             earlier,
             origin,
-            screen: Screen::told_to(Followers(Arc::clone(&self.live))),
+            screen: Screen::told_to(Followers {
+                live: Arc::clone(&self.live),
+                daemon: Arc::clone(&self.daemon),
+            }),
             observer: Some(Box::new(StoreObserver {
                 daemon: Arc::clone(&self.daemon),
                 id: self.id,

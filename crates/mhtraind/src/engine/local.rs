@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -196,6 +197,8 @@ struct Job<'a> {
     stop: Option<StopCause>,
     deadline: Option<Instant>,
     earlier: Vec<(PathBuf, Tier)>,
+    /// Attempts of which the kernel may still hold something.
+    ended: Vec<Attempt>,
 }
 
 impl<'a> Job<'a> {
@@ -261,6 +264,7 @@ impl<'a> Job<'a> {
             stop,
             deadline: None,
             earlier,
+            ended: Vec::new(),
             prepared,
         })
     }
@@ -374,11 +378,15 @@ impl<'a> Job<'a> {
         loop {
             step = match step {
                 Step::Over(status) => {
+                    // The receipt takes the disk a while, and needs no device.
+                    self.screen.give_device_back();
                     self.save_receipt()?;
+                    self.clean_up();
                     return Ok(Verdict { status: Some(status), receipt: self.receipt.clone() });
                 }
                 Step::OtherDevice => {
                     self.save_receipt()?;
+                    self.clean_up();
                     return Ok(Verdict { status: None, receipt: self.receipt.clone() });
                 }
                 Step::Start(next) => match self.wait(&next).await? {
@@ -390,10 +398,16 @@ impl<'a> Job<'a> {
                 },
                 Step::Adopt(start, attempt) => {
                     let gone = self.follow(start, &attempt).await?;
+                    self.ended.push(attempt);
                     self.judge(gone)?
                 }
             };
         }
+    }
+
+    /// Removes what attempts that are over leave in the kernel. It waits for their recorders, so it comes last.
+    fn clean_up(&mut self) {
+        self.ended.drain(..).for_each(|attempt| clean_up(&attempt));
     }
 
     /// Waits for what must pass before an attempt; returns a step when that ends the job.
@@ -466,10 +480,7 @@ impl<'a> Job<'a> {
         self.journal.record(JobEvent::AttemptStarting(start.clone()))?;
         self.receipt.attempts.push(AttemptNote::begun(&start, now()));
         match self.spawn(&start, checkpoint) {
-            Ok(attempt) => {
-                self.save_receipt()?;
-                Ok(Ok((start, attempt)))
-            }
+            Ok(attempt) => Ok(Ok((start, attempt))),
             Err(Unlaunched::Killed(why)) => {
                 self.screen.say(format!("attempt {number} was interrupted: {why}"));
                 let diagnosis = Diagnosis::interrupted();
@@ -671,8 +682,12 @@ impl<'a> Job<'a> {
         };
         let (mut signs, mut ended) = (LifeSigns::new(rule, Instant::now()), None);
         let mut companion_seen = false;
-        let mut memory_at: Option<Instant> = None;
+        // The first look at memory, and the receipt of a running job, come when it has run for a moment: until then there is
+        // nothing to see, and both take longer than a launch.
+        let (mut memory_due, mut is_told) = (Instant::now() + LOOK_EVERY, false);
         let arrivals = attempt.arrivals().and_then(awaitable);
+        let recorder_end = || attempt.recorder_end().and_then(awaitable);
+        let mut end = recorder_end();
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         if self.deadline.is_none() {
@@ -686,6 +701,11 @@ impl<'a> Job<'a> {
                 cause = self.signals.next() => Some(cause),
                 _ = look.tick() => None,
                 () = arrival(arrivals.as_ref()) => None,
+                () = readable(end.as_ref()) => {
+                    // It stays readable, and has nothing more to tell.
+                    end = None;
+                    None
+                }
             };
             let late = self.deadline.is_some_and(|at| Instant::now() >= at) && self.stop.is_none();
             if let Some(cause) = asked.or(late.then_some(StopCause::TimeLimit)) {
@@ -698,10 +718,13 @@ impl<'a> Job<'a> {
             match state {
                 AttemptState::Starting => {}
                 AttemptState::Running { trainer } => {
-                    if memory_at.is_none_or(|at| at.elapsed() >= MEMORY_EVERY) {
+                    if Instant::now() >= memory_due {
+                        if !std::mem::replace(&mut is_told, true) {
+                            self.save_receipt()?;
+                        }
                         pids = self.theirs(family(trainer.identity.pid));
                         follower.saw_memory(self.card.used_by(&pids));
-                        memory_at = Some(Instant::now());
+                        memory_due = Instant::now() + MEMORY_EVERY;
                         let (step, printed) = (follower.glance(None).step, follower.printed_bytes());
                         let still = signs.look(Instant::now(), step, printed, self.card.is_busy());
                         if let Some(still) = still.filter(|_| ended.is_none() && self.stop.is_none()) {
@@ -723,7 +746,6 @@ impl<'a> Job<'a> {
                     if end.leftovers_killed.is_none() {
                         kill_everything(attempt)?;
                     }
-                    clean_up(attempt);
                     return self.gone(start, follower, pids, Some(&end), ended);
                 }
                 AttemptState::Lost { .. } if take_overs < TAKE_OVERS_MAX => {
@@ -733,10 +755,10 @@ impl<'a> Job<'a> {
                     if let Err(error) = attempt.take_over(&own_exe()?, self.origin.identity.as_ref()) {
                         self.screen.say(format!("no other recorder comes up: {}", chain(&error)));
                     }
+                    end = recorder_end();
                 }
                 AttemptState::Lost { .. } => {
                     kill_everything(attempt)?;
-                    clean_up(attempt);
                     return self.gone(start, follower, pids, None, ended);
                 }
             }
@@ -1124,21 +1146,26 @@ fn rows(follower: &Follower) -> Option<u64> {
     counted.or_else(|| follower.log.summary()?.train_rows)
 }
 
-/// Returns arrivals that a task can wait for; `None` where this runtime cannot.
-fn awaitable(arrivals: Arrivals) -> Option<AsyncFd<Arrivals>> {
-    // SAFETY: `Arrivals` owns one descriptor from its making until it is dropped, and `as_raw_fd` always returns that one.
-    unsafe { AsyncFd::register_with_interest(arrivals, Interest::READABLE) }.ok()
+/// Returns a descriptor that a task can wait for; `None` where this runtime cannot.
+fn awaitable<T: AsRawFd>(descriptor: T) -> Option<AsyncFd<T>> {
+    // SAFETY: `Arrivals` and `OwnedFd` own one descriptor from their making until they are dropped, and `as_raw_fd` always
+    // returns that one.
+    unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }.ok()
 }
 
 /// Waits for a change of an attempt's state, where the kernel tells of one.
 async fn arrival(arrivals: Option<&AsyncFd<Arrivals>>) {
-    let Some(arrivals) = arrivals else { return std::future::pending().await };
-    match arrivals.readable().await {
-        Ok(mut ready) => {
-            arrivals.get_ref().forget();
-            ready.clear_ready();
-        }
-        // Then only the clock wakes us.
+    readable(arrivals).await;
+    if let Some(arrivals) = arrivals {
+        arrivals.get_ref().forget();
+    }
+}
+
+/// Waits until a descriptor can be read; for ever where there is none: then only the clock wakes us.
+async fn readable<T: AsRawFd>(descriptor: Option<&AsyncFd<T>>) {
+    let Some(descriptor) = descriptor else { return std::future::pending().await };
+    match descriptor.readable().await {
+        Ok(mut ready) => ready.clear_ready(),
         Err(_) => std::future::pending().await,
     }
 }
