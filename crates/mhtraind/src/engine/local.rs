@@ -29,12 +29,14 @@ use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::Arrivals;
 use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
+use mhtrain_supervisor::log_tail::LogTail;
 use mhtrain_supervisor::process::descendants;
 use mhtrain_supervisor::record::{Ended as TrainerEnd, ExitRecord, Extent, RecordError};
 use mhtrain_swift::beginning::{self, Saved, Wanted, begin};
 use mhtrain_swift::command::{AttemptFlags, TrainerStart, exact_command};
 use mhtrain_swift::diagnosis::ExitFacts;
 use mhtrain_swift::environment::TrainerEnvironment;
+use mhtrain_swift::progress::TrainerLog;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
 use mhtrain_swift::stall::Stall;
 use mhtrain_swift::verdict::{Conclusion, EndedByUs, conclude, diagnose_end};
@@ -1134,9 +1136,9 @@ fn last_step(follower: &Follower) -> Option<u64> {
 
 /// Returns the last step whose loss was a number in the attempt that trained in this directory.
 fn last_good_step(output_dir: &Path) -> Result<Option<u64>, Failure> {
-    let mut follower = Follower::new(Path::new("/dev/null"), output_dir);
-    follower.look_to_the_end().map_err(|e| unreadable(output_dir, &e))?;
-    Ok(follower.log.last_finite_step())
+    let (path, mut log) = (output_dir.join("logging.jsonl"), TrainerLog::new());
+    LogTail::new(&path).drain(|bytes| log.push_bytes(bytes)).map_err(|e| unreadable(&path, &e))?;
+    Ok(log.last_finite_step())
 }
 
 /// Returns the rows of the train set after filtering and packing: as the companion counted them, else as the
