@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::diagnosis::{Answer, Diagnosis};
+use crate::diagnosis::{Answer, Diagnosis, Kind};
 use crate::event::{AttemptStart, Exit, JobEvent, Record};
 use crate::rerun::{Adjustment, History, ResumeWish, Wait};
 use crate::state::{IllegalEvent, JobState};
@@ -146,6 +146,19 @@ pub fn last_start(records: &[Record]) -> Option<&AttemptStart> {
     })
 }
 
+/// Returns the attempts that were made, oldest first, each with why it ended; `None` where it has not.
+pub fn attempts_made(records: &[Record]) -> Vec<(&AttemptStart, Option<Kind>)> {
+    let mut made: Vec<(&AttemptStart, Option<Kind>)> = Vec::new();
+    for event in events(records) {
+        match (event, made.last_mut()) {
+            (JobEvent::AttemptStarting(start), _) => made.push((start, None)),
+            (JobEvent::AttemptEnded { diagnosis, .. }, Some(last)) => last.1 = Some(diagnosis.kind),
+            _ => {}
+        }
+    }
+    made
+}
+
 /// Returns the steps whose checkpoint an attempt could not read.
 pub fn unreadable_steps(records: &[Record]) -> BTreeSet<u64> {
     let mut begun_at = None;
@@ -190,7 +203,6 @@ mod tests {
     use mhtrain_sizing::tier::Profile;
 
     use super::*;
-    use crate::diagnosis::Kind;
     use crate::event::{Resume, ResumeKind};
     use crate::rerun::Rerun;
     use crate::testing::{diagnosis, tier};
@@ -277,7 +289,11 @@ mod tests {
         let mut life = vec![planned(), resumed(2, 16), ended(2, Kind::CheckpointCorrupt)];
         life.push(decided(Answer::PreviousCheckpoint, 0));
         life.extend([resumed(3, 14), ended(3, Kind::Interrupted), decided(Answer::Resume, 0)]);
-        assert_eq!(unreadable_steps(&records(life)), BTreeSet::from([16]));
+        let life = records(life);
+        assert_eq!(unreadable_steps(&life), BTreeSet::from([16]));
+        let made: Vec<_> =
+            attempts_made(&life).into_iter().map(|(start, end)| (start.attempt, end)).collect();
+        assert_eq!(made, [(2, Some(Kind::CheckpointCorrupt)), (3, Some(Kind::Interrupted))]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! `checkpoint::choose_resume` says which of some checkpoints can be resumed; here is said which are asked about, and what
 //! each wish of `rerun::decide` means for them.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
@@ -21,6 +22,8 @@ pub struct Saved {
     pub tier: Tier,
     /// Its checkpoints, in any order.
     pub checkpoints: Vec<CheckpointFacts>,
+    /// Whether its training diverged.
+    pub diverged: bool,
     /// Last step of it whose loss was a number, by its log; asked for only after a divergence.
     pub last_good_step: Option<u64>,
 }
@@ -78,14 +81,17 @@ pub enum Beginning {
 
 /// Returns where the next attempt begins, with what the attempts before it left, oldest first.
 pub fn begin(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
+    // What went bad stays bad, also when a later attempt that goes better is interrupted.
+    let saved: Vec<Saved> =
+        saved.iter().map(|saved| if saved.diverged { good_part(saved) } else { saved.clone() }).collect();
     match wanted.wish {
         ResumeWish::FromStart => {
             return Beginning::FirstRow { resume: again(wanted.steps_done), why: None };
         }
-        ResumeWish::LastGoodWeights => return last_good_weights(saved, wanted),
+        ResumeWish::LastGoodWeights => return last_good_weights(&saved, wanted),
         ResumeWish::Latest | ResumeWish::Previous => {}
     }
-    let (mut checkpoints, old) = to_ask_about(saved, wanted.tier);
+    let (mut checkpoints, old) = to_ask_about(&saved, wanted.tier);
     let question = ResumeQuestion {
         old: &old,
         new: wanted.tier,
@@ -134,32 +140,36 @@ fn again(steps: u64) -> Option<Resume> {
     })
 }
 
-/// Returns the checkpoints that come into question, and the rung that wrote them. Those of attempts that trained other
+/// Returns the checkpoints that come into question, those of the newest attempt first, and the rung that wrote them. Those of attempts that trained other
 /// rows only come when there are no others: then they say why nothing can be resumed.
 fn to_ask_about(saved: &[Saved], tier: &Tier) -> (Vec<CheckpointFacts>, Tier) {
     let all = |same: bool| {
         let these = saved.iter().filter(move |saved| saved.tier.trains_the_same_as(tier) == same);
         these.filter(|saved| !saved.checkpoints.is_empty())
     };
-    let same: Vec<CheckpointFacts> = all(true).flat_map(|saved| saved.checkpoints.clone()).collect();
+    let same: Vec<CheckpointFacts> = all(true).rev().flat_map(|saved| saved.checkpoints.clone()).collect();
     match all(false).next_back() {
         Some(other) if same.is_empty() => (other.checkpoints.clone(), other.tier.clone()),
         Some(_) | None => (same, tier.clone()),
     }
 }
 
+/// Returns an attempt without the checkpoints that it saved after its last good step.
+fn good_part(saved: &Saved) -> Saved {
+    let good_until = saved.last_good_step.unwrap_or(0);
+    let mut good = saved.clone();
+    good.checkpoints.retain(|checkpoint| checkpoint.step <= good_until);
+    good
+}
+
 /// Returns the newest checkpoint from before the loss went bad, for its weights alone. Each attempt's own log says which of
 /// its checkpoints are: a step that was good in one may have gone bad in the next.
 fn last_good_weights(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
-    let good = |saved: &Saved| {
-        let good_until = saved.last_good_step.unwrap_or(0);
-        let mut saved = saved.clone();
-        saved.checkpoints.retain(|checkpoint| checkpoint.is_complete() && checkpoint.step <= good_until);
-        saved
-    };
-    let good: Vec<Saved> = saved.iter().map(good).collect();
-    let (checkpoints, _) = to_ask_about(&good, wanted.tier);
-    let Some(newest) = checkpoints.into_iter().max_by_key(|checkpoint| checkpoint.step) else {
+    let good: Vec<Saved> = saved.iter().map(good_part).collect();
+    let (mut checkpoints, _) = to_ask_about(&good, wanted.tier);
+    checkpoints.retain(CheckpointFacts::is_complete);
+    checkpoints.sort_by_key(|checkpoint| Reverse(checkpoint.step));
+    let Some(newest) = checkpoints.into_iter().next() else {
         let resume = Resume {
             kind: ResumeKind::Restart,
             checkpoint: None,
@@ -228,7 +238,12 @@ mod tests {
                 has_weights: true,
             }
         };
-        Saved { tier: tier(3072), checkpoints: steps.iter().map(checkpoint).collect(), last_good_step }
+        Saved {
+            tier: tier(3072),
+            checkpoints: steps.iter().map(checkpoint).collect(),
+            diverged: false,
+            last_good_step,
+        }
     }
 
     fn begun(saved: &[Saved], tier: &Tier, wish: ResumeWish) -> Beginning {
@@ -268,6 +283,23 @@ mod tests {
         let spoilt = [saved(1, &[(4, 12)], None)];
         let beginning = begun(&spoilt, &tier(3072), ResumeWish::LastGoodWeights);
         assert!(matches!(beginning, Beginning::FirstRow { resume: Some(_), .. }), "{beginning:?}");
+    }
+
+    #[test]
+    fn what_went_bad_is_not_resumed_when_a_later_attempt_is_interrupted() {
+        let spoilt = Saved { diverged: true, ..saved(1, &[(4, 12), (10, 12)], Some(5)) };
+        let all = [spoilt, saved(2, &[(4, 12), (6, 12)], None)];
+        let beginning = begun(&all, &tier(3072), ResumeWish::Latest);
+        assert_eq!(path(&beginning), Some("attempt-2/checkpoint-6"));
+        let beginning = begun(&all[..1], &tier(3072), ResumeWish::Latest);
+        assert_eq!(path(&beginning), Some("attempt-1/checkpoint-4"));
+    }
+
+    #[test]
+    fn of_one_step_the_newest_attempts_checkpoint_is_resumed() {
+        let all = [saved(1, &[(4, 12)], None), saved(2, &[(4, 12)], None)];
+        let beginning = begun(&all, &tier(3072), ResumeWish::Latest);
+        assert_eq!(path(&beginning), Some("attempt-2/checkpoint-4"));
     }
 
     #[test]

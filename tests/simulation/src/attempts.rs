@@ -17,7 +17,7 @@ use mhtrain_job::rerun::{
 };
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
-use mhtrain_job::take_over::{GoesOn, NextAttempt, goes_on, last_start, unreadable_steps};
+use mhtrain_job::take_over::{GoesOn, NextAttempt, attempts_made, goes_on, last_start, unreadable_steps};
 use mhtrain_sizing::plan::Plan;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::beginning::{self, Beginning, Saved, Wanted};
@@ -511,11 +511,11 @@ impl JobLoop {
         let saved = |id: AttemptId| {
             let files = world.disk.attempts.get(&id)?;
             let checkpoints = files.checkpoints.iter().map(|checkpoint| checkpoint.facts(id)).collect();
-            let last_good_step = match wish {
-                ResumeWish::LastGoodWeights => Follower::read(files).log.last_finite_step(),
-                ResumeWish::Latest | ResumeWish::Previous | ResumeWish::FromStart => None,
-            };
-            Some(Saved { tier: files.launch.tier.clone(), checkpoints, last_good_step })
+            let mut made = attempts_made(&world.disk.job(id.0).records).into_iter();
+            let diverged = made.any(|(start, end)| start.attempt == id.1 && end == Some(Kind::Diverged));
+            let asked = diverged || wish == ResumeWish::LastGoodWeights;
+            let last_good_step = asked.then(|| Follower::read(files).log.last_finite_step()).flatten();
+            Some(Saved { tier: files.launch.tier.clone(), checkpoints, diverged, last_good_step })
         };
         self.attempts(world).into_iter().filter_map(saved).collect()
     }

@@ -78,6 +78,10 @@ pub enum Violation {
         "attempt {attempt} of job {job} goes on from step {step}, whose checkpoint an attempt before could not read"
     )]
     UnreadableAgain { job: u64, attempt: u32, step: u64 },
+    #[error(
+        "attempt {attempt} of job {job} goes on from step {step}, whose loss was no number, and that is known"
+    )]
+    SpoiltAgain { job: u64, attempt: u32, step: u64 },
     #[error("attempt {attempt} of job {job} begins again, and step {saved} is saved and good")]
     WorkLost { job: u64, attempt: u32, saved: u64 },
     #[error("something is left when everything is over: {what}")]
@@ -145,7 +149,7 @@ pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), 
     match event {
         JobEvent::AttemptStarting(start) => {
             is_as_promised(world, id, job, before, start)?;
-            begins_where_it_should(world, id, job, before, start)
+            begins_where_it_should(world, id, before, start)
         }
         JobEvent::RerunDecided(rerun) => keeps_the_ladder(world, id, before, rerun),
         JobEvent::AttemptEnded { .. } | JobEvent::Failed { .. } => nobody_lives(world, id, job),
@@ -328,7 +332,6 @@ fn keeps_the_ladder(world: &World<'_>, id: u64, before: &[Record], rerun: &Rerun
 fn begins_where_it_should(
     world: &World<'_>,
     id: u64,
-    job: &StoredJob,
     before: &[Record],
     start: &AttemptStart,
 ) -> Result<(), Violation> {
@@ -364,6 +367,9 @@ fn begins_where_it_should(
                     "its rows were of another length"
                 }
                 Some((_, it)) if it.lineage.packing != start.tier.packing => "its rows were packed otherwise",
+                Some((of, it)) if it.lineage.spoilt && is_known_to_have_diverged(world, of) => {
+                    return Err(Violation::SpoiltAgain { job: id, attempt, step: it.step });
+                }
                 Some(_) => return Ok(()),
             };
             Err(Violation::NotExact { job: id, attempt, why })
@@ -373,12 +379,14 @@ fn begins_where_it_should(
             // In a later epoch the line 3.x would replay the rows of the first: there it has to begin again.
             let can = |it: &Checkpoint| is_good(it) && it.step < it.max_steps && !world.script.three;
             // What is good after a divergence is told by a log whose end may be gone with the power.
-            let is_told = wish != Some(ResumeWish::LastGoodWeights) || world.has_first_boot();
+            let diverged = before.iter().any(|record| match &record.event {
+                JobEvent::AttemptEnded { diagnosis, .. } => diagnosis.kind == Kind::Diverged,
+                _ => false,
+            });
+            let is_told = !diverged || world.has_first_boot();
             let saved = checkpoints().map(|(_, it)| it).filter(|it| can(it)).map(|it| it.step).max();
             match saved.filter(|step| !unreadable.contains(step)) {
-                Some(saved)
-                    if is_told && wish != Some(ResumeWish::FromStart) && job.context.retry_of.is_none() =>
-                {
+                Some(saved) if is_told && wish != Some(ResumeWish::FromStart) => {
                     Err(Violation::WorkLost { job: id, attempt, saved })
                 }
                 Some(_) | None => Ok(()),
@@ -447,6 +455,16 @@ fn diagnosed_unreadable(records: &[Record]) -> BTreeSet<u64> {
         }
     }
     unreadable
+}
+
+/// Returns whether the store says that an attempt diverged.
+fn is_known_to_have_diverged(world: &World<'_>, (id, number): AttemptId) -> bool {
+    world.disk.job(id).records.iter().any(|record| match &record.event {
+        JobEvent::AttemptEnded { attempt, diagnosis, .. } => {
+            *attempt == number && diagnosis.kind == Kind::Diverged
+        }
+        _ => false,
+    })
 }
 
 /// Returns what was wished for after the last attempt.

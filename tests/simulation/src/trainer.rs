@@ -331,11 +331,7 @@ impl World<'_> {
             Death::Silent => Ended::Code(1),
             Death::EarlyExit => Ended::Code(0),
             Death::LostSteps => {
-                if trainer.step + 1 >= trainer.max_steps {
-                    return None;
-                }
                 // The end claims that everything was trained.
-                trainer.lineage.whole = false;
                 trainer.max_steps = trainer.max_steps.min(trainer.step + 1);
                 return None;
             }

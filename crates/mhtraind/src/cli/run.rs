@@ -7,7 +7,6 @@ use mhtrain_job::event::JobEvent;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
 use mhtrain_probe::probe::{ProbeQuery, ProbeReport, TrainerReport, probe};
-use mhtrain_sizing::tier::Tier;
 use mhtrain_supervisor::attempt::Attempt;
 use serde_json::Value;
 
@@ -15,7 +14,7 @@ use super::{output, plan};
 use crate::config::Config;
 use crate::engine::directory::JobDirectory;
 use crate::engine::journal::Journal;
-use crate::engine::local::{self, LocalRun};
+use crate::engine::local::{self, LocalRun, OldAttempt};
 use crate::engine::look::look;
 use crate::engine::observations::{ObservationFile, Observer};
 use crate::engine::origin::Origin;
@@ -157,15 +156,12 @@ fn probe_json(report: &ProbeReport) -> Result<Value, Failure> {
     serde_json::to_value(report).map_err(|e| Failure::new(Status::Bug, "not_json", e))
 }
 
-/// Attempts of an earlier job, with the rung of each.
-type Attempts = Vec<(PathBuf, Tier)>;
-
 /// Decides what becomes of a job that the directory holds already.
 fn take_up(
     directory: &JobDirectory,
     spec: &JobSpec,
     earlier: Earlier,
-) -> Result<(Option<Journal>, Attempts), Failure> {
+) -> Result<(Option<Journal>, Vec<OldAttempt>), Failure> {
     let root = directory.root().display();
     if earlier == Earlier::SetAside {
         if directory.journal().exists() {
@@ -187,12 +183,10 @@ fn take_up(
         )
         .help("`--fresh` sets it aside and starts again".to_owned())),
         JobState::Failed { .. } | JobState::Cancelled { .. } => {
-            let tiers = attempts_of(&journal);
+            let records = journal.records().to_vec();
             drop(journal);
             let aside = directory.set_earlier_job_aside()?;
-            let from =
-                tiers.into_iter().map(|(n, tier)| (aside.join(format!("attempt-{n}")), tier)).collect();
-            Ok((None, from))
+            Ok((None, OldAttempt::all_of(&records, |attempt| aside.join(format!("attempt-{attempt}")))))
         }
         JobState::Queued { .. }
         | JobState::Waiting { .. }
@@ -200,17 +194,6 @@ fn take_up(
         | JobState::Running { .. }
         | JobState::Recovering { .. } => Ok((Some(journal), Vec::new())),
     }
-}
-
-fn attempts_of(journal: &Journal) -> Vec<(u32, Tier)> {
-    journal
-        .records()
-        .iter()
-        .filter_map(|record| match &record.event {
-            JobEvent::AttemptStarting(start) => Some((start.attempt, start.tier.clone())),
-            _ => None,
-        })
-        .collect()
 }
 
 /// Keys of a job that change nothing about the rows that are trained.

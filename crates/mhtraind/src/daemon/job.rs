@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,6 @@ use mhtrain_job::receipt::Receipt;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
 use mhtrain_sizing::observation::Observation;
-use mhtrain_sizing::tier::Tier;
 use mhtrain_store::{JobId, ObservationOf};
 use mhtrain_supervisor::Attempt;
 use rustix::fs::Mode;
@@ -28,7 +27,7 @@ use super::{Account, Daemon, HandedIn, QueuedEntry, Submission};
 use crate::engine::directory::{JobDirectory, RECEIPT_BYTES_MAX, read_plain};
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
-use crate::engine::local::{self, LocalRun, clean_up};
+use crate::engine::local::{self, LocalRun, OldAttempt, clean_up};
 use crate::engine::observations::Observer;
 use crate::engine::prepare::{self, chain};
 use crate::engine::screen::Screen;
@@ -158,7 +157,10 @@ impl Worker {
         let own = self.daemon.make_job_dir(self.id, &self.account)?;
         let directory = JobDirectory::open_beside(&prepare::output_dir(&self.spec, &origin), own)?;
         let begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
-        let earlier = if begun { Vec::new() } else { self.make_room(&directory)? };
+        if !begun {
+            self.make_room(&directory)?;
+        }
+        let earlier = self.earlier_attempts(&directory)?;
         let sink = StoreSink { store: self.daemon.store.clone(), id: self.id };
         let journal = Journal::go_on(records, Box::new(sink))?;
         if journal.state().is_final() {
@@ -213,13 +215,18 @@ impl Worker {
         Ok(())
     }
 
-    /// Sets what an earlier job left in the output directory aside. Returns the attempts that may be resumed: those of
-    /// the job that this one goes on with.
-    fn make_room(&self, directory: &JobDirectory) -> Result<Vec<(PathBuf, Tier)>, Failure> {
+    /// Sets what an earlier job left in the output directory aside.
+    fn make_room(&self, directory: &JobDirectory) -> Result<(), Failure> {
         if directory.holds_a_job() {
             let aside = directory.set_earlier_job_aside()?;
             self.live.say(&format!("what an earlier job left was moved to {}", aside.display()));
         }
+        Ok(())
+    }
+
+    /// Returns the attempts that may be resumed beside the job's own, oldest first: those of the jobs that this one goes on
+    /// with.
+    fn earlier_attempts(&self, directory: &JobDirectory) -> Result<Vec<OldAttempt>, Failure> {
         let asides = directory.asides();
         let mut attempts = Vec::new();
         let mut next = self.submission.retry_of.and_then(JobId::new);
@@ -232,12 +239,8 @@ impl Worker {
                 Err(failure) => return Err(failure),
             };
             for aside in asides.iter().filter(|aside| receipt_id(aside) == Some(id.get())) {
-                attempts.extend(records.iter().filter_map(|record| match &record.event {
-                    JobEvent::AttemptStarting(start) => {
-                        Some((aside.join(format!("attempt-{}", start.attempt)), start.tier.clone()))
-                    }
-                    _ => None,
-                }));
+                let old = |attempt| aside.join(format!("attempt-{attempt}"));
+                attempts.splice(0..0, OldAttempt::all_of(&records, old));
             }
             let submission: Option<Submission> = serde_json::from_value(job.context).ok();
             // An earlier job has the smaller number: so this ends.

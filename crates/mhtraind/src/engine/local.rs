@@ -17,13 +17,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mhtrain_job::diagnosis::{Answer, Diagnosis, Kind};
-use mhtrain_job::event::{AttemptStart, Exit, JobEvent, ProcessIdentity, Resume, ResumeKind};
+use mhtrain_job::event::{AttemptStart, Exit, JobEvent, ProcessIdentity, Record, Resume, ResumeKind};
 use mhtrain_job::receipt::{AttemptNote, ProofFacts, ProofKind, Receipt, render};
 use mhtrain_job::rerun::{
     Adjustment, Decision, ExpandableSegments, History, Policy, Rerun, ResumeWish, Wait, decide,
 };
 use mhtrain_job::state::JobState;
-use mhtrain_job::take_over::{GoesOn, NextAttempt, goes_on, last_start, unreadable_steps};
+use mhtrain_job::take_over::{GoesOn, NextAttempt, attempts_made, goes_on, last_start, unreadable_steps};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
@@ -86,14 +86,37 @@ pub struct LocalRun {
     pub journal: Option<Journal>,
     /// Whether somebody gives the job another card when this one fails.
     pub other_device: bool,
-    /// Attempts of a job that ended earlier, whose checkpoints may be resumed, with the rung of each.
-    pub earlier: Vec<(PathBuf, Tier)>,
+    /// Attempts of jobs that ended earlier, whose checkpoints may be resumed.
+    pub earlier: Vec<OldAttempt>,
     /// Whose environment and directory the trainer gets.
     pub origin: Origin,
     /// Who is told.
     pub screen: Screen,
     /// Who keeps what attempts show about memory; `None`: nobody.
     pub observer: Option<Box<dyn Observer>>,
+}
+
+/// An attempt that ended.
+#[derive(Clone, Debug)]
+pub struct OldAttempt {
+    /// Where it trained.
+    pub directory: PathBuf,
+    /// Its rung.
+    pub tier: Tier,
+    /// Whether its training diverged.
+    pub diverged: bool,
+}
+
+impl OldAttempt {
+    /// Returns the attempts that a job's events tell of, in the directories that `directory` says.
+    pub fn all_of(records: &[Record], directory: impl Fn(u32) -> PathBuf) -> Vec<OldAttempt> {
+        let made = attempts_made(records).into_iter().map(|(start, end)| OldAttempt {
+            directory: directory(start.attempt),
+            tier: start.tier.clone(),
+            diverged: end == Some(Kind::Diverged),
+        });
+        made.collect()
+    }
 }
 
 /// What came of a job.
@@ -198,7 +221,7 @@ struct Job<'a> {
     signals: StopSignals,
     stop: Option<StopCause>,
     deadline: Option<Instant>,
-    earlier: Vec<(PathBuf, Tier)>,
+    earlier: Vec<OldAttempt>,
     /// Attempts of which the kernel may still hold something.
     ended: Vec<Attempt>,
 }
@@ -572,16 +595,14 @@ impl<'a> Job<'a> {
 
     /// Returns what earlier attempts saved, oldest first.
     fn saved(&self, wish: ResumeWish) -> Result<Vec<Saved>, Failure> {
-        let own = self.receipt.attempts.iter();
-        let own = own.map(|note| (self.directory.attempt(note.attempt), note.tier.clone()));
-        let all = self.earlier.iter().cloned().chain(own);
-        all.map(|(path, tier)| {
-            let checkpoints = checkpoints_in(&path).map_err(|e| unreadable(&path, &e))?;
-            let last_good_step =
-                if wish == ResumeWish::LastGoodWeights { last_good_step(&path)? } else { None };
-            Ok(Saved { tier, checkpoints, last_good_step })
-        })
-        .collect()
+        let own = OldAttempt::all_of(self.journal.records(), |attempt| self.directory.attempt(attempt));
+        let saved = |OldAttempt { directory, tier, diverged }: OldAttempt| {
+            let checkpoints = checkpoints_in(&directory).map_err(|e| unreadable(&directory, &e))?;
+            let asked = diverged || wish == ResumeWish::LastGoodWeights;
+            let last_good_step = if asked { last_good_step(&directory)? } else { None };
+            Ok(Saved { tier, checkpoints, diverged, last_good_step })
+        };
+        self.earlier.iter().cloned().chain(own).map(saved).collect()
     }
 
     fn steps_per_epoch(&self, tier: &Tier) -> Option<u64> {
