@@ -52,6 +52,7 @@ pub(crate) fn rung(tier: Tier, gib: u64) -> Rung {
             high_bytes: peak,
             terms: Terms { weights: Bytes::from_gib(gib.min(14)), ..Terms::default() },
         },
+        relative_time: 1.0,
     }
 }
 

@@ -1,5 +1,7 @@
 //! What does a run leave behind for the next prediction?
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
 use crate::reserve::Group;
@@ -74,6 +76,9 @@ pub struct Observation {
     pub seen: Seen,
 }
 
+/// CUDA contexts that are believed: from below the smallest that is known to half a gibibyte above the usual ones.
+const CONTEXT_PLAUSIBLE: RangeInclusive<Bytes> = Bytes::from_mib(200)..=Bytes::from_mib(1100);
+
 /// A ratio of what was reserved to what was predicted.
 #[derive(Copy, Clone, Debug, PartialEq)]
 pub enum Reading {
@@ -100,6 +105,18 @@ impl Observation {
         };
         let (Reading::Exactly(ratio) | Reading::MoreThan(ratio)) = reading;
         (0.3..=6.0).contains(&ratio).then_some(reading)
+    }
+
+    /// Returns what its processes held on the card beside what the allocator had reserved: CUDA context, kernels and
+    /// workspaces; `None` when it does not show both, or shows what no context is.
+    ///
+    /// NVML is asked now and then and the pass over the longest rows does not count for the allocator's peak, so the
+    /// difference can be of two moments.
+    pub fn context(&self) -> Option<Bytes> {
+        let Seen::Peak { reserved: Some(reserved), device: Some(device), .. } = self.seen else {
+            return None;
+        };
+        device.checked_sub(reserved).filter(|context| CONTEXT_PLAUSIBLE.contains(context))
     }
 
     fn ratio(&self, bytes: Bytes) -> Option<f64> {

@@ -230,6 +230,36 @@ mod plans {
     }
 
     #[test]
+    fn a_context_that_was_seen_takes_the_place_of_the_usual_one() {
+        let request = request(Bytes::from_gib(72));
+        let mut history = history(&request, 1.2, 3);
+        let peak = |history: &History| {
+            let plan = plan_learned(&request, &TierBook::builtin(), history).unwrap();
+            let estimate = &plan.rungs[2].estimate;
+            (estimate.device_peak_bytes, estimate.high_bytes.saturating_sub(estimate.device_peak_bytes))
+        };
+        let (usual, _) = peak(&history);
+        for (run, context) in history.observations.iter_mut().zip([790, 800, 9000]) {
+            let Seen::Peak { reserved: Some(reserved), device, .. } = &mut run.seen else { panic!("it ran") };
+            *device = Some(reserved.saturating_add(Bytes::from_mib(context)));
+        }
+        // The last is no context: something else was on the card.
+        let (seen, _) = peak(&history);
+        let more = seen.checked_sub(usual).unwrap();
+        assert!(more >= Bytes::from_mib(277) && more <= Bytes::from_mib(289), "{more}");
+    }
+
+    #[test]
+    fn memory_is_never_predicted_below_what_is_allocated_and_the_context() {
+        let request = request(Bytes::from_gib(72));
+        let plan = plan_learned(&request, &TierBook::builtin(), &history(&request, 0.9, 3)).unwrap();
+        for rung in plan.rungs.iter().filter(|rung| rung.tier.packing) {
+            let floor = rung.estimate.allocated_peak_bytes.saturating_add(Bytes::from_mib(512));
+            assert_eq!(rung.predicted_peak_bytes, floor);
+        }
+    }
+
+    #[test]
     fn a_plan_is_read_back_as_it_was_written() {
         let plan = plan(&request(Bytes::from_gib(40)), &TierBook::builtin()).unwrap();
         let text = serde_json::to_string(&plan).unwrap();
@@ -243,11 +273,17 @@ mod plans {
             more in 0u64..50_000,
             ratio in 0.4f64..3.0,
             runs in 0usize..4,
+            unpacked in prop::option::of(0.4f64..3.0),
+            no_checkpointing in any::<bool>(),
         ) {
             let book = TierBook::builtin();
-            let tight = request(Bytes::from_mib(free));
-            let roomy = request(Bytes::from_mib(free + more));
-            let history = history(&tight, ratio, runs);
+            let mut tight = request(Bytes::from_mib(free));
+            tight.allow.no_checkpointing = no_checkpointing;
+            let mut roomy = tight.clone();
+            roomy.card.free = Bytes::from_mib(free + more);
+            let mut history = history(&tight, ratio, runs);
+            let fingerprint = history.fingerprint(&tight, false);
+            history.observations.extend(unpacked.map(|ratio| ran(&fingerprint, ratio)));
             if let Ok(tight) = plan_learned(&tight, &book, &history) {
                 let roomy = plan_learned(&roomy, &book, &history);
                 prop_assert!(roomy.is_ok_and(|roomy| roomy.chosen <= tight.chosen));
