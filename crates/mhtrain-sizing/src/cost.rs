@@ -39,6 +39,17 @@ impl<'a> Cost<'a> {
         rows.padding() * (self.saturation(tokens) + self.attention(tier, &rows)) * self.recomputation(tier)
     }
 
+    /// Returns the time of a row (a pack, where rows are packed), its padding among it, in the same units.
+    pub fn of_row(&self, tier: &Tier) -> f64 {
+        Rows::of(tier, self.data).trained * self.of(tier)
+    }
+
+    /// Returns how many tokens a row of a pass has with its padding, on average; `None` where it is not known.
+    pub fn row_tokens(&self, tier: &Tier) -> Option<f64> {
+        let is_known = tier.packing || self.data.is_some_and(|data| !data.within(tier.max_length).is_empty());
+        is_known.then(|| Rows::of(tier, self.data).computed)
+    }
+
     /// Returns by what a pass of `tokens` is slower than one of many: a matrix product first waits for its weights, then each
     /// token adds its share of arithmetic, so a pass of T tokens runs at T / (T + T0) of full speed.
     ///

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
+use crate::pace::Pace;
 use crate::reserve::Group;
 use crate::tier::Tier;
 use crate::units::Bytes;
@@ -44,7 +45,8 @@ pub struct Fingerprint {
 #[derive(Copy, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Seen {
-    /// It ran: peaks from the trainer's log, its companion, or NVML. At least one of the last two is given.
+    /// It ran: peaks from the trainer's log, its companion, or NVML. Without one of the last two it says nothing about
+    /// memory.
     Peak {
         /// What torch had allocated (`max_memory_allocated`).
         allocated: Option<Bytes>,
@@ -74,6 +76,9 @@ pub struct Observation {
     pub predicted: Bytes,
     /// What happened.
     pub seen: Seen,
+    /// How fast it trained; `None` where it did too little, and in observations that were stored before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pace: Option<Pace>,
 }
 
 /// CUDA contexts that are believed: from below the smallest that is known to half a gibibyte above the usual ones.

@@ -17,6 +17,7 @@ use crate::estimate::{Estimate, EstimateError, estimate_with};
 use crate::ladder::{Class, TierBook, Values};
 use crate::learn::{Learned, learn};
 use crate::observation::{Fingerprint, Observation, Seen, Versions};
+use crate::pace::{Pace, StepTime, step_time};
 use crate::request::{Learning, Length, Request};
 use crate::reserve::{Group, Reserve};
 use crate::tier::{Adapters, Profile, Tier};
@@ -42,6 +43,9 @@ pub struct Rung {
     /// stored before it was told.
     #[serde(default)]
     pub relative_time: f64,
+    /// Tokens of a row of a pass, its padding among them; `None` where nobody looked at the rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub row_tokens: Option<f64>,
 }
 
 /// A sized job: every rung in order, and the one to start at.
@@ -60,6 +64,9 @@ pub struct Plan {
     /// Whether the weights are not packed into 4 bits and could be (`train_type` qlora).
     #[serde(default)]
     pub can_quantise: bool,
+    /// How long a step of the first attempt takes; `None` where no earlier attempt says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step_time: Option<StepTime>,
 }
 
 impl Plan {
@@ -69,12 +76,19 @@ impl Plan {
     }
 
     /// Returns what an attempt of a rung leaves behind for later predictions.
-    pub fn observation(&self, rung: usize, name: String, seen: Seen) -> Option<Observation> {
-        let Rung { tier, estimate, .. } = self.rungs.get(rung)?;
+    pub fn observation(
+        &self,
+        rung: usize,
+        name: String,
+        seen: Seen,
+        pace: Option<Pace>,
+    ) -> Option<Observation> {
+        let Rung { tier, estimate, row_tokens, .. } = self.rungs.get(rung)?;
+        let pace = pace.map(|pace| Pace { row_tokens: *row_tokens, ..pace });
         let group = Group::of_attempt(tier.packing);
         let fingerprint = Fingerprint { group, ..self.fingerprint.clone() };
         let predicted = estimate.allocated_peak_bytes;
-        Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, seen })
+        Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, seen, pace })
     }
 }
 
@@ -214,12 +228,14 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
     let candidates = sizing.candidates()?;
     let chosen = sizing.choose(&candidates)?;
     let rungs = sizing.rungs(&candidates, chosen);
-    let notes = sizing.notes(&candidates, chosen);
+    let mut notes = sizing.notes(&candidates, chosen);
     let can_quantise = request.train_type != TrainType::Qlora && request.model.can_be_packed();
     let tier = &rungs[chosen].tier;
     let fingerprint = history.fingerprint(request, tier.packing);
+    let step_time = step_time(request, &book.ladder, tier, &fingerprint, &history.observations);
+    notes.extend(step_time.as_ref().map(StepTime::sentence));
     let effective_batch = sizing.effective_batch;
-    Ok(Plan { chosen, effective_batch, rungs, fingerprint, notes, can_quantise })
+    Ok(Plan { chosen, effective_batch, rungs, fingerprint, notes, can_quantise, step_time })
 }
 
 /// Returns the pass that a rung means for the card.
@@ -665,6 +681,7 @@ impl<'a> Sizing<'a> {
             admission_bytes: candidate.needed,
             fits: candidate.admitted,
             relative_time: candidate.relative_time,
+            row_tokens: self.timing().row_tokens(&candidate.tier),
             why: self.why(candidate, index.cmp(&chosen)),
             estimate: candidate.estimate.clone(),
         };

@@ -58,6 +58,7 @@ fn ran(fingerprint: &Fingerprint, ratio: f64) -> Observation {
         tier: None,
         predicted: PREDICTED,
         seen,
+        pace: None,
     }
 }
 
@@ -68,6 +69,7 @@ fn died(fingerprint: &Fingerprint, limit: Bytes) -> Observation {
         tier: None,
         predicted: PREDICTED,
         seen: Seen::MoreThan { limit },
+        pace: None,
     }
 }
 
@@ -188,6 +190,7 @@ fn any_observation() -> impl Strategy<Value = Observation> {
                 tier: None,
                 predicted: Bytes::new(predicted),
                 seen,
+                pace: None,
             }
         },
     )
@@ -204,6 +207,7 @@ proptest! {
 
 mod plans {
     use mhtrain_sizing::ladder::TierBook;
+    use mhtrain_sizing::pace::{Pace, StepTime};
     use mhtrain_sizing::plan::{History, Plan, plan, plan_learned};
     use mhtrain_sizing::request::Request;
 
@@ -264,6 +268,48 @@ mod plans {
         let plan = plan(&request(Bytes::from_gib(40)), &TierBook::builtin()).unwrap();
         let text = serde_json::to_string(&plan).unwrap();
         assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    }
+
+    /// Steps of 2 s at 8x4, as 7B on packed rows of 3072.
+    fn paced(request: &Request, versions: Option<&str>) -> History {
+        let mut history = history(request, 1.1, 1);
+        let tier = plan(request, &TierBook::builtin()).unwrap().chosen_rung().tier.clone();
+        let run = &mut history.observations[0];
+        run.tier = Some(tier);
+        run.pace = Some(Pace { seconds_per_step: 2.0, steps: 100, row_tokens: Some(3072.0) });
+        run.fingerprint.versions.torch = versions.map(str::to_owned);
+        history
+    }
+
+    #[test]
+    fn a_step_takes_what_it_took_and_without_runs_nothing_is_said() {
+        let book = TierBook::builtin();
+        let request = request(Bytes::from_gib(78));
+        assert_eq!(plan(&request, &book).unwrap().step_time, None);
+        let known = plan_learned(&request, &book, &paced(&request, None)).unwrap();
+        let time = known.step_time.unwrap();
+        assert!(time.same_rung && (time.seconds - 2.0).abs() < 1e-9, "{time:?}");
+        assert!(known.notes.iter().any(|note| note.contains("a step takes about 2.00 s (1.81 to 2.21)")));
+        let mut other = request.clone();
+        other.card.name = "another card".to_owned();
+        assert_eq!(plan_learned(&other, &book, &paced(&request, None)).unwrap().step_time, None);
+    }
+
+    #[test]
+    fn another_rung_or_version_is_scaled_in_a_wider_interval() {
+        let book = TierBook::builtin();
+        let roomy = request(Bytes::from_gib(78));
+        let width = |time: &StepTime| (time.high / time.low).ln();
+        let same = plan_learned(&roomy, &book, &paced(&roomy, None)).unwrap().step_time.unwrap();
+        let newer = plan_learned(&roomy, &book, &paced(&roomy, Some("2.10"))).unwrap().step_time.unwrap();
+        assert!(!newer.same_rung && width(&newer) > 2.0 * width(&same), "{newer:?}");
+        let tight = request(Bytes::from_gib(30));
+        let lower = plan_learned(&tight, &book, &paced(&roomy, None)).unwrap();
+        assert!(lower.chosen_rung().tier.micro_batch < 8);
+        let time = lower.step_time.unwrap();
+        // The same rows in more passes: slower, and by less than a tenth.
+        assert!(time.seconds > 2.0 && time.seconds < 2.2, "{time:?}");
+        assert!(width(&time) > 3.0 * width(&same), "{time:?}");
     }
 
     proptest! {

@@ -141,6 +141,7 @@ impl Case {
                         reserved: Some(Bytes::from_f64(reserved)),
                         device: Some(Bytes::from_f64(reserved + self.context)),
                     },
+                    pace: None,
                 });
             }
         }
