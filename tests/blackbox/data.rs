@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::environment::TestEnv;
+use crate::environment::{FakeHost, TestEnv};
 
 const CARD: [&str; 6] = ["--gpu-free", "80GiB", "--compute-capability", "8.0", "--flash-attn", "yes"];
 
@@ -86,4 +86,35 @@ fn what_strangers_put_into_a_tokenizer_ends_the_look_and_not_the_plan() {
     let plan = plan(&env);
     assert_eq!(plan["data"], Value::Null);
     assert!(plan["notes"].to_string().contains("not looked at"), "{}", plan["notes"]);
+}
+
+#[test]
+fn the_time_of_a_run_is_told_once_a_run_was_seen_and_not_before() {
+    let host = FakeHost::with_card(80 << 30);
+    host.job(
+        json!({"name": "timed", "args": {"template": "qwen2_5", "logging_steps": 1, "num_train_epochs": 1}}),
+    );
+    host.env.write("model/tokenizer.json", WORDS);
+    let row = json!({"query": "q", "response": "w w w"});
+    host.env.write("train.jsonl", format!("{row}\n").repeat(320));
+    let planned = || host.run(&["plan", "job.json", "--json"], json!({})).expect(0).json();
+    let shown = || host.run(&["plan", "job.json"], json!({})).expect(0).stdout;
+    let before = planned();
+    assert_eq!((&before["eta"]["step_s"], &before["eta"]["run_s"]), (&Value::Null, &Value::Null));
+    assert!(shown().contains("time: not known yet: no run of this model"), "{}", shown());
+    host.run(&["run", "job.json"], json!({"step_seconds": 0.2})).expect(0);
+    let after = planned();
+    let (eta, steps) = (&after["eta"], after["data"]["optimizer_steps"].as_u64().unwrap());
+    assert_eq!(steps, 10, "{}", after["data"]);
+    let guess = |of: &str| eta[of]["guess"].as_f64().unwrap();
+    assert!((0.2..1.0).contains(&guess("step_s")), "{eta}");
+    assert!((guess("run_s") - 10.0 * guess("step_s")).abs() < 1e-6, "{eta}");
+    assert!(eta["run_s"]["low"].as_f64() < eta["run_s"]["guess"].as_f64(), "{eta}");
+    assert_eq!(eta["same_rung"], true, "{eta}");
+    assert!(eta["from"].to_string().contains("timed of "), "{eta}");
+    assert!(shown().contains("time: about 0:0"), "{}", shown());
+    // Another card may be faster or slower by any factor.
+    let other = host.run(&["plan", "job.json", "--json", "--gpu-free", "80GiB"], json!({})).expect(0).json();
+    assert_eq!(other["eta"]["run_s"], Value::Null);
+    assert!(other["eta"]["why_not"].as_str().unwrap().contains("no run of this model"), "{other}");
 }

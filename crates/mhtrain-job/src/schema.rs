@@ -165,6 +165,7 @@ fn allow() -> Value {
             "quantize": flag("quantize", "Base weights may be quantised to 4 bits."),
             "liger": flag("liger", "Liger's fused kernels may be used."),
             "fewer_targets": flag("fewer_targets", "Adapters may be left off some layers."),
+            "no_checkpointing": flag("no_checkpointing", "Activations may be kept instead of computed again."),
             "recipe_stable": flag("recipe_stable", "After a divergence the recipe's stable learning may be used."),
         }
     })

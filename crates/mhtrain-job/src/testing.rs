@@ -53,6 +53,8 @@ pub(crate) fn rung(tier: Tier, gib: u64) -> Rung {
             high_bytes: peak,
             terms: Terms { weights: Bytes::from_gib(gib.min(14)), ..Terms::default() },
         },
+        relative_time: 1.0,
+        row_tokens: None,
     }
 }
 
@@ -72,6 +74,7 @@ pub(crate) fn plan() -> Plan {
         fingerprint: fingerprint(),
         notes: Vec::new(),
         can_quantise: true,
+        step_time: None,
     }
 }
 

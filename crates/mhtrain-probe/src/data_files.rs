@@ -535,6 +535,12 @@ impl<'de> Visitor<'de> for EachRow<'_, '_> {
 
 #[cfg(test)]
 mod tests {
+    use parquet::basic::{Compression, ZstdLevel};
+    use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
     use super::*;
 
     /// Writes files and returns their directory.
@@ -586,6 +592,75 @@ mod tests {
             assert_eq!(seen, (0..2000).collect::<Vec<_>>(), "{name}");
             assert!(progress.rows_known && progress.rows == 2000, "{name}: {progress:?}");
             assert_eq!(progress.bytes_read, progress.bytes, "{name}");
+        }
+    }
+
+    /// Returns a parquet file of row groups of `rows` rows each, with an id and a conversation of two turns, as hubs keep them:
+    /// columns id, messages.list.element.role and messages.list.element.content.
+    fn parquet_file(groups: &[u64], compression: Compression) -> Vec<u8> {
+        let schema =
+            "message rows { required int64 id; optional group messages (LIST) { repeated group list {
+            optional group element { optional binary role (UTF8); optional binary content (UTF8); } } } }";
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let settings = Arc::new(WriterProperties::builder().set_compression(compression).build());
+        let mut file = Vec::new();
+        let mut writer = SerializedFileWriter::new(&mut file, schema, settings).unwrap();
+        let mut first = 0;
+        for rows in groups {
+            let ids: Vec<i64> = (first..first + rows).map(|id| i64::try_from(id).unwrap()).collect();
+            first += rows;
+            let mut group = writer.next_row_group().unwrap();
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<Int64Type>().write_batch(&ids, None, None).unwrap();
+            column.close().unwrap();
+            // Every list has two elements: the first begins the row, the second goes on in it; nothing is null.
+            let (there, begins) = (vec![4; 2 * ids.len()], [0, 1].repeat(ids.len()));
+            let roles = |_: &i64| ["user".to_owned(), "assistant".to_owned()];
+            let contents =
+                |id: &i64| [format!("question {id}"), "x".repeat(usize::try_from(id % 50).unwrap())];
+            for text in [&roles as &dyn Fn(&i64) -> [String; 2], &contents] {
+                let values: Vec<ByteArray> =
+                    ids.iter().flat_map(text).map(|value| value.as_str().into()).collect();
+                let mut column = group.next_column().unwrap().unwrap();
+                column.typed::<ByteArrayType>().write_batch(&values, Some(&there), Some(&begins)).unwrap();
+                column.close().unwrap();
+            }
+            group.close().unwrap();
+        }
+        writer.close().unwrap();
+        file
+    }
+
+    #[test]
+    fn every_row_of_a_parquet_file_is_read_once_with_what_is_nested_in_it() {
+        let zstd = Compression::ZSTD(ZstdLevel::default());
+        for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, zstd] {
+            let file = parquet_file(&[700, 1, 299], compression);
+            let directory = directory(&[("data/train-00000-of-00001.parquet", &file)]);
+            let files = DataFiles::open(&data_files(directory.path()).unwrap()).unwrap();
+            assert_eq!(files.columns().collect::<Vec<_>>(), ["id", "messages"]);
+            let (seen, progress) = ids(&files, 2, usize::MAX);
+            assert_eq!(seen, (0..1000).collect::<Vec<_>>());
+            assert!(progress.rows_known && progress.rows == 1000, "{progress:?}");
+            let rows = Mutex::new(Vec::new());
+            files.read(1, &|row| {
+                rows.lock().unwrap().push(row.unwrap());
+                ControlFlow::Continue(())
+            });
+            let rows = rows.into_inner().unwrap();
+            let seventh = rows.iter().find(|row| row["id"] == 7).unwrap();
+            let messages = serde_json::json!([
+                {"role": "user", "content": "question 7"}, {"role": "assistant", "content": "xxxxxxx"}]);
+            assert_eq!(seventh["messages"], messages);
+        }
+    }
+
+    #[test]
+    fn a_parquet_file_that_is_cut_off_is_an_error_and_no_panic() {
+        let whole = parquet_file(&[50], Compression::SNAPPY);
+        for length in [0, 3, 4, whole.len() / 2, whole.len() - 1] {
+            let directory = directory(&[("a.parquet", &whole[..length])]);
+            assert!(DataFiles::open(&[directory.path().join("a.parquet")]).is_err(), "{length} bytes");
         }
     }
 

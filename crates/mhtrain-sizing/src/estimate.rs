@@ -399,20 +399,22 @@ fn on_device(peak: &Peak, work: &Workload, model: &Model, reserve: &Reserve<'_>)
         of_dynamic = Ratio { low: 0.8 * of_dynamic.low, high: 1.5 * of_dynamic.high, ..of_dynamic };
     }
     let (resident, dynamic) = (peak.resident(), peak.dynamic() + peak.forward_excess);
-    let context = CONTEXT.as_f64();
     let [resident_ratio, dynamic_ratio] = reserve.parts(resident / (resident + dynamic).max(1.0));
-    let at = |end: fn(Ratio) -> f64, context_share: f64| {
-        end(resident_ratio) * end(of_resident) * resident
-            + end(dynamic_ratio) * end(of_dynamic) * dynamic
-            + context_share * context
+    let reserved = |end: fn(Ratio) -> f64| {
+        end(resident_ratio) * end(of_resident) * resident + end(dynamic_ratio) * end(of_dynamic) * dynamic
     };
-    // Never below what is allocated, and what is resident cannot shrink below itself by luck of the allocator.
-    let guess = Bytes::from_f64(at(|ratio| ratio.guess, 1.0)).max(allocated);
+    let context = reserve.context();
+    // The allocator never holds less than what it has handed out.
+    let middle = reserved(|ratio| ratio.guess).max(allocated.as_f64());
+    // What the allocator keeps and what a context takes do not depend on each other.
+    let below = (middle - reserved(|ratio| ratio.low)).hypot(context.guess - context.low);
+    let above = (reserved(|ratio| ratio.high) - middle).max(0.0).hypot(context.high - context.guess);
+    let guess = Bytes::from_f64(middle + context.guess);
     Estimate {
         allocated_peak_bytes: allocated,
         device_peak_bytes: guess,
-        low_bytes: Bytes::from_f64(at(|ratio| ratio.low, 0.6)).min(guess),
-        high_bytes: Bytes::from_f64(at(|ratio| ratio.high, 1.4)).max(guess),
+        low_bytes: guess.saturating_sub(Bytes::from_f64(below)),
+        high_bytes: guess.saturating_add(Bytes::from_f64(above)),
         terms: Terms {
             weights,
             adapter,

@@ -321,8 +321,16 @@ pub struct LadderRules {
     pub throughput_gain_min: f64,
     /// Tokens of a pass at which half the full speed is reached.
     pub saturation_tokens: f64,
-    /// Share of the accepted risk that a larger micro-batch may take.
+    /// Share of the accepted risk that a larger micro-batch, or a pass without checkpointing, may take.
     pub larger_risk_share: f64,
+    /// How many times the accepted risk a rung may take on a machine that has run this model before.
+    #[serde(default = "known_risk_share")]
+    pub known_risk_share: f64,
+}
+
+/// Returns the shipped value, for a site's file that was written before there was one.
+fn known_risk_share() -> f64 {
+    2.0
 }
 
 /// Why a tier book cannot be used.
@@ -490,6 +498,7 @@ impl TierBook {
             ("ladder.throughput_gain_min", self.ladder.throughput_gain_min, 0.0),
             ("ladder.saturation_tokens", self.ladder.saturation_tokens, 0.0),
             ("ladder.larger_risk_share", self.ladder.larger_risk_share, f64::MIN_POSITIVE),
+            ("ladder.known_risk_share", self.ladder.known_risk_share, f64::MIN_POSITIVE),
         ];
         for (what, value, least) in rules {
             if !(value >= least && value.is_finite()) {

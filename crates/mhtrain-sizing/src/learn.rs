@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::observation::{Fingerprint, Observation, Reading};
 use crate::reserve::Ratio;
+use crate::units::Bytes;
 
 /// How near a run is to the one that is predicted, nearest first.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -184,6 +185,23 @@ pub fn learn(prior: Ratio, next: &Fingerprint, observations: &[Observation]) -> 
     Learned { ratio: belief.predicts(mean, variance, &noise), prior, evidence }
 }
 
+/// Returns what a CUDA context takes, in bytes, from runs on the same kind of card with the same versions; `None` without
+/// any.
+///
+/// The median, because each figure is the difference of two readings that may be of different moments. Its interval is
+/// by judgement: the same kernels are loaded, and workspaces differ by some tens of MiB from job to job.
+pub fn learned_context(next: &Fingerprint, observations: &[Observation]) -> Option<Ratio> {
+    let same = |run: &Fingerprint| run.card == next.card && run.versions == next.versions;
+    let mut seen: Vec<Bytes> = observations
+        .iter()
+        .filter(|observation| same(&observation.fingerprint))
+        .filter_map(Observation::context)
+        .collect();
+    seen.sort_unstable();
+    let guess = seen.get(seen.len() / 2)?.as_f64();
+    Some(Ratio { low: 0.85 * guess, guess, high: 1.15 * guess })
+}
+
 /// The prior as a normal on the logarithm, with another spread below than above.
 struct Belief {
     mean: f64,
@@ -312,7 +330,7 @@ fn hazard(x: f64) -> f64 {
 /// Returns the upper tail of the standard normal distribution, to 7.5e-8.
 ///
 /// Source: Abramowitz and Stegun 1964, formula 26.2.17.
-fn upper_tail(x: f64) -> f64 {
+pub fn upper_tail(x: f64) -> f64 {
     let t = 1.0 / (1.0 + 0.231_641_9 * x.abs());
     let series = t
         * (0.319_381_530

@@ -1,7 +1,10 @@
 //! What does a run leave behind for the next prediction?
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
+use crate::pace::Pace;
 use crate::reserve::Group;
 use crate::tier::Tier;
 use crate::units::Bytes;
@@ -42,7 +45,8 @@ pub struct Fingerprint {
 #[derive(Copy, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Seen {
-    /// It ran: peaks from the trainer's log, its companion, or NVML. At least one of the last two is given.
+    /// It ran: peaks from the trainer's log, its companion, or NVML. Without one of the last two it says nothing about
+    /// memory.
     Peak {
         /// What torch had allocated (`max_memory_allocated`).
         allocated: Option<Bytes>,
@@ -72,7 +76,13 @@ pub struct Observation {
     pub predicted: Bytes,
     /// What happened.
     pub seen: Seen,
+    /// How fast it trained; `None` where it did too little, and in observations that were stored before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pace: Option<Pace>,
 }
+
+/// CUDA contexts that are believed: from below the smallest that is known to half a gibibyte above the usual ones.
+const CONTEXT_PLAUSIBLE: RangeInclusive<Bytes> = Bytes::from_mib(200)..=Bytes::from_mib(1100);
 
 /// A ratio of what was reserved to what was predicted.
 #[derive(Copy, Clone, Debug, PartialEq)]
@@ -100,6 +110,18 @@ impl Observation {
         };
         let (Reading::Exactly(ratio) | Reading::MoreThan(ratio)) = reading;
         (0.3..=6.0).contains(&ratio).then_some(reading)
+    }
+
+    /// Returns what its processes held on the card beside what the allocator had reserved: CUDA context, kernels and
+    /// workspaces; `None` when it does not show both, or shows what no context is.
+    ///
+    /// NVML is asked now and then and the pass over the longest rows does not count for the allocator's peak, so the
+    /// difference can be of two moments.
+    pub fn context(&self) -> Option<Bytes> {
+        let Seen::Peak { reserved: Some(reserved), device: Some(device), .. } = self.seen else {
+            return None;
+        };
+        device.checked_sub(reserved).filter(|context| CONTEXT_PLAUSIBLE.contains(context))
     }
 
     fn ratio(&self, bytes: Bytes) -> Option<f64> {

@@ -1,5 +1,6 @@
 //! Which rung is the best that fits?
 
+mod order;
 mod settle;
 
 use std::cmp::Ordering;
@@ -11,10 +12,12 @@ use settle::{
 };
 
 pub use crate::correct::after_oom;
+use crate::cost::Cost;
 use crate::estimate::{Estimate, EstimateError, estimate_with};
 use crate::ladder::{Class, TierBook, Values};
 use crate::learn::{Learned, learn};
 use crate::observation::{Fingerprint, Observation, Seen, Versions};
+use crate::pace::{Pace, StepTime, step_time};
 use crate::request::{Learning, Length, Request};
 use crate::reserve::{Group, Reserve};
 use crate::tier::{Adapters, Profile, Tier};
@@ -36,6 +39,13 @@ pub struct Rung {
     pub why: String,
     /// The prediction in full.
     pub estimate: Estimate,
+    /// Time of a trained token, 1 and more; only its ratio to that of another rung means anything. 0 in plans that were
+    /// stored before it was told.
+    #[serde(default)]
+    pub relative_time: f64,
+    /// Tokens of a row of a pass, its padding among them; `None` where nobody looked at the rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub row_tokens: Option<f64>,
 }
 
 /// A sized job: every rung in order, and the one to start at.
@@ -54,6 +64,9 @@ pub struct Plan {
     /// Whether the weights are not packed into 4 bits and could be (`train_type` qlora).
     #[serde(default)]
     pub can_quantise: bool,
+    /// How long a step of the first attempt takes; `None` where no earlier attempt says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step_time: Option<StepTime>,
 }
 
 impl Plan {
@@ -63,13 +76,20 @@ impl Plan {
     }
 
     /// Returns what an attempt of a rung leaves behind for later predictions.
-    pub fn observation(&self, rung: usize, name: String, seen: Seen) -> Option<Observation> {
-        let Rung { tier, estimate, .. } = self.rungs.get(rung)?;
+    pub fn observation(
+        &self,
+        rung: usize,
+        name: String,
+        seen: Seen,
+        pace: Option<Pace>,
+    ) -> Option<Observation> {
+        let Rung { tier, estimate, row_tokens, .. } = self.rungs.get(rung)?;
+        let pace = pace.map(|pace| Pace { row_tokens: *row_tokens, ..pace });
         let group = Group::of_attempt(tier.packing);
         let method = method(self.fingerprint.method, tier);
         let fingerprint = Fingerprint { group, method, ..self.fingerprint.clone() };
         let predicted = estimate.allocated_peak_bytes;
-        Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, seen })
+        Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, seen, pace })
     }
 }
 
@@ -160,9 +180,9 @@ impl PlanError {
 ///
 /// Order is lexicographic: first what is trained, then throughput. The class's own batch is the presumption and is
 /// taken when its best guess fits; smaller batches and shorter rows are taken when they fit at the stated risk, larger
-/// batches when they fit with room to spare and are faster. When nothing fits, the emergency rung is tried once, unless
-/// the weights alone are too much. Every threshold depends on the rung alone, so more free memory never picks a lower
-/// rung.
+/// batches when they fit with room to spare and are faster. A rung under which nothing needs less is taken when its best
+/// guess fits. When nothing fits, the emergency rung is tried once, unless the weights alone are too much. Every threshold
+/// depends on the ladder alone, so more free memory never picks a lower rung.
 ///
 /// # Errors
 /// Pins or wishes that exclude each other, and models that do not fit.
@@ -210,10 +230,14 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
     let candidates = sizing.candidates()?;
     let chosen = sizing.choose(&candidates)?;
     let rungs = sizing.rungs(&candidates, chosen);
-    let notes = sizing.notes(&candidates, chosen);
+    let mut notes = sizing.notes(&candidates, chosen);
     let can_quantise = request.train_type != TrainType::Qlora && request.model.can_be_packed();
-    let fingerprint = history.fingerprint(request, rungs[chosen].tier.packing);
-    Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, fingerprint, notes, can_quantise })
+    let tier = &rungs[chosen].tier;
+    let fingerprint = history.fingerprint(request, tier.packing);
+    let step_time = step_time(request, &book.ladder, tier, &fingerprint, &history.observations);
+    notes.extend(step_time.as_ref().map(StepTime::sentence));
+    let effective_batch = sizing.effective_batch;
+    Ok(Plan { chosen, effective_batch, rungs, fingerprint, notes, can_quantise, step_time })
 }
 
 /// Returns how a rung of a job is trained: one that packs the weights does what qlora does.
@@ -256,8 +280,20 @@ enum Rule {
     LongerForData,
     /// A smaller batch or shorter rows: has to fit at the stated risk.
     Careful,
-    /// A larger batch: has to fit at a smaller risk, and be faster than the next smaller by this share.
+    /// A larger batch, or no checkpointing: has to fit at a smaller risk, and be faster than the rung that it stands for by
+    /// this share.
     Larger { gain: f64 },
+}
+
+/// What a rung has to fit by.
+#[derive(Copy, Clone, Debug, PartialEq)]
+enum Basis {
+    /// Its best guess.
+    BestGuess,
+    /// Its best guess, because no rung under it needs less.
+    NothingSafer,
+    /// What it does not exceed but for this risk.
+    Risk(f64),
 }
 
 /// A rung before the choice.
@@ -266,6 +302,8 @@ struct Candidate {
     tier: Tier,
     rule: Rule,
     estimate: Estimate,
+    relative_time: f64,
+    basis: Basis,
     needed: Bytes,
     admitted: bool,
 }
@@ -346,13 +384,9 @@ impl<'a> Sizing<'a> {
         }
         let whole = [(Profile::Long, self.lengths.long), (Profile::Standard, self.lengths.standard)];
         for (profile, length) in whole {
-            let Some(length) = length else { continue };
-            tiers.extend(
-                self.batches
-                    .micro
-                    .iter()
-                    .map(|&micro| (self.standard_tier(profile, micro, length), self.rule(micro, length))),
-            );
+            if let Some(length) = length {
+                tiers.extend(self.by_speed(profile, length));
+            }
         }
         if let Some(length) = self.lengths.shorter {
             let shorter = |micro| (self.standard_tier(Profile::Shorter, micro, length), Rule::Careful);
@@ -372,7 +406,33 @@ impl<'a> Sizing<'a> {
         if self.request.allow.emergency && !self.request.pins.leave_nothing_to_size() {
             tiers.push((self.emergency_tier(), Rule::Careful));
         }
-        tiers.into_iter().map(|(tier, rule)| self.candidate(tier, rule)).collect()
+        let mut candidates = tiers
+            .into_iter()
+            .map(|(tier, rule)| self.candidate(tier, rule))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.admit(&mut candidates);
+        Ok(candidates)
+    }
+
+    /// Settles what each rung has to fit by, and whether it does.
+    fn admit(&self, candidates: &mut [Candidate]) {
+        // What the rungs below need at least.
+        let mut below: Option<Bytes> = None;
+        for candidate in candidates.iter_mut().rev() {
+            let guess = candidate.estimate.device_peak_bytes;
+            let is_larger = matches!(candidate.rule, Rule::Larger { .. });
+            if !is_larger && guess < candidate.needed && below.is_none_or(|below| guess < below) {
+                (candidate.basis, candidate.needed) = (Basis::NothingSafer, guess);
+            }
+            let worth_it = match candidate.rule {
+                Rule::Larger { gain } => gain >= self.book.ladder.throughput_gain_min,
+                Rule::Presumed | Rule::LongerForData | Rule::Careful => true,
+            };
+            candidate.admitted = worth_it && candidate.needed <= self.request.card.free;
+            if worth_it {
+                below = Some(below.map_or(candidate.needed, |below| below.min(candidate.needed)));
+            }
+        }
     }
 
     /// Returns the micro-batches that are tried once the rows are as short as they may be: larger ones need more than a
@@ -400,22 +460,24 @@ impl<'a> Sizing<'a> {
 
     fn candidate(&self, tier: Tier, rule: Rule) -> Result<Candidate, PlanError> {
         let estimate = self.estimate(&tier)?;
-        let risk = self.request.oom_risk;
-        let needed = match rule {
-            // A machine that has seen this model knows its risk, so nothing has to be presumed.
-            Rule::Presumed | Rule::LongerForData if self.reserve(&tier).knows_model() => {
-                estimate.admission_bytes(risk)
+        let rules = &self.book.ladder;
+        let basis = match rule {
+            // A machine that has seen this model knows its risk, so nothing has to be presumed, or spared.
+            _ if self.reserve(&tier).knows_model() => Basis::Risk(rules.known_risk_share),
+            Rule::Presumed | Rule::LongerForData => Basis::BestGuess,
+            Rule::Careful => Basis::Risk(1.0),
+            Rule::Larger { .. } => Basis::Risk(rules.larger_risk_share),
+        };
+        let (basis, needed) = match basis {
+            Basis::BestGuess | Basis::NothingSafer => (basis, estimate.device_peak_bytes),
+            // More than even odds are no admission.
+            Basis::Risk(share) => {
+                let risk = (share * self.request.oom_risk).min(self.request.oom_risk.max(0.5));
+                (Basis::Risk(risk), estimate.admission_bytes(risk))
             }
-            Rule::Presumed | Rule::LongerForData => estimate.device_peak_bytes,
-            Rule::Careful => estimate.admission_bytes(risk),
-            Rule::Larger { .. } => estimate.admission_bytes(risk * self.book.ladder.larger_risk_share),
         };
-        let worth_it = match rule {
-            Rule::Larger { gain } => gain >= self.book.ladder.throughput_gain_min,
-            Rule::Presumed | Rule::LongerForData | Rule::Careful => true,
-        };
-        let admitted = worth_it && needed <= self.request.card.free;
-        Ok(Candidate { tier, rule, estimate, needed, admitted })
+        let relative_time = self.timing().of(&tier);
+        Ok(Candidate { tier, rule, estimate, relative_time, basis, needed, admitted: false })
     }
 
     fn estimate(&self, tier: &Tier) -> Result<Estimate, EstimateError> {
@@ -426,28 +488,6 @@ impl<'a> Sizing<'a> {
         let next = if tier.packing { &self.packed } else { &self.unpacked };
         let next = &next[usize::from(tier.quant_bits.is_some())];
         Reserve { group: next.group, history: Some((next, &self.history.observations)) }
-    }
-
-    fn rule(&self, micro: u32, length: u32) -> Rule {
-        match micro.cmp(&self.batches.own) {
-            Ordering::Equal => Rule::Presumed,
-            Ordering::Less => Rule::Careful,
-            Ordering::Greater => Rule::Larger { gain: self.gain(micro, length) },
-        }
-    }
-
-    /// Returns by what share a pass of `micro` rows is faster than one of the next smaller micro-batch.
-    ///
-    /// A pass of T tokens runs at T / (T + T0) of full speed: a matrix product first waits for its weights, and each
-    /// token then adds its share of arithmetic (Williams et al. 2009, roofline).
-    fn gain(&self, micro: u32, length: u32) -> f64 {
-        let smaller =
-            self.batches.micro.iter().copied().filter(|other| *other < micro).max().unwrap_or(micro);
-        let speed = |rows: u32| {
-            let tokens = f64::from(rows) * f64::from(length);
-            tokens / (tokens + self.book.ladder.saturation_tokens)
-        };
-        speed(micro) / speed(smaller) - 1.0
     }
 
     fn accumulation(&self, micro: u32) -> u32 {
@@ -485,6 +525,10 @@ impl<'a> Sizing<'a> {
     /// Returns the largest divisor of the effective batch up to `micro`, so that E stays what it is.
     fn smallest(&self, micro: u32) -> u32 {
         (1..=micro).rev().find(|rows| self.effective_batch.is_multiple_of(u64::from(*rows))).unwrap_or(1)
+    }
+
+    fn timing(&self) -> Cost<'_> {
+        Cost::new(self.request, &self.book.ladder)
     }
 
     fn tier(
@@ -527,7 +571,7 @@ impl<'a> Sizing<'a> {
         }
     }
 
-    /// Returns the first rung that is admitted, else the emergency rung.
+    /// Returns the first rung that is admitted, else the last resort.
     fn choose(&self, candidates: &[Candidate]) -> Result<usize, PlanError> {
         if let Some(index) = candidates.iter().position(|candidate| candidate.admitted) {
             return Ok(index);
@@ -550,7 +594,7 @@ impl<'a> Sizing<'a> {
             });
         }
         match candidates.last() {
-            Some(last) if last.tier.name == Profile::Emergency => Ok(candidates.len() - 1),
+            Some(last) if last.tier.name == Profile::Emergency => Ok(self.last_resort(candidates)),
             Some(_) | None => Err(PlanError::NothingFits {
                 card: self.card(),
                 tier: smallest.tier.to_string(),
@@ -560,6 +604,21 @@ impl<'a> Sizing<'a> {
                 help: self.what_would_help(smallest.needed),
             }),
         }
+    }
+
+    /// Returns the rung that is tried although nothing fits: the emergency rung, unless this machine knows better.
+    ///
+    /// Its single rows are mostly shorter than they may be, so without knowledge it is the likeliest to fit, whatever is
+    /// predicted. Where runs of this model packed and not packed were seen, the one that needs least is.
+    fn last_resort(&self, candidates: &[Candidate]) -> usize {
+        let last = candidates.len() - 1;
+        let known = |index: usize| self.reserve(&candidates[index].tier).knows_model();
+        let guess = |index: &usize| candidates[*index].estimate.device_peak_bytes;
+        if !known(last) {
+            return last;
+        }
+        // Of equals the last.
+        (0..=last).rev().filter(|index| known(*index)).min_by_key(guess).unwrap_or(last)
     }
 
     fn card(&self) -> String {
@@ -651,6 +710,8 @@ impl<'a> Sizing<'a> {
             predicted_peak_bytes: candidate.estimate.device_peak_bytes,
             admission_bytes: candidate.needed,
             fits: candidate.admitted,
+            relative_time: candidate.relative_time,
+            row_tokens: self.timing().row_tokens(&candidate.tier),
             why: self.why(candidate, index.cmp(&chosen)),
             estimate: candidate.estimate.clone(),
         };
@@ -660,15 +721,10 @@ impl<'a> Sizing<'a> {
     /// Returns why a rung is, or is not, taken, with both numbers.
     fn why(&self, candidate: &Candidate, place: Ordering) -> String {
         let free = self.request.card.free;
-        let basis = match candidate.rule {
-            Rule::Presumed | Rule::LongerForData if !self.reserve(&candidate.tier).knows_model() => {
-                "best guess".to_owned()
-            }
-            Rule::Presumed | Rule::LongerForData => format!("at {} risk", percent(self.request.oom_risk)),
-            Rule::Careful => format!("at {} risk", percent(self.request.oom_risk)),
-            Rule::Larger { .. } => {
-                format!("at {} risk", percent(self.request.oom_risk * self.book.ladder.larger_risk_share))
-            }
+        let basis = match candidate.basis {
+            Basis::BestGuess => "best guess".to_owned(),
+            Basis::NothingSafer => "best guess, because nothing below needs less".to_owned(),
+            Basis::Risk(risk) => format!("at {} risk", percent(risk)),
         };
         let numbers = format!("needs {} ({basis}), {free} are free", candidate.needed);
         let emergency = candidate.tier.name == Profile::Emergency;
@@ -681,8 +737,13 @@ impl<'a> Sizing<'a> {
                 format!("in reserve, as the last resort: {numbers}")
             }
             (_, false, Rule::Larger { gain }) if candidate.needed <= free => format!(
-                "not worth it: only {} faster than the next smaller micro-batch; {numbers}",
-                percent(gain)
+                "not worth it: {} than {}; {numbers}",
+                faster(gain),
+                if candidate.tier.gradient_checkpointing {
+                    "the next smaller micro-batch"
+                } else {
+                    "the class's own batch with checkpointing"
+                }
             ),
             (Ordering::Less, _, _) | (Ordering::Greater, false, _) => format!("refused: {numbers}"),
         }
@@ -704,6 +765,7 @@ impl<'a> Sizing<'a> {
                  that are free",
                 taken.tier, first.tier, first.estimate.device_peak_bytes
             ));
+            notes.extend(self.note_on_speed(first, taken));
             notes.extend(what_changes(&first.tier, &taken.tier));
             notes.extend(self.liger_hint(&first.tier));
         }
@@ -745,6 +807,10 @@ fn one_of(ways: &[String]) -> String {
         [all @ .., last] if !all.is_empty() => format!("{}, or {last}", all.join(", ")),
         _ => ways.concat(),
     }
+}
+
+fn faster(gain: f64) -> String {
+    if gain < 0.0 { format!("{} slower", percent(-gain)) } else { format!("only {} faster", percent(gain)) }
 }
 
 fn percent(share: f64) -> String {

@@ -70,6 +70,8 @@ pub struct Allow {
     pub liger: bool,
     /// Adapters may be left off some layers (`q_proj,v_proj`).
     pub fewer_targets: bool,
+    /// Activations may be kept instead of computed again (no gradient checkpointing), where there is room to spare.
+    pub no_checkpointing: bool,
     /// After a divergence the recipe's stable learning may be used.
     pub recipe_stable: bool,
 }
@@ -85,6 +87,7 @@ impl Default for Allow {
             quantize: false,
             liger: false,
             fewer_targets: false,
+            no_checkpointing: false,
             recipe_stable: true,
         }
     }

@@ -8,7 +8,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::learn::{Nearness, learn};
+use crate::estimate::CONTEXT;
+use crate::learn::{Nearness, learn, learned_context};
 use crate::observation::{Fingerprint, Observation};
 use crate::workload::Workload;
 
@@ -103,11 +104,12 @@ pub struct Reserve<'a> {
 }
 
 impl Reserve<'_> {
-    /// Returns whether earlier runs are of the same model, method, batches and versions.
+    /// Returns whether earlier runs of the same model, method, batches and versions showed what they needed.
     pub fn knows_model(&self) -> bool {
-        self.history.is_some_and(|(next, observations)| {
-            observations.iter().any(|seen| Nearness::of(&seen.fingerprint, next) == Some(Nearness::SameModel))
-        })
+        let is_known = |next: &Fingerprint, seen: &Observation| {
+            Nearness::of(&seen.fingerprint, next) == Some(Nearness::SameModel) && seen.reading().is_some()
+        };
+        self.history.is_some_and(|(next, observations)| observations.iter().any(|seen| is_known(next, seen)))
     }
 
     /// Returns the ratios of what is resident and of what comes and goes in a pass with this share of the first.
@@ -120,9 +122,17 @@ impl Reserve<'_> {
             .filter(|learned| !learned.evidence.is_empty());
         learned.map_or_else(|| self.group.parts(), |learned| [learned.ratio; 2])
     }
+
+    /// Returns what a CUDA context takes, in bytes: as runs on such a card with the same versions showed, else the usual
+    /// figure, 300 to 700 MiB.
+    pub fn context(&self) -> Ratio {
+        let usual = CONTEXT.as_f64();
+        let usual = Ratio { low: 0.6 * usual, guess: usual, high: 1.4 * usual };
+        self.history.and_then(|(next, observations)| learned_context(next, observations)).unwrap_or(usual)
+    }
 }
 
-/// A ratio of reserved to allocated: best guess and 90 % interval.
+/// A ratio of reserved to allocated, or an amount in bytes: best guess and 90 % interval.
 #[derive(Copy, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ratio {
     /// 5th percentile.

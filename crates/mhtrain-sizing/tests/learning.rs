@@ -58,6 +58,7 @@ fn ran(fingerprint: &Fingerprint, ratio: f64) -> Observation {
         tier: None,
         predicted: PREDICTED,
         seen,
+        pace: None,
     }
 }
 
@@ -68,6 +69,7 @@ fn died(fingerprint: &Fingerprint, limit: Bytes) -> Observation {
         tier: None,
         predicted: PREDICTED,
         seen: Seen::MoreThan { limit },
+        pace: None,
     }
 }
 
@@ -188,6 +190,7 @@ fn any_observation() -> impl Strategy<Value = Observation> {
                 tier: None,
                 predicted: Bytes::new(predicted),
                 seen,
+                pace: None,
             }
         },
     )
@@ -204,6 +207,7 @@ proptest! {
 
 mod plans {
     use mhtrain_sizing::ladder::TierBook;
+    use mhtrain_sizing::pace::{Pace, StepTime};
     use mhtrain_sizing::plan::{History, Plan, plan, plan_learned};
     use mhtrain_sizing::request::Request;
 
@@ -230,10 +234,82 @@ mod plans {
     }
 
     #[test]
+    fn a_context_that_was_seen_takes_the_place_of_the_usual_one() {
+        let request = request(Bytes::from_gib(72));
+        let mut history = history(&request, 1.2, 3);
+        let peak = |history: &History| {
+            let plan = plan_learned(&request, &TierBook::builtin(), history).unwrap();
+            let estimate = &plan.rungs[2].estimate;
+            (estimate.device_peak_bytes, estimate.high_bytes.saturating_sub(estimate.device_peak_bytes))
+        };
+        let (usual, _) = peak(&history);
+        for (run, context) in history.observations.iter_mut().zip([790, 800, 9000]) {
+            let Seen::Peak { reserved: Some(reserved), device, .. } = &mut run.seen else { panic!("it ran") };
+            *device = Some(reserved.saturating_add(Bytes::from_mib(context)));
+        }
+        // The last is no context: something else was on the card.
+        let (seen, _) = peak(&history);
+        let more = seen.checked_sub(usual).unwrap();
+        assert!(more >= Bytes::from_mib(277) && more <= Bytes::from_mib(289), "{more}");
+    }
+
+    #[test]
+    fn memory_is_never_predicted_below_what_is_allocated_and_the_context() {
+        let request = request(Bytes::from_gib(72));
+        let plan = plan_learned(&request, &TierBook::builtin(), &history(&request, 0.9, 3)).unwrap();
+        for rung in plan.rungs.iter().filter(|rung| rung.tier.packing) {
+            let floor = rung.estimate.allocated_peak_bytes.saturating_add(Bytes::from_mib(512));
+            assert_eq!(rung.predicted_peak_bytes, floor);
+        }
+    }
+
+    #[test]
     fn a_plan_is_read_back_as_it_was_written() {
         let plan = plan(&request(Bytes::from_gib(40)), &TierBook::builtin()).unwrap();
         let text = serde_json::to_string(&plan).unwrap();
         assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    }
+
+    /// Steps of 2 s at 8x4, as 7B on packed rows of 3072.
+    fn paced(request: &Request, versions: Option<&str>) -> History {
+        let mut history = history(request, 1.1, 1);
+        let tier = plan(request, &TierBook::builtin()).unwrap().chosen_rung().tier.clone();
+        let run = &mut history.observations[0];
+        run.tier = Some(tier);
+        run.pace = Some(Pace { seconds_per_step: 2.0, steps: 100, row_tokens: Some(3072.0) });
+        run.fingerprint.versions.torch = versions.map(str::to_owned);
+        history
+    }
+
+    #[test]
+    fn a_step_takes_what_it_took_and_without_runs_nothing_is_said() {
+        let book = TierBook::builtin();
+        let request = request(Bytes::from_gib(78));
+        assert_eq!(plan(&request, &book).unwrap().step_time, None);
+        let known = plan_learned(&request, &book, &paced(&request, None)).unwrap();
+        let time = known.step_time.unwrap();
+        assert!(time.same_rung && (time.seconds - 2.0).abs() < 1e-9, "{time:?}");
+        assert!(known.notes.iter().any(|note| note.contains("a step takes about 2.00 s (1.81 to 2.21)")));
+        let mut other = request.clone();
+        other.card.name = "another card".to_owned();
+        assert_eq!(plan_learned(&other, &book, &paced(&request, None)).unwrap().step_time, None);
+    }
+
+    #[test]
+    fn another_rung_or_version_is_scaled_in_a_wider_interval() {
+        let book = TierBook::builtin();
+        let roomy = request(Bytes::from_gib(78));
+        let width = |time: &StepTime| (time.high / time.low).ln();
+        let same = plan_learned(&roomy, &book, &paced(&roomy, None)).unwrap().step_time.unwrap();
+        let newer = plan_learned(&roomy, &book, &paced(&roomy, Some("2.10"))).unwrap().step_time.unwrap();
+        assert!(!newer.same_rung && width(&newer) > 2.0 * width(&same), "{newer:?}");
+        let tight = request(Bytes::from_gib(30));
+        let lower = plan_learned(&tight, &book, &paced(&roomy, None)).unwrap();
+        assert!(lower.chosen_rung().tier.micro_batch < 8);
+        let time = lower.step_time.unwrap();
+        // The same rows in more passes: slower, and by less than a tenth.
+        assert!(time.seconds > 2.0 && time.seconds < 2.2, "{time:?}");
+        assert!(width(&time) > 3.0 * width(&same), "{time:?}");
     }
 
     proptest! {
@@ -243,11 +319,17 @@ mod plans {
             more in 0u64..50_000,
             ratio in 0.4f64..3.0,
             runs in 0usize..4,
+            unpacked in prop::option::of(0.4f64..3.0),
+            no_checkpointing in any::<bool>(),
         ) {
             let book = TierBook::builtin();
-            let tight = request(Bytes::from_mib(free));
-            let roomy = request(Bytes::from_mib(free + more));
-            let history = history(&tight, ratio, runs);
+            let mut tight = request(Bytes::from_mib(free));
+            tight.allow.no_checkpointing = no_checkpointing;
+            let mut roomy = tight.clone();
+            roomy.card.free = Bytes::from_mib(free + more);
+            let mut history = history(&tight, ratio, runs);
+            let fingerprint = history.fingerprint(&tight, false);
+            history.observations.extend(unpacked.map(|ratio| ran(&fingerprint, ratio)));
             if let Ok(tight) = plan_learned(&tight, &book, &history) {
                 let roomy = plan_learned(&roomy, &book, &history);
                 prop_assert!(roomy.is_ok_and(|roomy| roomy.chosen <= tight.chosen));

@@ -224,7 +224,10 @@ fn data_with_longer_rows_gets_4096_where_the_own_batch_fits() {
 #[test]
 fn short_rows_shrink_no_prediction() {
     let mut request = idle("Qwen/Qwen2.5-7B");
-    let peak = |request: &Request| planned(request).chosen_rung().predicted_peak_bytes;
+    let peak = |request: &Request| {
+        let own = planned(request).rungs.into_iter().find(|rung| rung.tier.micro_batch == 8);
+        own.unwrap().predicted_peak_bytes
+    };
     let packed = peak(&request);
     request.data = rows(&[100, 600]);
     assert_eq!(peak(&request), packed);
@@ -232,6 +235,59 @@ fn short_rows_shrink_no_prediction() {
     let short = peak(&request);
     request.data = None;
     assert_eq!(peak(&request), short);
+}
+
+#[test]
+fn where_most_of_a_pass_would_be_padding_a_smaller_one_goes_first_and_the_plan_says_so() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.features.flash_attn = false;
+    let mut lengths = [600; 100];
+    lengths[..10].fill(3000);
+    request.data = rows(&lengths);
+    let plan = planned(&request);
+    assert_eq!(plan.chosen_rung().tier.micro_batch, 1);
+    assert!(
+        plan.notes.iter().any(|note| note.contains("rows are padded to the longest")),
+        "{:?}",
+        plan.notes
+    );
+    // Rows of one length are padded to nothing, and packed ones neither: the class's own batch.
+    request.data = rows(&[600; 100]);
+    assert_eq!(chosen(&request).micro_batch, 8);
+    request.data = rows(&[3000; 100]);
+    assert_eq!(chosen(&request).micro_batch, 8);
+    request.features.flash_attn = true;
+    request.data = rows(&lengths);
+    assert_eq!(chosen(&request).micro_batch, 8);
+}
+
+#[test]
+fn activations_are_kept_only_with_consent_and_room_to_spare() {
+    let mut request = idle("Qwen/Qwen2.5-0.5B");
+    assert!(planned(&request).rungs.iter().all(|rung| rung.tier.gradient_checkpointing));
+    request.allow.no_checkpointing = true;
+    let plan = planned(&request);
+    let taken = plan.chosen_rung();
+    assert!(!taken.tier.gradient_checkpointing, "{}", taken.why);
+    assert!(taken.why.contains("at 2.5 % risk"), "{}", taken.why);
+    let own = plan.rungs.iter().find(|rung| rung.tier.gradient_checkpointing && rung.fits).unwrap();
+    assert!(taken.relative_time < own.relative_time);
+    assert!(taken.tier.trains_the_same_as(&own.tier), "a checkpoint of one can be resumed by the other");
+    assert!(plan.notes.iter().any(|note| note.contains("keep the activations")), "{:?}", plan.notes);
+    request.card.free = Bytes::from_gib(8);
+    assert!(chosen(&request).gradient_checkpointing, "there is no room");
+    request.card.free = request.card.total;
+    request.pins.gradient_checkpointing = Some(true);
+    assert!(planned(&request).rungs.iter().all(|rung| rung.tier.gradient_checkpointing));
+}
+
+#[test]
+fn experts_see_few_tokens_each_so_a_larger_pass_is_worth_its_memory() {
+    let mut request = request("Qwen/Qwen3-30B-A3B", Bytes::from_gib(500));
+    request.card.total = Bytes::from_gib(500);
+    assert!(chosen(&request).micro_batch > 2);
+    let dense = Request { model: idle("Qwen/Qwen2.5-32B").model, ..request };
+    assert_eq!(chosen(&dense).micro_batch, 2);
 }
 
 #[test]
@@ -413,9 +469,12 @@ fn packed_weights_come_before_the_emergency_profile_where_allowed_and_are_taken_
     assert!(packed.notes.iter().any(|note| note.contains("packed into 4 bits")), "{:?}", packed.notes);
     // What such a rung shows is kept for the method that it is.
     let seen = Seen::MoreThan { limit: Bytes::from_gib(9) };
-    let kept = packed.observation(packed.chosen, "job 1".to_owned(), seen).unwrap();
+    let kept = packed.observation(packed.chosen, "job 1".to_owned(), seen, None).unwrap();
     assert_eq!(kept.fingerprint.method, TrainType::Qlora);
-    assert_eq!(packed.observation(0, "job 2".to_owned(), seen).unwrap().fingerprint.method, TrainType::Lora);
+    assert_eq!(
+        packed.observation(0, "job 2".to_owned(), seen, None).unwrap().fingerprint.method,
+        TrainType::Lora
+    );
 
     request.features.bitsandbytes = false;
     assert!(matches!(plan(&request, &TierBook::builtin()), Err(PlanError::WeightsDoNotFit { .. })));
@@ -516,7 +575,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         prop::sample::select(vec![TrainType::Lora, TrainType::Qlora, TrainType::Full]),
         prop::sample::select(vec![Length::Standard, Length::Long, Length::Short, Length::Tokens(1000)]),
         1u32..100,
-        any::<(bool, bool, bool, bool, bool)>(),
+        any::<(bool, bool, bool, bool, bool, bool)>(),
         any::<(bool, bool)>(),
         prop::sample::select(vec![(7, 0), (7, 5), (8, 0), (9, 0)]),
         prop::option::of(prop::collection::vec(1u32..6000, 1..20)),
@@ -545,6 +604,7 @@ fn any_request() -> impl Strategy<Value = Request> {
                 request.allow.emergency,
                 request.allow.liger,
                 request.allow.fewer_targets,
+                request.allow.no_checkpointing,
             ) = allow;
             (request.features.flash_attn, request.features.liger) = features;
             request.card.compute_capability = Some(ComputeCapability { major, minor });
@@ -604,6 +664,10 @@ proptest! {
                 prop_assert!(request.allow.no_packing || rung.tier.packing == first.packing);
                 prop_assert!(request.allow.liger || !rung.tier.liger_kernel);
                 prop_assert!(request.allow.fewer_targets || rung.tier.adapters == first.adapters);
+                let kept = !rung.tier.gradient_checkpointing && request.pins.gradient_checkpointing.is_none();
+                prop_assert!(request.allow.no_checkpointing || !kept);
+                prop_assert!(rung.estimate.low_bytes <= rung.predicted_peak_bytes);
+                prop_assert!(rung.predicted_peak_bytes <= rung.estimate.high_bytes);
             }
             prop_assert!(plan.rungs.is_sorted_by_key(|rung| rung.tier.name));
         }

@@ -13,7 +13,7 @@
 //! `begin` is the proof that it is alive. Without it nothing that is promised here holds, and the trainer's own log
 //! is what is left. Kinds and keys that are not known here are ignored, so a later companion can say more.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
 use mhtrain_sizing::units::Bytes;
@@ -46,6 +46,9 @@ const ROW_ORDER: &str = "row_order";
 
 /// Of a longer line only the beginning is kept, and that is no JSON: the line is skipped.
 const LONGEST_LINE: usize = 64 << 10;
+
+/// Of how many lines the time of a step is kept.
+const PACES: usize = 1000;
 
 /// How many errors of the companion are kept.
 const ERRORS: usize = 16;
@@ -201,6 +204,8 @@ pub struct Telemetry {
     preflight: Option<Preflight>,
     rescue: Option<Rescue>,
     times: StepTimes,
+    /// Mean seconds of a step in each of the last lines, with how many steps they are of.
+    paces: VecDeque<(f64, u64)>,
     peaks: Option<AllocatorPeaks>,
     saved_step: Option<u64>,
     stopped_at: Option<u64>,
@@ -265,7 +270,9 @@ impl Telemetry {
             "step" => {
                 self.times.step = step()?;
                 self.times.steps += value["steps"].as_u64()?;
-                self.times.seconds += value["seconds"].as_f64()?;
+                let seconds = value["seconds"].as_f64()?;
+                self.times.seconds += seconds;
+                self.keep_pace(value["steps"].as_u64()?, seconds);
                 self.peaks = read(value).or(self.peaks);
             }
             "saved" => self.saved_step = Some(step()?),
@@ -298,6 +305,18 @@ impl Telemetry {
         Some(())
     }
 
+    /// Notes what a line says about the time of a step. The first is left out: it has the warm-up of kernels in it.
+    fn keep_pace(&mut self, steps: u64, seconds: f64) {
+        if steps == 0 || self.times.steps == steps {
+            return;
+        }
+        if self.paces.len() == PACES {
+            self.paces.pop_front();
+        }
+        #[expect(clippy::cast_precision_loss, reason = "steps of some seconds")]
+        self.paces.push_back((seconds / steps as f64, steps));
+    }
+
     /// Notes a rescue that is under way or came to nothing, unless another rank has written one.
     fn keep_rescue(&mut self, rescue: Rescue) {
         if !matches!(self.rescue, Some(Rescue::Saved { .. })) {
@@ -328,6 +347,19 @@ impl Telemetry {
     /// Returns the steps that are done.
     pub fn times(&self) -> StepTimes {
         self.times
+    }
+
+    /// Returns the median time of a step over the last lines, each weighed by its steps; `None` before the second line.
+    pub fn median_step_seconds(&self) -> Option<f64> {
+        let mut paces: Vec<(f64, u64)> = self.paces.iter().copied().collect();
+        paces.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let steps: u64 = paces.iter().map(|(_, steps)| steps).sum();
+        let mut below = 0;
+        let middle = paces.iter().find(|(_, steps_here)| {
+            below += steps_here;
+            2 * below >= steps
+        });
+        middle.map(|(seconds, _)| *seconds)
     }
 
     /// Returns the allocator's peaks, the preflight's own not among them.

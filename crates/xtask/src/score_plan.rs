@@ -1,16 +1,22 @@
 //! Does the plan take the rung that one would take who knew the truth?
 //!
 //! Random jobs on random simulated hosts. The truth is the simulated allocated peak times a ratio of the host (log-normal,
-//! sd 10 %, around 1.1) times the noise of a run (sd 2 %), plus the CUDA context. The oracle knows that
-//! product and takes the first rung of the same ladder that fits. A death costs one minute, and so does each start, against an hour of training at full
-//! speed; a pass of T tokens runs at T / (T + 256) of it, the ladder's own cost model.
+//! sd 10 %, around 1.1) times the noise of a run (sd 2 %), plus the host's CUDA context (sd 124 MiB, around 512). The oracle
+//! knows that sum and takes the first rung of the same ladder that fits. A death costs one minute, and so does each start,
+//! against an hour of training at the oracle's rung; how much slower another rung is, is the ladder's own cost model.
+//!
+//! Nobody but the oracle knows the noise of the run that is planned, so some cases lie inside of it. The ideal is one who knows
+//! the laws that the hosts are drawn from, noise and context included, and has seen the same three runs: what it misses, nobody
+//! can have.
 
 use std::io::Write;
 
 use anyhow::Context;
+use mhtrain_sizing::cost::Cost;
 use mhtrain_sizing::estimate::{CONTEXT, estimate};
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::learn::upper_tail;
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::observation::{Observation, Seen};
 use mhtrain_sizing::plan::{History, Plan, after_oom, plan, plan_learned, workload};
@@ -47,15 +53,24 @@ const MODELS: [&str; 12] = [
     "Qwen3-30B-A3B",
 ];
 const CARDS_GIB: [f64; 6] = [16.0, 24.0, 40.0, 48.0, 80.0, 141.0];
-/// Minutes of training at full speed, of a start, and of a death.
+/// Minutes of training at the oracle's rung, of a start, and of a death.
 const TRAINING: f64 = 60.0;
 const START: f64 = 1.0;
+/// The laws that hosts and runs are drawn from: standard deviations, and the middle of the ratio.
+const HOSTS: f64 = 0.1;
+const RUNS: f64 = 0.02;
+const RATIO: f64 = 1.1;
+const CONTEXTS_MIB: f64 = 124.0;
+/// Risks at which the ideal takes a rung.
+const IDEAL_RISKS: [f64; 5] = [0.5, 0.3, 0.2, 0.15, 0.1];
 
 /// A job on a host.
 struct Case {
     request: Request,
     /// The host's ratios for packed and for unpacked rows.
     ratios: [f64; 2],
+    /// The host's CUDA context, in bytes.
+    context: f64,
 }
 
 impl Case {
@@ -87,8 +102,10 @@ impl Case {
             oom_risk: 0.10,
             data: None,
         };
-        let mut ratio = || 1.1 * (0.1 * draws.normal()).exp();
-        Ok(Case { request, ratios: [ratio(), ratio()] })
+        let mut ratio = || RATIO * (HOSTS * draws.normal()).exp();
+        let ratios = [ratio(), ratio()];
+        let context = CONTEXT.as_f64() + 1_048_576.0 * CONTEXTS_MIB * draws.normal();
+        Ok(Case { request, ratios, context: context.max(0.5 * CONTEXT.as_f64()) })
     }
 
     fn ratio(&self, tier: &Tier) -> f64 {
@@ -97,7 +114,7 @@ impl Case {
 
     /// Device need of a rung without a run's noise; `noise` is one run's factor.
     fn need(&self, allocated: Bytes, tier: &Tier, noise: f64) -> f64 {
-        (allocated.as_f64() * self.ratio(tier) * noise).max(allocated.as_f64()) + CONTEXT.as_f64()
+        (allocated.as_f64() * self.ratio(tier) * noise).max(allocated.as_f64()) + self.context
     }
 
     /// Three earlier runs of the same model for each way of forming batches.
@@ -113,7 +130,7 @@ impl Case {
             }
             for run in 1..=3 {
                 let allocated = rung.estimate.allocated_peak_bytes;
-                let reserved = allocated.as_f64() * self.ratio(&rung.tier) * (0.02 * draws.normal()).exp();
+                let reserved = allocated.as_f64() * self.ratio(&rung.tier) * (RUNS * draws.normal()).exp();
                 history.observations.push(Observation {
                     name: format!("run {run}"),
                     fingerprint: history.fingerprint(&self.request, rung.tier.packing),
@@ -122,8 +139,9 @@ impl Case {
                     seen: Seen::Peak {
                         allocated: None,
                         reserved: Some(Bytes::from_f64(reserved)),
-                        device: None,
+                        device: Some(Bytes::from_f64(reserved + self.context)),
                     },
+                    pace: None,
                 });
             }
         }
@@ -131,9 +149,49 @@ impl Case {
     }
 }
 
-fn speed(tier: &Tier) -> f64 {
-    let tokens = f64::from(tier.micro_batch) * f64::from(tier.max_length);
-    tokens / (tokens + 256.0)
+/// One who knows the laws that hosts and runs are drawn from, and has seen the same runs.
+struct Ideal<'a> {
+    case: &'a Case,
+    /// Mean of the logarithm of the next run's ratio, for packed and for unpacked rows, and its standard deviation.
+    means: [f64; 2],
+    deviation: f64,
+}
+
+impl Ideal<'_> {
+    fn new<'a>(case: &'a Case, history: &History) -> Ideal<'a> {
+        let (host, run) = (1.0 / (HOSTS * HOSTS), 1.0 / (RUNS * RUNS));
+        let mut sums = [(host * RATIO.ln(), host); 2];
+        for seen in &history.observations {
+            let (Some(tier), Seen::Peak { reserved: Some(reserved), .. }) = (&seen.tier, seen.seen) else {
+                continue;
+            };
+            let (sum, weight) = &mut sums[usize::from(!tier.packing)];
+            *sum += run * (reserved.as_f64() / seen.predicted.as_f64()).ln();
+            *weight += run;
+        }
+        let deviation = (RUNS * RUNS + 1.0 / (host + 3.0 * run)).sqrt();
+        Ideal { case, means: sums.map(|(sum, weight)| sum / weight), deviation }
+    }
+
+    /// Returns the risk that a rung does not fit.
+    fn risk(&self, allocated: Bytes, tier: &Tier) -> f64 {
+        let room = self.case.request.card.free.as_f64() - self.case.context;
+        if room < allocated.as_f64() {
+            return 1.0;
+        }
+        let mean = self.means[usize::from(!tier.packing)];
+        upper_tail(((room / allocated.as_f64()).ln() - mean) / self.deviation)
+    }
+
+    /// Returns the first of the rungs that fits at this risk, else the one that fits most likely.
+    fn choose(&self, plan: &Plan, rungs: &[usize], accepted: f64) -> usize {
+        let risk = |index: usize| {
+            self.risk(plan.rungs[index].estimate.allocated_peak_bytes, &plan.rungs[index].tier)
+        };
+        let first = rungs.iter().copied().find(|index| risk(*index) <= accepted);
+        let likeliest = || rungs.iter().copied().min_by(|a, b| risk(*a).total_cmp(&risk(*b)));
+        first.or_else(likeliest).unwrap_or(0)
+    }
 }
 
 /// How a policy did over all cases.
@@ -141,36 +199,44 @@ fn speed(tier: &Tier) -> f64 {
 struct Score {
     cases: f64,
     right: f64,
+    lower: f64,
     died_first: f64,
     never: f64,
     lost: f64,
 }
 
+/// How a policy did in one case.
+struct Course {
+    /// It began at the oracle's rung.
+    right: bool,
+    /// It began at a lower one.
+    lower: bool,
+    deaths: u32,
+    /// Time of a token at the rung that ran, against the oracle's; `None`: nothing ran.
+    time: Option<f64>,
+}
+
 impl Score {
-    /// Adds a case that took `deaths` deaths and ended at `speed` (`None`: it never ran), against the oracle's speed.
-    fn add(&mut self, right: bool, deaths: u32, reached: Option<f64>, oracle: f64) {
+    fn add(&mut self, course: &Course) {
+        let count = |yes: bool| f64::from(u8::from(yes));
         self.cases += 1.0;
-        self.right += f64::from(u8::from(right));
-        self.died_first += f64::from(u8::from(deaths > 0));
-        let best = TRAINING / oracle + START;
-        match reached {
-            Some(reached) => {
-                let took = TRAINING / reached + START * f64::from(deaths + 1) + f64::from(deaths);
-                self.lost += (1.0 - best / took).max(0.0);
-            }
-            None => {
-                self.never += 1.0;
-                self.lost += 1.0;
-            }
-        }
+        self.right += count(course.right);
+        self.lower += count(course.lower);
+        self.died_first += count(course.deaths > 0);
+        self.never += count(course.time.is_none());
+        self.lost += course.time.map_or(1.0, |time| {
+            let took = TRAINING * time + START * f64::from(course.deaths + 1) + f64::from(course.deaths);
+            (1.0 - (TRAINING + START) / took).max(0.0)
+        });
     }
 
     fn print(&self, out: &mut impl Write, name: &str) -> std::io::Result<()> {
         let share = |count: f64| 100.0 * count / self.cases.max(1.0);
         writeln!(
             out,
-            "{name:<38} {:>11.2} % {:>11.2} % {:>11.2} % {:>11.2} %",
+            "{name:<38} {:>11.2} % {:>11.2} % {:>11.2} % {:>11.2} % {:>11.2} %",
             share(self.right),
+            share(self.lower),
             share(self.died_first),
             share(self.never),
             share(self.lost)
@@ -186,6 +252,7 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
     let book = TierBook::builtin();
     let mut draws = Draws::new(args.seed);
     let mut scores: [Score; 5] = Default::default();
+    let mut ideals: [Score; IDEAL_RISKS.len()] = Default::default();
     let (mut impossible, mut refused) = (0u32, 0u32);
     for _ in 0..args.cases {
         let case = Case::draw(&mut draws)?;
@@ -198,32 +265,47 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
                 <= case.request.card.free.as_f64()
         };
         let last = whole.rungs.len() - 1;
-        let noise = (0.02 * draws.normal()).exp();
-        let oracle =
-            (0..=last).find(|index| (whole.rungs[*index].fits || *index == last) && fits(*index, noise));
-        let Some(oracle) = oracle else {
+        let noise = (RUNS * draws.normal()).exp();
+        // A larger micro-batch that gains nothing is not in question.
+        let rungs: Vec<usize> =
+            (0..=last).filter(|index| whole.rungs[*index].fits || *index == last).collect();
+        let Some(oracle) = rungs.iter().copied().find(|index| fits(*index, noise)) else {
             impossible += 1;
             continue;
         };
-        let best = speed(&whole.rungs[oracle].tier);
+        let cost = Cost::new(&case.request, &book.ladder);
+        let best = cost.of(&whole.rungs[oracle].tier);
+        let time = |tier: &Tier| cost.of(tier) / best;
         let history = case.history(&whole, &mut draws);
-        for (index, planned) in
-            [plan(&case.request, &book), plan_learned(&case.request, &book, &history)].into_iter().enumerate()
-        {
-            let Ok(planned) = planned else {
-                refused += u32::from(index == 0);
-                scores[index].add(false, 0, None, best);
-                continue;
-            };
-            let right = planned.chosen == oracle;
-            let (mut at, mut deaths) = (Some(planned.chosen), 0);
+        let run = |planned: &Plan, first: usize| {
+            let (mut at, mut deaths) = (Some(first), 0);
             while let Some(index) = at.filter(|index| !fits(*index, noise)) {
                 deaths += 1;
                 let rung = &whole.rungs[index];
                 let needed = case.need(rung.estimate.allocated_peak_bytes, &rung.tier, noise);
-                at = after_oom(&planned, index, Some(Bytes::from_f64(needed)), Some(case.request.card.free));
+                at = after_oom(planned, index, Some(Bytes::from_f64(needed)), Some(case.request.card.free));
             }
-            scores[index].add(right, deaths, at.map(|index| speed(&whole.rungs[index].tier)), best);
+            Course {
+                right: first == oracle,
+                lower: first > oracle,
+                deaths,
+                time: at.map(|index| time(&whole.rungs[index].tier)),
+            }
+        };
+        let warm = plan_learned(&case.request, &book, &history);
+        if let Ok(planned) = &warm {
+            let ideal = Ideal::new(&case, &history);
+            for (score, accepted) in ideals.iter_mut().zip(IDEAL_RISKS) {
+                score.add(&run(planned, ideal.choose(&whole, &rungs, accepted)));
+            }
+        }
+        for (index, planned) in [plan(&case.request, &book), warm].into_iter().enumerate() {
+            let Ok(planned) = planned else {
+                refused += u32::from(index == 0);
+                scores[index].add(&Course { right: false, lower: false, deaths: 0, time: None });
+                continue;
+            };
+            scores[index].add(&run(&planned, planned.chosen));
         }
         let own = book.class_of(&case.request.model).micro_batch;
         let standard = whole.rungs.iter().find(|rung| rung.tier.micro_batch == own);
@@ -234,6 +316,7 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
             if offset > 0 && case.request.pins.micro_batch.is_none() {
                 tier.micro_batch = 8;
             }
+            let first = tier.clone();
             let mut deaths = 0;
             while tier.micro_batch > 0 {
                 let said = estimate(&case.request.model, &workload(&case.request, &tier))?;
@@ -243,16 +326,20 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
                 deaths += 1;
                 tier.micro_batch = shrink(tier.micro_batch);
             }
-            let reached = (tier.micro_batch > 0).then(|| speed(&tier));
-            let right = tier == whole.rungs[oracle].tier;
-            scores[2 + offset].add(right, deaths, reached, best);
+            let first_of = whole.rungs.iter().position(|rung| rung.tier.micro_batch == first.micro_batch);
+            scores[2 + offset].add(&Course {
+                right: tier == whole.rungs[oracle].tier && deaths == 0,
+                lower: deaths == 0 && first_of.is_some_and(|index| index > oracle),
+                deaths,
+                time: (tier.micro_batch > 0).then(|| time(&tier)),
+            });
         }
     }
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "{:<38} {:>13} {:>13} {:>13} {:>13}",
-        "", "oracle's rung", "died at first", "never ran", "time lost"
+        "{:<38} {:>13} {:>13} {:>13} {:>13} {:>13}",
+        "", "oracle's rung", "a lower one", "died at first", "never ran", "time lost"
     )?;
     let names = [
         "the plan, nothing seen yet",
@@ -263,6 +350,9 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
     ];
     for (name, score) in names.iter().zip(&scores) {
         score.print(&mut out, name)?;
+    }
+    for (risk, score) in IDEAL_RISKS.iter().zip(&ideals) {
+        score.print(&mut out, &format!("the ideal after three runs, risk {risk:.2}"))?;
     }
     writeln!(
         out,

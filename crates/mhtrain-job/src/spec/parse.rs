@@ -38,7 +38,7 @@ pub const KEYS: [&str; 21] = [
 ];
 
 /// Every key of `allow`.
-pub const ALLOW_KEYS: [&str; 9] = [
+pub const ALLOW_KEYS: [&str; 10] = [
     "shorter_max_length",
     "no_packing",
     "lower_precision",
@@ -47,6 +47,7 @@ pub const ALLOW_KEYS: [&str; 9] = [
     "quantize",
     "liger",
     "fewer_targets",
+    "no_checkpointing",
     "recipe_stable",
 ];
 
@@ -343,6 +344,7 @@ fn read_allow(at: At<'_>) -> Result<Allow, SpecError> {
         quantize: flag("quantize", defaults.quantize)?,
         liger: flag("liger", defaults.liger)?,
         fewer_targets: flag("fewer_targets", defaults.fewer_targets)?,
+        no_checkpointing: flag("no_checkpointing", defaults.no_checkpointing)?,
         recipe_stable: flag("recipe_stable", defaults.recipe_stable)?,
     })
 }

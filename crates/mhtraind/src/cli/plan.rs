@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::output;
 use crate::config::Config;
 use crate::engine::companion;
+use crate::engine::eta::{eta_json, eta_line};
 use crate::engine::look::{DataReport, look};
 use crate::engine::origin::Origin;
 use crate::engine::prepare::{self, Candidate, Datasets, Host, Prepared};
@@ -231,6 +232,7 @@ fn plan_json(prepared: &Prepared, invocation: &Invocation) -> Value {
         "rungs": rungs,
         "effective_batch": plan.effective_batch,
         "data": prepared.data,
+        "eta": eta_json(prepared),
         "device": {
             "index": prepared.candidate.card.index,
             "uuid": prepared.candidate.uuid,
@@ -256,6 +258,7 @@ fn rung_json(rung: &Rung) -> Value {
         "admission_bytes": rung.admission_bytes,
         "terms": rung.estimate.terms,
         "fits": rung.fits,
+        "relative_time": rung.relative_time,
         "why": rung.why,
     })
 }
@@ -282,6 +285,7 @@ const BAR_WIDTH: u32 = 60;
 pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
     let mut lines = vec![card_line(&prepared.candidate)];
     lines.extend(prepared.data.iter().flat_map(DataReport::lines));
+    lines.push(eta_line(prepared));
     lines.push(String::new());
     lines.push(format!("rungs (effective batch {}), best first:", prepared.plan.effective_batch));
     let tiers: Vec<String> = prepared.plan.rungs.iter().map(|rung| rung.tier.to_string()).collect();

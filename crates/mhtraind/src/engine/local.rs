@@ -25,6 +25,7 @@ use mhtrain_job::rerun::{
 use mhtrain_job::state::JobState;
 use mhtrain_job::take_over::{GoesOn, NextAttempt, attempts_made, goes_on, last_start, unreadable_steps};
 use mhtrain_probe::nvml::Gpus;
+use mhtrain_sizing::observation::Seen;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::Arrivals;
@@ -929,16 +930,18 @@ impl<'a> Job<'a> {
 
     /// Lets later predictions learn from an attempt.
     fn observe(&self, start: &AttemptStart, diagnosis: &Diagnosis, follower: &Follower) {
-        let Some((observer, seen)) = self.observer.as_ref().zip(observations::seen(follower, diagnosis))
-        else {
+        let Some(observer) = &self.observer else { return };
+        let (seen, pace) = (observations::seen(follower, diagnosis), observations::pace(follower));
+        if seen.is_none() && pace.is_none() {
             return;
-        };
+        }
+        let seen = seen.unwrap_or(Seen::Peak { allocated: None, reserved: None, device: None });
         let job = match self.receipt.id {
             Some(id) => format!("job {id}"),
             None => format!("{} of {}", self.prepared.spec.name, self.receipt.submitted_at),
         };
         let name = format!("{job}, attempt {}", start.attempt);
-        if let Some(observation) = self.prepared.plan.observation(start.rung, name, seen) {
+        if let Some(observation) = self.prepared.plan.observation(start.rung, name, seen, pace) {
             observer.observe(start.attempt, observation);
         }
     }

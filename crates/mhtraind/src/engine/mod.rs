@@ -6,6 +6,7 @@ pub mod companion;
 mod curve;
 pub mod directory;
 pub mod download;
+pub mod eta;
 pub mod examine;
 pub mod follow;
 pub mod journal;

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mhtrain_job::diagnosis::{Diagnosis, Kind};
 use mhtrain_sizing::observation::{Observation, Seen, Versions};
+use mhtrain_sizing::pace::Pace;
 use mhtrain_sizing::plan::History;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_store::{OBSERVATIONS_KEPT, ObservationOf};
@@ -54,6 +55,23 @@ pub fn seen(follower: &Follower, diagnosis: &Diagnosis) -> Option<Seen> {
         device: follower.peak.filter(|peak| *peak > Bytes::ZERO),
     };
     (seen != Seen::Peak { allocated: None, reserved: None, device: None }).then_some(seen)
+}
+
+/// Returns how fast an attempt trained; `None` when it did too few steps to say.
+///
+/// The companion times steps alone. The trainer's log has a mean over its whole life, evaluations and the slow first step
+/// among it.
+pub fn pace(follower: &Follower) -> Option<Pace> {
+    let timed = follower.telemetry.times();
+    let median = follower.telemetry.median_step_seconds().filter(|_| timed.steps >= STEPS_MIN);
+    let logged = follower.log.latest().filter(|logged| logged.step >= STEPS_MIN);
+    let (seconds_per_step, steps) = match (median, logged) {
+        (Some(median), _) => (median, timed.steps),
+        (None, Some(logged)) => (logged.seconds_per_step?, logged.step),
+        (None, None) => return None,
+    };
+    let is_a_time = seconds_per_step > 0.0 && seconds_per_step.is_finite();
+    is_a_time.then_some(Pace { seconds_per_step, steps, row_tokens: None })
 }
 
 /// Whoever keeps observations.
@@ -183,6 +201,7 @@ mod tests {
                 tier: None,
                 predicted,
                 seen,
+                pace: None,
             },
         }
     }

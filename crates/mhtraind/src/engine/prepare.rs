@@ -14,7 +14,7 @@ use mhtrain_sizing::explain::what_would_change;
 use mhtrain_sizing::gpu::Card;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::{Model, ResolveError};
-use mhtrain_sizing::plan::{History, Plan, PlanError, plan_learned};
+use mhtrain_sizing::plan::{History, Plan, PlanError, Rung, plan_learned};
 use mhtrain_sizing::request::{Request, TrainerFeatures};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::command::CommandRequest;
@@ -285,8 +285,8 @@ pub fn tier_book(config: &Config) -> Result<TierBook, Failure> {
     })
 }
 
-/// Sizes a job on every card that it could take, and takes the best: the most faithful profile, then the largest
-/// micro-batch, then the most free memory.
+/// Sizes a job on every card that it could take, and takes the best: the most faithful profile, then the fastest rung, then
+/// the most free memory.
 ///
 /// # Errors
 /// No rung fits anywhere; the error is that of the card with the most free memory.
@@ -362,9 +362,8 @@ pub fn sizing_request(
 }
 
 fn is_better(plan: &Plan, other: &Plan) -> bool {
-    let rank = |plan: &Plan| {
-        let rung = plan.chosen_rung();
-        (!rung.fits, rung.tier.name, std::cmp::Reverse(rung.tier.micro_batch))
-    };
-    rank(plan) < rank(other)
+    let (rung, than) = (plan.chosen_rung(), other.chosen_rung());
+    let rank = |rung: &Rung| (!rung.fits, rung.tier.name);
+    let by_time = || rung.relative_time.total_cmp(&than.relative_time);
+    rank(rung).cmp(&rank(than)).then_with(by_time).is_lt()
 }
