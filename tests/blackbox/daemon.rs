@@ -878,3 +878,70 @@ fn assert_no_file_holds(dir: &std::path::Path, canary: &str, except: &std::path:
         }
     }
 }
+
+#[test]
+fn status_says_that_the_companion_is_not_there_and_a_restart_does_not_forget_it() {
+    let mut served = Served::new();
+    let id = served.submit(json!({}), &json!({"step_seconds": 0.5}));
+    let warnings = json!(["training ran without the companion: it said nothing"]);
+    served.wait_until("the warning", |served| served.job(&id)["warnings"] == warnings);
+    assert_eq!(served.state(&id), "running", "it is said while the job runs");
+    served.kill_and_restart();
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    assert_eq!(served.job(&id)["warnings"], warnings);
+    assert_eq!(served.receipt(&id)["warnings"], warnings);
+    assert!(served.run(&["status", &id]).expect(0).stdout.contains("without the companion"));
+}
+
+#[test]
+fn silent_connections_are_counted_and_closed() {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    let served = Served::new();
+    let socket = served.host.env.path("daemon.sock");
+    let mut silent: Vec<UnixStream> = (0..128).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    silent[0].write_all(b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-le").unwrap();
+    let mut text = String::new();
+    UnixStream::connect(&socket).unwrap().read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 503 ") && text.contains("128 connections"), "{text}");
+    let refused = served.run(&["status"]);
+    assert!(refused.code != Some(0) && refused.stderr.contains("128 connections"), "{}", refused.stderr);
+    // Nobody has to close them: what says nothing is disconnected.
+    served.wait_until("a place", |served| served.run(&["status"]).code == Some(0));
+    for mut stream in silent {
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    }
+}
+
+#[test]
+fn one_user_hands_in_so_many_jobs_and_no_more_until_some_have_started() {
+    let host = FakeHost::with_card(80 * GIB);
+    let settings = std::fs::read_to_string(host.env.path("mhtraind.toml")).unwrap();
+    host.env.write("mhtraind.toml", format!("{settings}\n[daemon]\njobs_per_user = 2\n"));
+    let served = Served::on(host);
+    served.run(&["drain"]).expect(0);
+    for output_dir in ["a", "b"] {
+        served.submit(json!({"output_dir": output_dir}), &json!({}));
+    }
+    served.host.job(json!({"output_dir": "c"}));
+    let refused = served.run(&["submit", "job.json"]).expect(1);
+    assert!(refused.stderr.contains("at most 2 jobs"), "{}", refused.stderr);
+    served.run(&["undrain"]).expect(0);
+    served.run(&["wait", "2", "--timeout", "60"]).expect(0);
+    served.run(&["submit", "job.json"]).expect(0);
+}
+
+#[test]
+fn two_spellings_of_a_directory_are_one_directory() {
+    let served = Served::new();
+    std::os::unix::fs::symlink(".", served.host.env.path("link")).unwrap();
+    served.run(&["drain"]).expect(0);
+    let first = served.submit(json!({"output_dir": "shared/out"}), &json!({}));
+    let second = served.submit(json!({"output_dir": "link/./shared/../shared/out"}), &json!({}));
+    assert_eq!(served.job(&first)["output_dir"], served.job(&second)["output_dir"]);
+    served.run(&["undrain"]).expect(0);
+    for id in [first, second] {
+        served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    }
+}

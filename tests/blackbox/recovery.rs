@@ -282,6 +282,23 @@ fn a_divergence_goes_back_to_the_weights_from_before_it_unless_that_is_forbidden
     }
 }
 
+/// Until its end, newer checkpoints would have replaced all from before.
+#[test]
+fn a_divergence_is_ended_before_the_good_checkpoints_are_replaced() {
+    let host = host();
+    let args = json!({"save_steps": 3, "save_total_limit": 3, "logging_steps": 1, "num_train_epochs": 4});
+    host.job(json!({"args": args}));
+    let scenario =
+        json!({"step_seconds": 0.3, "attempts": {"1": {"diverge_at_step": 5, "step_seconds": 0.3}}});
+    host.run(&["run", "job.json"], scenario).expect(0);
+    let receipt = host.receipt();
+    let first = &attempts(&receipt)[0];
+    assert_eq!(first["diagnosis"]["kind"], "diverged");
+    assert!(first["last_step"].as_u64() < first["max_steps"].as_u64(), "{first:#}");
+    let resume = &attempts(&receipt)[1]["resume"];
+    assert_eq!((&resume["kind"], &resume["from_step"]), (&json!("weights_only"), &json!(3)));
+}
+
 #[test]
 fn memory_in_pieces_is_answered_by_another_allocator_at_the_same_rung() {
     let host = host();
@@ -319,6 +336,27 @@ fn a_model_that_does_not_fit_is_refused_with_the_numbers() {
     let reason = receipt["reason"].as_str().unwrap();
     assert!(reason.contains("weights alone take") && reason.contains("asked for 10.00 GiB"), "{reason}");
     assert!(receipt["help"].as_str().unwrap().contains("qlora"), "{receipt:#}");
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_packed_into_4_bits_where_the_job_allows_it() {
+    let host = host();
+    let python = std::fs::read_dir(host.env.path("trainer/lib")).unwrap().next().unwrap().unwrap();
+    let package = python.path().join("site-packages/bitsandbytes-0.49.0.dist-info");
+    std::fs::create_dir(&package).unwrap();
+    std::fs::write(package.join("METADATA"), "Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.49.0\n")
+        .unwrap();
+    host.job(json!({"allow": {"quantize": true}}));
+    let oom = json!({"capacity_gib": 80, "base_gib": 90, "kind": "load"});
+    host.run(&["run", "job.json"], json!({"attempts": {"1": {"oom": oom}}})).expect(0);
+    let receipt = host.receipt();
+    let second = &attempts(&receipt)[1];
+    assert_eq!((&second["tier"]["name"], &second["tier"]["quant_bits"]), (&json!("quantized"), &json!(4)));
+    assert_eq!(
+        (flag(&host, 1, "--quant_bits"), flag(&host, 2, "--quant_bits").as_deref()),
+        (None, Some("4"))
+    );
+    assert_eq!(attempts(&receipt).len(), 2);
 }
 
 #[test]

@@ -62,6 +62,11 @@ pub enum JobEvent {
     },
     /// The answer to the end of an attempt is another one.
     RerunDecided(Rerun),
+    /// Something is not as it should be, and the job goes on all the same.
+    Warned {
+        /// What, in words.
+        warning: String,
+    },
     /// Somebody asked the job to stop.
     StopRequested {
         /// Who or what asked: `Ctrl-C`, `cancel`, `time limit`.

@@ -206,65 +206,119 @@ pub fn decide<'a>(
     drained: bool,
 ) -> Vec<(u64, Verdict)> {
     let mut order: Vec<&QueuedJob> = queue.into_iter().collect();
-    order.sort_by_key(|job| (Reverse(job.priority), job.id));
-    let mut places = Places { taken: leases.clone(), first_in_line: BTreeMap::new() };
-    order.into_iter().map(|job| (job.id, verdict(job, &mut places, drained))).collect()
+    order.sort_by_key(|job| place_in_line(job));
+    let mut places = Places::new(leases.clone(), drained);
+    order.into_iter().map(|job| (job.id, places.verdict(job))).collect()
 }
 
-/// Places while a queue is looked through.
-struct Places {
+/// Returns what jobs are sorted by: a smaller one is asked first.
+pub fn place_in_line(job: &QueuedJob) -> (Reverse<i32>, u64) {
+    (Reverse(job.priority), job.id)
+}
+
+/// Places while a queue is looked through, job by job in their order.
+#[derive(Clone, Debug)]
+pub struct Places {
     /// Who has a device or a directory.
     taken: Leases,
     /// Who is first in line for a device, and so is not overtaken there.
     first_in_line: BTreeMap<String, u64>,
+    /// Whether nothing may start.
+    drained: bool,
 }
 
-fn verdict(job: &QueuedJob, places: &mut Places, drained: bool) -> Verdict {
-    if let Some(lost) = job.after.iter().find(|other| other.state == DependencyState::Never) {
-        return Verdict::Fail {
-            reason: format!("job {}, which must succeed before it, did not", lost.id),
-            help: Some(format!("see `mhtraind explain {}`, then submit this job again", lost.id)),
-        };
+impl Places {
+    /// Returns the places beside what jobs have already.
+    pub fn new(taken: Leases, drained: bool) -> Places {
+        Places { taken, first_in_line: BTreeMap::new(), drained }
     }
-    if let Some(failed) = never_fits(job) {
-        return failed;
+
+    /// Returns whether a job that comes next may still start, when these are all the devices.
+    pub fn are_left<'a>(&self, devices: impl IntoIterator<Item = &'a str>) -> bool {
+        !self.drained && devices.into_iter().any(|device| self.is_free(device))
     }
-    let pending: BTreeSet<u64> = job
-        .after
-        .iter()
-        .filter(|other| other.state == DependencyState::Pending)
-        .map(|other| other.id)
-        .collect();
-    if !pending.is_empty() {
-        return Verdict::Wait { reason: format!("waits for job {} to succeed", join(pending.iter())) };
+
+    /// Returns the device on which the next job starts; `None` when it waits or fails, for a reason that
+    /// [`Places::verdict`] finds: that takes much longer.
+    pub fn start(&mut self, job: &QueuedJob) -> Option<String> {
+        if self.held_up(job).is_some() {
+            return None;
+        }
+        let device = self.take(job);
+        if device.is_none() {
+            self.stand_in_line(job);
+        }
+        device
     }
-    if drained {
-        return Verdict::Wait { reason: DRAINED.to_owned() };
+
+    /// Returns what becomes of the next job.
+    pub fn verdict(&mut self, job: &QueuedJob) -> Verdict {
+        if let Some(verdict) = self.held_up(job) {
+            return verdict;
+        }
+        if let Some(device) = self.take(job) {
+            return Verdict::Start { device };
+        }
+        let reason = why_not(job, self);
+        self.stand_in_line(job);
+        Verdict::Wait { reason }
     }
-    if let Some(other) = places.taken.output_dirs.get(&job.output_dir) {
-        return Verdict::Wait { reason: format!("job {other} works in the same output_dir") };
+
+    /// Returns the verdict on a job that cannot start whatever is free.
+    fn held_up(&self, job: &QueuedJob) -> Option<Verdict> {
+        if let Some(lost) = job.after.iter().find(|other| other.state == DependencyState::Never) {
+            return Some(Verdict::Fail {
+                reason: format!("job {}, which must succeed before it, did not", lost.id),
+                help: Some(format!("see `mhtraind explain {}`, then submit this job again", lost.id)),
+            });
+        }
+        if let Some(failed) = never_fits(job) {
+            return Some(failed);
+        }
+        let pending: BTreeSet<u64> = job
+            .after
+            .iter()
+            .filter(|other| other.state == DependencyState::Pending)
+            .map(|other| other.id)
+            .collect();
+        if !pending.is_empty() {
+            let reason = format!("waits for job {} to succeed", join(pending.iter()));
+            return Some(Verdict::Wait { reason });
+        }
+        if self.drained {
+            return Some(Verdict::Wait { reason: DRAINED.to_owned() });
+        }
+        let other = self.taken.output_dirs.get(&job.output_dir)?;
+        Some(Verdict::Wait { reason: format!("job {other} works in the same output_dir") })
     }
-    let free = |offer: &&Offer| {
-        !places.taken.devices.contains_key(&offer.device) && !places.first_in_line.contains_key(&offer.device)
-    };
-    let now = job.offers.iter().filter(free).filter_map(|offer| match &offer.fit {
-        Fit::Now(rank) => Some((*rank, offer)),
-        Fit::Later { .. } | Fit::Never { .. } | Fit::Unusable { .. } => None,
-    });
-    if let Some((_, offer)) = now.max_by_key(|(rank, _)| *rank) {
-        places.taken.devices.insert(offer.device.clone(), job.id);
-        places.taken.output_dirs.insert(job.output_dir.clone(), job.id);
-        return Verdict::Start { device: offer.device.clone() };
+
+    fn is_free(&self, device: &str) -> bool {
+        !self.taken.devices.contains_key(device) && !self.first_in_line.contains_key(device)
     }
-    let reason = why_not(job, places);
-    let line = job.offers.iter().filter_map(|offer| match &offer.fit {
-        Fit::Now(rank) | Fit::Later { rank, .. } => Some((*rank, &offer.device)),
-        Fit::Never { .. } | Fit::Unusable { .. } => None,
-    });
-    if let Some((_, device)) = line.max_by_key(|(rank, _)| *rank) {
-        places.first_in_line.entry(device.clone()).or_insert(job.id);
+
+    /// Gives a job the best device that it can start on now.
+    fn take(&mut self, job: &QueuedJob) -> Option<String> {
+        let free = job.offers.iter().filter(|offer| self.is_free(&offer.device));
+        let now = free.filter_map(|offer| match &offer.fit {
+            Fit::Now(rank) => Some((*rank, offer)),
+            Fit::Later { .. } | Fit::Never { .. } | Fit::Unusable { .. } => None,
+        });
+        let (_, offer) = now.max_by_key(|(rank, _)| *rank)?;
+        self.taken.devices.insert(offer.device.clone(), job.id);
+        self.taken.output_dirs.insert(job.output_dir.clone(), job.id);
+        Some(offer.device.clone())
     }
-    Verdict::Wait { reason }
+
+    /// Puts a job into the line for the device where it would get the best rung.
+    fn stand_in_line(&mut self, job: &QueuedJob) {
+        let line = job.offers.iter().filter_map(|offer| match &offer.fit {
+            Fit::Now(rank) | Fit::Later { rank, .. } => Some((*rank, &offer.device)),
+            Fit::Never { .. } | Fit::Unusable { .. } => None,
+        });
+        if let Some((_, device)) = line.max_by_key(|(rank, _)| *rank) {
+            self.first_in_line.entry(device.clone()).or_insert(job.id);
+        }
+    }
 }
 
 /// Returns the failure of a job that fits on none of its devices, however idle they are.
@@ -472,6 +526,17 @@ mod tests {
                     prop_assert!(!leased.devices.contains_key(&device));
                     prop_assert!(given.insert(device));
                 }
+                // The short way starts the same jobs, and stops where nothing can follow.
+                let mut order: Vec<_> = queue.iter().collect();
+                order.sort_by_key(|job| place_in_line(job));
+                let (mut places, mut short) = (Places::new(leased, false), Vec::new());
+                for job in order {
+                    if !places.are_left(["0", "1", "2", "3"]) {
+                        break;
+                    }
+                    short.extend(places.start(job).map(|device| (job.id, device)));
+                }
+                prop_assert_eq!(short, started(&verdicts));
             }
         }
     }

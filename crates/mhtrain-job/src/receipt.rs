@@ -199,8 +199,8 @@ impl Receipt {
         }
     }
 
-    /// Returns the receipt that a job's events tell. What only the process knew that followed it (warnings, measured
-    /// peaks) is not among them.
+    /// Returns the receipt that a job's events tell. What only the process knew that followed it (measured peaks) is not
+    /// among them.
     pub fn from_events(id: Option<u64>, records: &[Record]) -> Receipt {
         let (job, submitted_at) = match records.first() {
             Some(Record { event: JobEvent::Submitted { spec }, at, .. }) => (spec.clone(), at.clone()),
@@ -237,6 +237,7 @@ impl Receipt {
                 }
             }
             JobEvent::RerunDecided(rerun) => self.then(&rerun.reason),
+            JobEvent::Warned { warning } => self.warnings.push(warning.clone()),
             JobEvent::Succeeded { .. } => self.then("success was proven"),
             JobEvent::Failed { reason, help } => {
                 self.then(reason);

@@ -157,6 +157,7 @@ impl History {
                 | JobEvent::Planned { .. }
                 | JobEvent::Waiting { .. }
                 | JobEvent::Started { .. }
+                | JobEvent::Warned { .. }
                 | JobEvent::StopRequested { .. }
                 | JobEvent::Succeeded { .. }
                 | JobEvent::Failed { .. }
@@ -432,12 +433,12 @@ impl Case<'_> {
         }
         let need = observed_need(&self.diagnosis.evidence);
         match next_rung(self.plan, self.history.rung, need, self.history.free_now) {
-            Some((index, next)) => self.lower_rung(rung, index, next),
+            Some((index, next)) => self.lower_rung(rung, index, next, Answer::LowerTier),
             None => self.ladder_exhausted(rung),
         }
     }
 
-    fn lower_rung(&self, dead: &Rung, index: usize, next: &Rung) -> Decision {
+    fn lower_rung(&self, dead: &Rung, index: usize, next: &Rung, answer: Answer) -> Decision {
         let same = dead.tier.trains_the_same_as(&next.tier);
         let resume = if same { ResumeWish::Latest } else { ResumeWish::FromStart };
         if !same && self.history.steps_done > 0 && !self.policy.allow.restart {
@@ -462,7 +463,7 @@ impl Case<'_> {
         );
         Decision::Rerun(Rerun {
             rung: index,
-            answer: Answer::LowerTier,
+            answer,
             after: self.diagnosis.kind,
             certain: self.diagnosis.certain,
             adjustments: self.history.adjustments.clone(),
@@ -500,7 +501,19 @@ impl Case<'_> {
         give_up(reason, Some(help))
     }
 
+    /// No smaller batch makes room for weights: only packing them does.
     fn no_room_for_weights(&self, rung: &Rung) -> Decision {
+        let packs = |rung: &Rung| rung.tier.quant_bits.is_some();
+        let later = self.plan.rungs.iter().enumerate().skip(self.history.rung.saturating_add(1));
+        let fits = |next: &Rung| {
+            let room = self.history.free_now.is_none_or(|free| next.predicted_peak_bytes <= free);
+            room || next.tier.name == Profile::Emergency
+        };
+        let next =
+            later.filter(|(_, next)| packs(next) && next.predicted_peak_bytes <= rung.predicted_peak_bytes);
+        if let Some((index, next)) = next.into_iter().find(|(_, next)| fits(next)).filter(|_| !packs(rung)) {
+            return self.lower_rung(rung, index, next, Answer::QuantizeOrStop);
+        }
         let free = self.history.free_now.or(self.diagnosis.evidence.free_bytes);
         let free = free.map_or_else(|| "an unknown amount is".to_owned(), |free| format!("{free} are"));
         let reason = format!(

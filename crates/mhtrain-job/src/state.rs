@@ -162,6 +162,7 @@ impl JobState {
             | JobEvent::Started { .. }
             | JobEvent::AttemptEnded { .. }
             | JobEvent::RerunDecided(_)
+            | JobEvent::Warned { .. }
             | JobEvent::StopRequested { .. }
             | JobEvent::Succeeded { .. }
             | JobEvent::Failed { .. }
@@ -190,6 +191,7 @@ impl JobState {
             (S::Succeeded { .. } | S::Failed { .. } | S::Cancelled { .. }, _) => Err(self.refuses(event)),
 
             (_, E::StopRequested { by }) => Ok(self.to_stop(by)),
+            (_, E::Warned { .. }) => Ok(self.clone()),
             (S::Queued { .. } | S::Waiting { .. } | S::Recovering { .. }, E::Planned { .. }) => {
                 Ok(self.clone())
             }
@@ -407,6 +409,7 @@ impl JobEvent {
             JobEvent::Started { .. } => "started",
             JobEvent::AttemptEnded { .. } => "attempt_ended",
             JobEvent::RerunDecided(_) => "rerun_decided",
+            JobEvent::Warned { .. } => "warned",
             JobEvent::StopRequested { .. } => "stop_requested",
             JobEvent::Succeeded { .. } => "succeeded",
             JobEvent::Failed { .. } => "failed",

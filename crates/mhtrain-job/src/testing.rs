@@ -32,6 +32,7 @@ pub(crate) fn tier(name: Profile, micro_batch: u32, accumulation: u32) -> Tier {
         save_total_limit: 3,
         logging_steps: Steps::Count(20),
         router_aux_loss_coef: None,
+        quant_bits: None,
         adapters: None,
     }
 }

@@ -92,6 +92,22 @@ impl Gpus {
         GpuReport { library, nvml }
     }
 
+    /// Brings those cards of a report up to date that are `wanted`, which takes the less the fewer they are. Where it is not
+    /// as it was, all cards are asked.
+    pub fn refresh(&mut self, report: &mut GpuReport, wanted: impl Fn(&GpuState) -> bool) {
+        let refreshed = match &mut report.nvml {
+            NvmlState::Ready { devices, .. } => self.connected().is_ok_and(|nvml| {
+                let mut those: Vec<&mut GpuState> =
+                    devices.iter_mut().filter(|state| wanted(state)).collect();
+                read_again(nvml, &mut those)
+            }),
+            _ => false,
+        };
+        if !refreshed {
+            *report = self.report();
+        }
+    }
+
     /// Returns the memory of the card with this UUID.
     ///
     /// # Errors
@@ -231,7 +247,7 @@ fn with_cause(error: &dyn std::error::Error) -> String {
 fn read_all(nvml: &Nvml) -> Result<NvmlState, NvmlError> {
     let count = nvml.device_count()?;
     let mut devices: Vec<GpuState> = (0..count).map(|index| read_device(nvml, index)).collect();
-    name_owners(&mut devices);
+    name_owners(&mut devices.iter_mut().collect::<Vec<_>>());
     Ok(NvmlState::Ready {
         driver: nvml.sys_driver_version().ok(),
         cuda: nvml.sys_cuda_driver_version().ok().map(|version| {
@@ -243,6 +259,19 @@ fn read_all(nvml: &Nvml) -> Result<NvmlState, NvmlError> {
         }),
         devices,
     })
+}
+
+/// Asks these cards everything again. Returns whether each is still the card that it was, and answers.
+fn read_again(nvml: &Nvml, devices: &mut [&mut GpuState]) -> bool {
+    for state in devices.iter_mut() {
+        let now = read_device(nvml, state.index);
+        if now.uuid != state.uuid || now.health != Health::Healthy {
+            return false;
+        }
+        **state = now;
+    }
+    name_owners(devices);
+    true
 }
 
 fn read_device(nvml: &Nvml, index: u32) -> GpuState {
@@ -418,7 +447,7 @@ fn read_processes(device: &Device<'_>) -> Result<BTreeMap<u32, Option<Bytes>>, N
 }
 
 /// Looks up whose the processes are and what they run.
-fn name_owners(devices: &mut [GpuState]) {
+fn name_owners(devices: &mut [&mut GpuState]) {
     let processes = || devices.iter().flat_map(|device| device.processes.iter().flatten());
     let pids: Vec<Pid> = processes().map(|process| Pid::from_u32(process.pid)).collect();
     if pids.is_empty() {

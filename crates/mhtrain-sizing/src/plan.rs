@@ -7,7 +7,7 @@ use std::cmp::Ordering;
 use serde::{Deserialize, Serialize};
 use settle::{
     Attention, Batches, Lengths, check_numbers, note_environment, settle_adapters, settle_attention,
-    settle_batch, settle_dtype, settle_lengths, settle_liger,
+    settle_batch, settle_dtype, settle_lengths, settle_liger, settle_quantising,
 };
 
 pub use crate::correct::after_oom;
@@ -66,7 +66,8 @@ impl Plan {
     pub fn observation(&self, rung: usize, name: String, seen: Seen) -> Option<Observation> {
         let Rung { tier, estimate, .. } = self.rungs.get(rung)?;
         let group = Group::of_attempt(tier.packing);
-        let fingerprint = Fingerprint { group, ..self.fingerprint.clone() };
+        let method = method(self.fingerprint.method, tier);
+        let fingerprint = Fingerprint { group, method, ..self.fingerprint.clone() };
         let predicted = estimate.allocated_peak_bytes;
         Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, seen })
     }
@@ -194,7 +195,8 @@ impl History {
 
     /// Returns the ratio of reserved to allocated memory for a rung of `request`, and which observations moved it.
     pub fn learned(&self, request: &Request, tier: &Tier, estimate: &Estimate) -> Learned {
-        let next = self.fingerprint(request, tier.packing);
+        let method = method(request.train_type, tier);
+        let next = Fingerprint { method, ..self.fingerprint(request, tier.packing) };
         learn(next.group.prior(estimate.resident_share()), &next, &self.observations)
     }
 }
@@ -214,11 +216,16 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
     Ok(Plan { chosen, effective_batch: sizing.effective_batch, rungs, fingerprint, notes, can_quantise })
 }
 
+/// Returns how a rung of a job is trained: one that packs the weights does what qlora does.
+fn method(train_type: TrainType, tier: &Tier) -> TrainType {
+    if tier.quant_bits.is_some() { TrainType::Qlora } else { train_type }
+}
+
 /// Returns the pass that a rung means for the card.
 pub fn workload(request: &Request, tier: &Tier) -> Workload {
     let adapters = tier.adapters.clone().unwrap_or_default();
     Workload {
-        train_type: request.train_type,
+        train_type: method(request.train_type, tier),
         lora_rank: adapters.lora_rank,
         targets: adapters.target_modules,
         dtype: tier.torch_dtype,
@@ -236,6 +243,9 @@ pub fn workload(request: &Request, tier: &Tier) -> Workload {
         logit_share: 1.0,
     }
 }
+
+/// Bits of a base weight that bitsandbytes packs: QLoRA's (Dettmers et al. 2023), and what the peaks were measured with.
+const QUANT_BITS: u8 = 4;
 
 /// By which rule a rung is admitted.
 #[derive(Copy, Clone, Debug, PartialEq)]
@@ -274,10 +284,12 @@ struct Sizing<'a> {
     /// The adapters of the most frugal rungs; those of the others where fewer are not allowed.
     fewest: Option<Adapters>,
     liger: bool,
+    /// Whether the last rungs pack the base weights.
+    quantises: bool,
     history: &'a History,
-    /// What packed and unpacked rungs have in common with earlier attempts.
-    packed: Fingerprint,
-    unpacked: Fingerprint,
+    /// What packed and unpacked rungs have in common with earlier attempts; the second of each packs the weights as well.
+    packed: [Fingerprint; 2],
+    unpacked: [Fingerprint; 2],
     notes: Vec<String>,
 }
 
@@ -300,8 +312,12 @@ impl<'a> Sizing<'a> {
         if request.learning == Learning::Fast {
             notes.extend(book.learning.fast.note.clone());
         }
-        let packed = history.fingerprint(request, true);
-        let unpacked = history.fingerprint(request, false);
+        let quantises = settle_quantising(request, &mut notes);
+        let fingerprints = |packing| {
+            let plain = history.fingerprint(request, packing);
+            [plain.clone(), Fingerprint { method: TrainType::Qlora, ..plain }]
+        };
+        let (packed, unpacked) = (fingerprints(true), fingerprints(false));
         Ok(Sizing {
             history,
             request,
@@ -315,6 +331,7 @@ impl<'a> Sizing<'a> {
             adapters,
             fewest,
             liger,
+            quantises,
             packed,
             unpacked,
             notes,
@@ -346,6 +363,12 @@ impl<'a> Sizing<'a> {
             let fewer = |micro| (self.fewer_targets_tier(micro, length), Rule::Careful);
             tiers.extend(self.small_batches().map(fewer));
         }
+        // At full length first: packed weights leave more room than shorter rows do.
+        let whole = self.lengths.standard.or(self.lengths.long);
+        for length in [whole, self.lengths.shorter].into_iter().flatten().filter(|_| self.quantises) {
+            let quantised = |micro| (self.quantised_tier(micro, length), Rule::Careful);
+            tiers.extend(self.small_batches().map(quantised));
+        }
         if self.request.allow.emergency && !self.request.pins.leave_nothing_to_size() {
             tiers.push((self.emergency_tier(), Rule::Careful));
         }
@@ -368,6 +391,11 @@ impl<'a> Sizing<'a> {
     fn fewer_targets_tier(&self, micro: u32, max_length: u32) -> Tier {
         let tier = self.standard_tier(Profile::FewerTargets, micro, max_length);
         Tier { adapters: self.fewest.clone(), ..tier }
+    }
+
+    fn quantised_tier(&self, micro: u32, max_length: u32) -> Tier {
+        let tier = self.standard_tier(Profile::Quantized, micro, max_length);
+        Tier { quant_bits: Some(QUANT_BITS), ..tier }
     }
 
     fn candidate(&self, tier: Tier, rule: Rule) -> Result<Candidate, PlanError> {
@@ -396,6 +424,7 @@ impl<'a> Sizing<'a> {
 
     fn reserve(&self, tier: &Tier) -> Reserve<'_> {
         let next = if tier.packing { &self.packed } else { &self.unpacked };
+        let next = &next[usize::from(tier.quant_bits.is_some())];
         Reserve { group: next.group, history: Some((next, &self.history.observations)) }
     }
 
@@ -450,7 +479,7 @@ impl<'a> Sizing<'a> {
             attention.emergency_attn_impl,
             &values,
         );
-        Tier { adapters: self.fewest.clone(), ..tier }
+        Tier { adapters: self.fewest.clone(), quant_bits: self.quantises.then_some(QUANT_BITS), ..tier }
     }
 
     /// Returns the largest divisor of the effective batch up to `micro`, so that E stays what it is.
@@ -480,6 +509,7 @@ impl<'a> Sizing<'a> {
             torch_dtype: self.dtype,
             gradient_checkpointing: pins.gradient_checkpointing.unwrap_or(standard.gradient_checkpointing),
             liger_kernel: self.liger,
+            quant_bits: None,
             learning_rate: pins.learning_rate.or(values.learning_rate).unwrap_or(standard.learning_rate),
             warmup_ratio: pins.warmup_ratio.or(values.warmup_ratio).unwrap_or(standard.warmup_ratio),
             max_grad_norm: pins.max_grad_norm.or(values.max_grad_norm),
@@ -737,6 +767,10 @@ fn what_changes(from: &Tier, to: &Tier) -> Vec<String> {
     }
     if to.packing != from.packing {
         changes.push("rows are not packed: there are more steps, and each is less full".to_owned());
+    }
+    if to.quant_bits != from.quant_bits {
+        changes.push("the base weights are packed into 4 bits, as `allow.quantize` lets: the adapters learn on top of rounded \
+                      ones".to_owned());
     }
     if let (Some(to), Some(from)) = (&to.adapters, &from.adapters)
         && to.target_modules != from.target_modules

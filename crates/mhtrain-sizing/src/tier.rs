@@ -18,6 +18,8 @@ pub enum Profile {
     Shorter,
     /// Adapters on a few layers only: changes what is trained, where the job allows it.
     FewerTargets,
+    /// Base weights packed into 4 bits: changes what is trained, where the job allows it.
+    Quantized,
     /// The recipe's emergency profile: 1 x 32, no packing, sdpa. Always last.
     Emergency,
 }
@@ -29,6 +31,7 @@ impl fmt::Display for Profile {
             Profile::Standard => "standard",
             Profile::Shorter => "shorter",
             Profile::FewerTargets => "fewer_targets",
+            Profile::Quantized => "quantized",
             Profile::Emergency => "emergency",
         })
     }
@@ -92,6 +95,10 @@ pub struct Tier {
     pub gradient_checkpointing: bool,
     /// Whether Liger's fused kernels are used.
     pub liger_kernel: bool,
+    /// Bits that bitsandbytes packs each base weight into, where only this rung does that: `None` in a job whose
+    /// `train_type` is qlora.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub quant_bits: Option<u8>,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// Share of the steps over which the learning rate rises.
@@ -129,6 +136,7 @@ impl Tier {
     pub fn trains_the_same_as(&self, other: &Tier) -> bool {
         let adapters = |tier: &Tier| tier.adapters.clone().unwrap_or_default();
         adapters(self) == adapters(other)
+            && self.quant_bits == other.quant_bits
             && self.effective_batch() == other.effective_batch()
             && self.max_length == other.max_length
             && self.packing == other.packing
@@ -141,6 +149,10 @@ impl fmt::Display for Tier {
         if self.world_size > 1 {
             write!(f, "x{}", self.world_size)?;
         }
-        write!(f, " @{}{} {}", self.max_length, if self.packing { " packed" } else { "" }, self.attn_impl)
+        write!(f, " @{}{} {}", self.max_length, if self.packing { " packed" } else { "" }, self.attn_impl)?;
+        match self.quant_bits {
+            Some(bits) => write!(f, " {bits}-bit"),
+            None => Ok(()),
+        }
     }
 }

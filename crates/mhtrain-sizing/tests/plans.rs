@@ -8,6 +8,7 @@ use mhtrain_sizing::data::LengthProfile;
 use mhtrain_sizing::explain::{bar, what_would_change};
 use mhtrain_sizing::gpu::ComputeCapability;
 use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::observation::Seen;
 use mhtrain_sizing::plan::{History, Plan, PlanError, Rung, after_oom, plan};
 use mhtrain_sizing::request::{Learning, Length, Pins, Request, Save};
 use mhtrain_sizing::tier::{Profile, Steps, Tier};
@@ -392,6 +393,36 @@ fn fewer_targets_come_after_shorter_rows_and_before_the_emergency_profile_where_
     assert!(!plan.rungs[place - 1].tier.trains_the_same_as(&plan.rungs[place].tier));
     let said = plan.notes.iter().any(|note| note.contains("q_proj,v_proj instead of all-linear"));
     assert!(said, "{:?}", plan.notes);
+}
+
+#[test]
+fn packed_weights_come_before_the_emergency_profile_where_allowed_and_are_taken_when_nothing_else_fits() {
+    let mut request = request("Qwen/Qwen2.5-7B", Bytes::from_mib(14_000));
+    assert!(matches!(plan(&request, &TierBook::builtin()), Err(PlanError::WeightsDoNotFit { .. })));
+    request.allow.quantize = true;
+    let packed = planned(&request);
+    let taken = &packed.chosen_rung().tier;
+    assert_eq!((taken.name, taken.quant_bits, taken.effective_batch()), (Profile::Quantized, Some(4), 32));
+    let first = packed.rungs.iter().position(|rung| rung.tier.quant_bits.is_some()).unwrap();
+    assert_eq!(packed.rungs[first - 1].tier.name, Profile::Shorter);
+    assert!(
+        packed.rungs[first..].iter().all(|rung| rung.tier.quant_bits == Some(4)),
+        "the emergency rung as well"
+    );
+    assert!(!packed.rungs[first - 1].tier.trains_the_same_as(&packed.rungs[first].tier));
+    assert!(packed.notes.iter().any(|note| note.contains("packed into 4 bits")), "{:?}", packed.notes);
+    // What such a rung shows is kept for the method that it is.
+    let seen = Seen::MoreThan { limit: Bytes::from_gib(9) };
+    let kept = packed.observation(packed.chosen, "job 1".to_owned(), seen).unwrap();
+    assert_eq!(kept.fingerprint.method, TrainType::Qlora);
+    assert_eq!(packed.observation(0, "job 2".to_owned(), seen).unwrap().fingerprint.method, TrainType::Lora);
+
+    request.features.bitsandbytes = false;
+    assert!(matches!(plan(&request, &TierBook::builtin()), Err(PlanError::WeightsDoNotFit { .. })));
+    let mut idle = idle("Qwen/Qwen2.5-7B");
+    idle.allow.quantize = true;
+    idle.features.bitsandbytes = false;
+    assert!(planned(&idle).notes.iter().any(|note| note.contains("bitsandbytes is not installed")));
 }
 
 #[test]

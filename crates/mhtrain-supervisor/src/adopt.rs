@@ -31,7 +31,7 @@ use crate::watch::{Sight, Watch, complain};
 /// The hidden subcommand that calls [`adopt_main`].
 pub const ADOPT_VERB: &str = "recorder-adopt";
 
-/// How long the lock of a dead recorder may be held by a child of it that did not yet execute the gate.
+/// How long the lock of a dead recorder may be held by a child of it that is about to be the gate.
 const LOCK_FREE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Takes over the attempt of `record_dir` and records it to its end. Returns the exit status of the recorder.

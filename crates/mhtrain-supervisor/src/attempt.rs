@@ -230,8 +230,8 @@ impl StopError {
 impl Attempt {
     /// Starts a recorder, which starts the trainer. Returns when the recorder is up; it outlives us.
     ///
-    /// `exe` is a program that calls [`recorder_main`](crate::recorder::recorder_main),
-    /// [`gate_main`](crate::recorder::gate_main) and [`adopt_main`](crate::adopt::adopt_main) for the three hidden verbs.
+    /// `exe` is a program that calls [`recorder_main`](crate::recorder::recorder_main) and
+    /// [`adopt_main`](crate::adopt::adopt_main) for the two hidden verbs.
     /// `env` is the whole environment of the trainer; nothing of ours is added but the variable that marks the attempt's
     /// processes. A trainer that cannot be executed is no error here: the state becomes [`Ended::NotStarted`].
     ///
@@ -372,7 +372,7 @@ impl Attempt {
     /// When a file of the record cannot be read.
     pub fn clean_up(&self) -> Result<bool, RecordError> {
         let over = match self.state()? {
-            AttemptState::Exited(exit) => exit.leftovers_killed.is_some(),
+            AttemptState::Exited(_) => true,
             // Without a recorder.json the launch may be under way.
             AttemptState::Lost { trainer_alive } => !trainer_alive && self.record.recorder()?.is_some(),
             AttemptState::Starting | AttemptState::Running { .. } => false,
@@ -459,11 +459,19 @@ impl Attempt {
     }
 
     /// Returns what wakes whoever follows the attempt in an event loop: files of the record come when its state changes, but a
-    /// recorder that dies leaves none. `None` where the kernel tells us nothing.
+    /// recorder that dies leaves none: see [`Attempt::recorder_end`]. `None` where the kernel tells us nothing.
     #[must_use]
     pub fn arrivals(&self) -> Option<Arrivals> {
         let _as_owner = self.record.as_owner();
         Arrivals::in_directory(self.record.path())
+    }
+
+    /// Returns a descriptor that becomes readable, for good, when the recorder ends: one that is killed leaves no file. `None`
+    /// where there is none that lives, and where the kernel tells us nothing.
+    #[must_use]
+    pub fn recorder_end(&self) -> Option<OwnedFd> {
+        // A file that cannot be read is told by the next look at the state.
+        self.record.recorder().ok().flatten().as_ref().and_then(end_of)
     }
 
     /// Waits until the state is not `seen` any more, or until `timeout` has passed. Returns the state then.

@@ -114,7 +114,7 @@ impl Cgroup {
         Group { directory: self.directory.clone() }
     }
 
-    /// Removes what is empty of it. Harms nobody: a cgroup with a process in it stays.
+    /// Removes it when nobody is in it. Harms nobody: one with a process in it stays as it is.
     ///
     /// # Errors
     /// When something of it is left.
@@ -125,6 +125,9 @@ impl Cgroup {
         if let Ok(population) = self.whole().population() {
             while population.is_populated() && Instant::now() < until {
                 wake::wait(&[(population.as_fd(), PollFlags::PRI)], DEAD_WITHIN / 10);
+            }
+            if population.is_populated() {
+                return Err(io::ErrorKind::ResourceBusy.into());
             }
         }
         self.whole().remove()

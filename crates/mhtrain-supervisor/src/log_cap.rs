@@ -38,6 +38,15 @@ impl LogCap {
     }
 }
 
+/// Free bytes of a disk beyond which it is not asked whether there is room for a line.
+const MUCH_ROOM_BYTES: u64 = 1 << 30;
+
+/// Returns whether the disk of a log is far from being full. Of its owner's share this says nothing.
+pub(crate) fn has_much_room(log: &Path) -> bool {
+    let found = log.parent().and_then(|directory| rustix::fs::statvfs(directory).ok());
+    found.is_some_and(|found| found.f_bavail.saturating_mul(found.f_frsize) >= MUCH_ROOM_BYTES)
+}
+
 /// Returns whether the disk of a log, or its owner's share of it, has no room left; `false` where that cannot be asked.
 ///
 /// A file without a name asks for it and is gone at once. Unlike statfs(2) it knows of quotas and of what is kept for root.

@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -58,11 +59,22 @@ impl LogTail {
     ///
     /// # Errors
     /// When the file is there and cannot be read, or is no plain file.
-    pub fn read_new(&mut self, mut take: impl FnMut(&[u8])) -> io::Result<usize> {
+    pub fn read_new(&mut self, take: impl FnMut(&[u8])) -> io::Result<usize> {
+        self.read_for(Duration::MAX, take)
+    }
+
+    /// Like [`LogTail::read_new`], and stops when `take` has had so much time: what a trainer that prints without end is to
+    /// have is the processor.
+    ///
+    /// # Errors
+    /// As [`LogTail::read_new`].
+    pub fn read_for(&mut self, time: Duration, mut take: impl FnMut(&[u8])) -> io::Result<usize> {
+        let begin = Instant::now();
+        let is_over = || begin.elapsed() >= time;
         if self.open.is_none() && !self.open_path()? {
             return Ok(0);
         }
-        let mut total = self.read_open(&mut take)?;
+        let mut total = self.read_open(is_over, &mut take)?;
         // Only after the old file gave all it had is the one that replaced it opened.
         if total == 0 && self.is_replaced() {
             let in_the_middle = self.open.take().is_some_and(|old| old.offset > 0);
@@ -70,7 +82,7 @@ impl LogTail {
                 take(b"\n");
             }
             if self.open_path()? {
-                total = self.read_open(&mut take)?;
+                total = self.read_open(is_over, &mut take)?;
             }
         }
         Ok(total)
@@ -119,7 +131,7 @@ impl LogTail {
         }
     }
 
-    fn read_open(&mut self, take: &mut impl FnMut(&[u8])) -> io::Result<usize> {
+    fn read_open(&mut self, is_over: impl Fn() -> bool, take: &mut impl FnMut(&[u8])) -> io::Result<usize> {
         let Some(open) = &mut self.open else { return Ok(0) };
         let size = open.file.metadata()?.size();
         if size < open.offset {
@@ -129,7 +141,7 @@ impl LogTail {
         let mut buffer = vec![0; BYTES_PER_PIECE];
         let end = open.offset.saturating_add(BYTES_PER_CALL);
         let mut total = 0;
-        while open.offset < end {
+        while open.offset < end && (total == 0 || !is_over()) {
             let read = match open.file.read_at(&mut buffer, open.offset) {
                 Ok(0) => break,
                 Ok(read) => read,

@@ -1,10 +1,10 @@
 //! Who starts a trainer, sees it end, and makes sure that nobody is left?
 //!
 //! ```text
-//! recorder                               gate = the trainer-to-be
+//! recorder                               gate = the trainer-to-be, a copy of the recorder
 //!   own session, sub-reaper
 //!   recorder.json
-//!   starts the gate ───────────────────>  in the attempt's cgroup; waits for one byte on its stdin
+//!   makes the gate ────────────────────>  in the attempt's cgroup; waits for one byte on its stdin
 //!   trainer.json (pid, start time, extent)
 //!   one byte ──────────────────────────>  executes the trainer under the same pid
 //!   waits, caps the logs, hears stops      (no byte but end of file: exits; the recorder died)
@@ -20,14 +20,15 @@
 //! there is a [cgroup](crate::record::Extent), the trainer is in it as well: it ends everybody at once, and still finds them
 //! when this recorder is dead and another one [took over](crate::adopt).
 
-use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
-use std::io::{self, PipeWriter, Read, Write};
+use std::io::{self, PipeWriter, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
+
+use rustix::io::Errno;
 
 use crate::cgroup::{Cgroup, Group};
 use crate::log_cap::LogCap;
@@ -37,14 +38,11 @@ use crate::record::{
     Ended, ExitRecord, Extent, LaunchRecord, RecordDir, RecordError, TrainerRecord, private,
 };
 use crate::signals::{self, Signals};
-use crate::spawn::{self, Start};
+use crate::spawn::{self, Copy};
 use crate::watch::{Sight, Watch, complain};
 
 /// The hidden subcommand that calls [`recorder_main`].
 pub const RECORDER_VERB: &str = "recorder";
-
-/// The hidden subcommand that calls [`gate_main`].
-pub const GATE_VERB: &str = "recorder-gate";
 
 /// Set in the trainer's environment to the path of its record directory. Whoever inherits it belongs to the attempt.
 pub const ATTEMPT_VARIABLE: &str = "MHTRAIND_ATTEMPT";
@@ -74,12 +72,6 @@ pub fn recorder_main(record_dir: &Path) -> i32 {
     // SAFETY: by the contract above nothing in this process owns a descriptor yet.
     unsafe { signals::close_inherited_descriptors() };
     exit_status(become_independent().and_then(|signals| record_attempt(record_dir, signals)))
-}
-
-/// Waits for the recorder's word and becomes the trainer. Returns only when there is no trainer to become.
-#[must_use]
-pub fn gate_main(record_dir: &Path) -> i32 {
-    exit_status(pass_gate(record_dir))
 }
 
 pub(crate) fn exit_status(result: Result<(), RecorderError>) -> i32 {
@@ -214,7 +206,7 @@ struct Started {
 fn start(record: &RecordDir, launch: &LaunchRecord, group: Option<Group>) -> Result<Started, RecorderError> {
     let stdout = open_log(&launch.stdout)?;
     let stderr = open_log(&launch.stderr)?;
-    let (pid, mut gate) = spawn_gate(record, &stdout, &stderr, group.as_ref())
+    let (pid, mut gate) = spawn_gate(record, launch, &stdout, &stderr, group.as_ref())
         .map_err(RecorderError::system("start the gate"))?;
     let trainer = ProcessIdentity::of(pid).map_err(RecorderError::system("read the trainer's start time"))?;
     // Where it is counts, not where it was to be.
@@ -236,40 +228,30 @@ fn open_log(path: &Path) -> Result<File, RecorderError> {
 /// Returns the pid of the gate and the end of the pipe that opens it.
 fn spawn_gate(
     record: &RecordDir,
+    launch: &LaunchRecord,
     stdout: &File,
     stderr: &File,
     group: Option<&Group>,
 ) -> io::Result<(u32, PipeWriter)> {
     let (word, gate) = io::pipe()?;
-    let mut environment: Vec<_> = std::env::vars_os().filter(|(name, _)| name != ATTEMPT_VARIABLE).collect();
-    environment.push((ATTEMPT_VARIABLE.into(), record.path().into()));
-    let start = Start {
-        // Our own executable, even if another version was put at its path since.
-        program: Path::new("/proc/self/exe"),
-        arguments: &[OsStr::new(GATE_VERB), record.path().as_os_str()],
-        environment,
-        stdio: [word.as_fd(), stdout.as_fd(), stderr.as_fd()],
-        group,
-    };
-    // SAFETY: setsid(2) through rustix is a system call and nothing else.
+    let copy = Copy { stdio: [word.as_fd(), stdout.as_fd(), stderr.as_fd()], group };
+    // SAFETY: a recorder has one thread. setsid(2) through rustix is a system call and nothing else. The gate uses its standard
+    // descriptors, and what it opens itself.
     let pid = unsafe {
-        // A session of its own: a trainer that signals its whole group must not reach its recorder. Before the exec, so
-        // that whoever reads trainer.json finds it in that session already.
-        spawn::spawn(start, || rustix::process::setsid().map(drop))
+        // A session of its own: a trainer that signals its whole group must not reach its recorder. At once, so that
+        // whoever reads trainer.json finds it in that session already.
+        spawn::fork(copy, || rustix::process::setsid().map(drop), || exit_status(pass_gate(record, launch)))
     }?;
     Ok((pid.as_raw_nonzero().get().cast_unsigned(), gate))
 }
 
-fn pass_gate(record_dir: &Path) -> Result<(), RecorderError> {
-    signals::stop_ignoring();
-    signals::unblock_all().map_err(RecorderError::system("let signals through"))?;
-    let mut word = [0];
-    if io::stdin().lock().read(&mut word).map_err(RecorderError::system("wait for the recorder"))? == 0 {
+/// Waits for the recorder's word and becomes the trainer. Returns only when there is no trainer to become.
+fn pass_gate(record: &RecordDir, launch: &LaunchRecord) -> Result<(), RecorderError> {
+    if !is_let_through()? {
         // The recorder died before it could write down who we are. Nobody would ever find the trainer.
         return Ok(());
     }
-    let record = RecordDir::open(record_dir)?;
-    let failure = match become_trainer(&record.launch()?) {
+    let failure = match become_trainer(record, launch) {
         Err(error) => error,
         Ok(never) => match never {},
     };
@@ -277,8 +259,22 @@ fn pass_gate(record_dir: &Path) -> Result<(), RecorderError> {
     Err(failure)
 }
 
+/// Waits for the word on standard input, or for its end: then there is nobody who could give it.
+fn is_let_through() -> Result<bool, RecorderError> {
+    let mut word = [0];
+    loop {
+        match rustix::io::read(rustix::stdio::stdin(), &mut word) {
+            Err(Errno::INTR) => {}
+            read => return Ok(read.map_err(RecorderError::system("wait for the recorder"))? != 0),
+        }
+    }
+}
+
 /// Executes the trainer. Returns only when that fails.
-fn become_trainer(launch: &LaunchRecord) -> Result<std::convert::Infallible, RecorderError> {
+fn become_trainer(
+    record: &RecordDir,
+    launch: &LaunchRecord,
+) -> Result<std::convert::Infallible, RecorderError> {
     null_stdin()?;
     if let Some(umask) = launch.umask {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(umask));
@@ -292,7 +288,45 @@ fn become_trainer(launch: &LaunchRecord) -> Result<std::convert::Infallible, Rec
         let source = io::Error::new(source.kind(), format!("{}: {source}", launch.cwd.display()));
         RecorderError::System { action: "enter the working directory", source }
     })?;
-    let source = Command::new(program).args(arguments).exec();
+    let mut command = Command::new(program);
+    let source = command.args(arguments).env(ATTEMPT_VARIABLE, record.path()).exec();
     let source = io::Error::new(source.kind(), format!("{program}: {source}"));
     Err(RecorderError::System { action: "execute the trainer", source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::{Pid, WaitOptions, waitpid};
+
+    #[test]
+    fn a_gate_whose_recorder_is_gone_does_not_execute() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = RecordDir::create(&dir.path().join("record"), None).unwrap();
+        let ran = dir.path().join("ran");
+        let launch = LaunchRecord {
+            argv: vec!["/bin/touch".to_owned(), ran.display().to_string()],
+            cwd: dir.path().to_owned(),
+            stdout: dir.path().join("log"),
+            stderr: dir.path().join("log"),
+            grace_s: 1.0,
+            umask: None,
+            log_cap_bytes: None,
+            identity: None,
+            cgroup: None,
+        };
+        let log = open_log(&launch.stdout).unwrap();
+        let ends = |word: &[u8]| {
+            let (pid, mut gate) = spawn_gate(&record, &launch, &log, &log, None).unwrap();
+            gate.write_all(word).unwrap();
+            drop(gate);
+            let pid = Pid::from_raw(pid.cast_signed()).unwrap();
+            waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap().1.exit_status()
+        };
+        // The pipe closes without a word.
+        assert_eq!(ends(b""), Some(0));
+        assert!(!ran.exists());
+        assert_eq!(ends(b"\n"), Some(0));
+        assert!(ran.exists());
+    }
 }

@@ -72,11 +72,6 @@ pub(crate) fn stop_ignoring() {
     }
 }
 
-/// Lets every signal through again.
-pub(crate) fn unblock_all() -> io::Result<()> {
-    set_mask(libc::SIG_SETMASK, &set_of(&[]))
-}
-
 /// Closes every descriptor but the three standard ones: whatever our starter forgot to protect is not ours to keep open.
 ///
 /// # Safety

@@ -1,4 +1,4 @@
-//! How is a process started straight into its cgroup?
+//! How is a process started straight into its cgroup: as another program, or as a copy of this one?
 //!
 //! To move a process that runs already, the kernel waits until no thread of the system is inside a fork or exec: 5 to 20 ms
 //! were measured on an idle machine of two cores. `CLONE_INTO_CGROUP` of clone3(2) costs nothing, but
@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 use crate::cgroup::Group;
+use crate::signals;
 
 /// Flags of clone3(2) that do not fit the C library's `int`: linux/sched.h.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
@@ -31,6 +32,14 @@ pub(crate) struct Start<'a> {
     /// Standard input, output and error.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
     /// Where to start it. Best effort: ask [`Group::holds`] afterwards.
+    pub(crate) group: Option<&'a Group>,
+}
+
+/// A copy of this process, and with what it begins.
+pub(crate) struct Copy<'a> {
+    /// Standard input, output and error; it has no other descriptor.
+    pub(crate) stdio: [BorrowedFd<'a>; 3],
+    /// As [`Start::group`].
     pub(crate) group: Option<&'a Group>,
 }
 
@@ -62,28 +71,68 @@ unsafe fn spawn_by(
         c_string(OsStr::from_bytes(&[name.as_bytes(), b"=", value.as_bytes()].concat()))
     };
     let environment = start.environment.iter().map(entry).collect::<io::Result<Vec<_>>>()?;
+    // All that the child needs, laid out before it exists: it may take no memory.
+    let (arguments, environment) = (pointers(&arguments), pointers(&environment));
+    let execute = || {
+        // SAFETY: three lists of live C strings, the last two ended by a null pointer.
+        unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+        Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
+    };
+    // SAFETY: the caller's promises, and `execute` makes a system call.
+    unsafe { start_child(fork_into, start.stdio, start.group, prepare, execute) }
+}
+
+/// Starts a copy of this process that ends with the exit status of `body`, and does nothing else. Returns its pid when it
+/// stands where it should. It is cheaper than [`spawn`] by the start of a program.
+///
+/// # Errors
+/// When there is no child, or `prepare` failed. Then no child is left.
+///
+/// # Safety
+/// This process must have one thread, or `body` may only make system calls, as `prepare`. In the child every descriptor above 2
+/// is closed, whoever owned it: `body` may use none of them.
+pub(crate) unsafe fn fork(
+    copy: Copy<'_>,
+    prepare: impl Fn() -> Result<(), Errno>,
+    body: impl Fn() -> i32,
+) -> io::Result<Pid> {
+    let run = || {
+        // SAFETY: the child has no owner of a descriptor that still runs, by the caller's promise about `body`; `_exit` runs
+        // nothing of the parent that this is a copy of. Closing is also what tells the parent that we are ready.
+        unsafe {
+            signals::close_inherited_descriptors();
+            libc::_exit(body())
+        }
+    };
+    // SAFETY: the caller's promises.
+    unsafe { start_child(|directory| fork_into(directory), copy.stdio, copy.group, prepare, run) }
+}
+
+/// # Safety
+/// As for [`spawn_by`]; `then` is what the child does, and returns only with an error.
+unsafe fn start_child(
+    fork_into: impl Fn(BorrowedFd<'_>) -> io::Result<libc::pid_t>,
+    stdio: [BorrowedFd<'_>; 3],
+    group: Option<&Group>,
+    prepare: impl Fn() -> Result<(), Errno>,
+    then: impl Fn() -> Errno,
+) -> io::Result<Pid> {
     // Copies above 2, so that none of them is overwritten while the three are put in place.
     let copy = |descriptor: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(descriptor, 3);
-    let [input, output, error] = start.stdio;
+    let [input, output, error] = stdio;
     let stdio: [OwnedFd; 3] = [copy(input)?, copy(output)?, copy(error)?];
-    let procs = start.group.and_then(|group| group.open_procs().ok());
-    let directory = start.group.and_then(|group| group.open_directory().ok());
+    let procs = group.and_then(|group| group.open_procs().ok());
+    let directory = group.and_then(|group| group.open_directory().ok());
     let (mut failure, told) = io::pipe()?;
-    let child = Child {
-        program: &program,
-        arguments: pointers(&arguments),
-        environment: pointers(&environment),
-        stdio: &stdio,
-        failure: told.as_fd(),
-    };
+    let child = Child { stdio: &stdio, failure: told.as_fd() };
     let straight = directory.as_ref().and_then(|directory| fork_into(directory.as_fd()).ok());
     let pid = match straight {
-        Some(0) => child.become_it(None, prepare),
+        Some(0) => child.become_it(None, prepare, then),
         Some(pid) => pid,
-        // SAFETY: the child makes system calls only and ends in an exec or an exit.
+        // SAFETY: the child makes system calls only and ends in an exec or an exit, or the caller has one thread.
         None => match unsafe { libc::fork() } {
             -1 => return Err(io::Error::last_os_error()),
-            0 => child.become_it(procs.as_ref().map(AsFd::as_fd), prepare),
+            0 => child.become_it(procs.as_ref().map(AsFd::as_fd), prepare, then),
             pid => pid,
         },
     };
@@ -98,27 +147,23 @@ unsafe fn spawn_by(
     Ok(pid)
 }
 
-/// All that the child needs, laid out before it exists: it may take no memory.
+/// What a child begins with.
 struct Child<'a> {
-    program: &'a CString,
-    arguments: Vec<*const libc::c_char>,
-    environment: Vec<*const libc::c_char>,
     stdio: &'a [OwnedFd; 3],
     failure: BorrowedFd<'a>,
 }
 
 impl Child<'_> {
     /// Runs in the child.
-    fn become_it(&self, procs: Option<BorrowedFd<'_>>, prepare: impl Fn() -> Result<(), Errno>) -> ! {
+    fn become_it(
+        &self,
+        procs: Option<BorrowedFd<'_>>,
+        prepare: impl Fn() -> Result<(), Errno>,
+        then: impl Fn() -> Errno,
+    ) -> ! {
         let errno = match self.prepare(procs, prepare) {
             Err(errno) => errno,
-            Ok(()) => {
-                // SAFETY: three lists of live C strings, the last two ended by a null pointer.
-                unsafe {
-                    libc::execve(self.program.as_ptr(), self.arguments.as_ptr(), self.environment.as_ptr())
-                };
-                Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
-            }
+            Ok(()) => then(),
         };
         let _nobody_listens = rustix::io::write(self.failure, &errno.raw_os_error().to_ne_bytes());
         // SAFETY: `_exit` runs nothing of the parent that this is a copy of.

@@ -20,13 +20,18 @@ impl Arrivals {
     /// Watches from now on. Returns `None` where that cannot be had; somebody who waits must then look by himself. A
     /// directory on a network file system wakes nobody when another host writes.
     pub(crate) fn in_directory(path: &Path) -> Option<Arrivals> {
+        Arrivals::watch(path, inotify::WatchFlags::MOVED_TO)
+    }
+
+    /// Like [`Arrivals::in_directory`], and for a file that somebody makes in place, as a shell does.
+    pub(crate) fn by_anybody(path: &Path) -> Option<Arrivals> {
+        let in_place = inotify::WatchFlags::CREATE | inotify::WatchFlags::CLOSE_WRITE;
+        Arrivals::watch(path, inotify::WatchFlags::MOVED_TO | in_place)
+    }
+
+    fn watch(path: &Path, wanted: inotify::WatchFlags) -> Option<Arrivals> {
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
-        // `CREATE` for a stop file that somebody writes by hand.
-        let wanted = inotify::WatchFlags::MOVED_TO
-            | inotify::WatchFlags::CREATE
-            | inotify::WatchFlags::CLOSE_WRITE
-            | inotify::WatchFlags::ONLYDIR;
-        inotify::add_watch(&watch, path, wanted).ok()?;
+        inotify::add_watch(&watch, path, wanted | inotify::WatchFlags::ONLYDIR).ok()?;
         Some(Arrivals(watch))
     }
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::process::{Signal, WaitOptions, WaitStatus};
 
 use crate::cgroup::{Group, Population};
-use crate::log_cap::{LogCap, is_disk_full};
+use crate::log_cap::{LogCap, has_much_room, is_disk_full};
 use crate::process::{ProcessIdentity, descendants, family};
 use crate::record::{Ended, LaunchRecord, RecordDir, StopTook};
 use crate::recorder::{ATTEMPT_VARIABLE, chain};
@@ -86,7 +86,7 @@ impl<'a> Watch<'a> {
             sight,
             cgroup: group.and_then(watched),
             logs,
-            arrivals: Arrivals::in_directory(record.path()),
+            arrivals: Arrivals::by_anybody(record.path()),
             ended: None,
             asked_by_signal: false,
             stop_file: None,
@@ -263,7 +263,12 @@ impl<'a> Watch<'a> {
 
     /// Returns whether what the trainer printed last may have found no room.
     pub(crate) fn is_log_disk_full(&self) -> bool {
-        [&self.launch.stdout, &self.launch.stderr].into_iter().any(|log| is_disk_full(log))
+        let LaunchRecord { stdout, stderr, .. } = self.launch;
+        let logs = [Some(stdout), Some(stderr).filter(|stderr| *stderr != stdout)];
+        // Asking for room costs as much as all else at an end. Who ended well on a disk with room had it; a quota that is
+        // used up ends a trainer.
+        let ended_well = self.how_the_child_ended() == Some(Ended::Code(0));
+        logs.into_iter().flatten().any(|log| !(ended_well && has_much_room(log)) && is_disk_full(log))
     }
 
     /// Returns the grace period of a request that was not seen before: a new stop file, or a signal when there is no file.
@@ -287,12 +292,17 @@ impl<'a> Watch<'a> {
             Ok(None) => {}
             Err(error) => complain("cannot read why the trainer did not start", &error),
         }
-        let Some(End::Status(status)) = self.ended else { return Ended::StatusLost };
+        self.how_the_child_ended().unwrap_or(Ended::StatusLost)
+    }
+
+    /// Returns what the wait for the trainer told; `None` where nobody could wait for it.
+    fn how_the_child_ended(&self) -> Option<Ended> {
+        let Some(End::Status(status)) = self.ended else { return None };
         // A wait without WUNTRACED and WCONTINUED reports an exit or a signal and nothing else, see waitpid(2).
-        match status.terminating_signal() {
+        Some(match status.terminating_signal() {
             Some(signal) => Ended::Signal(signal),
             None => Ended::Code(status.exit_status().unwrap_or_default()),
-        }
+        })
     }
 }
 

@@ -219,6 +219,7 @@ mod tests {
             save_total_limit: 2,
             logging_steps: Steps::Count(1),
             router_aux_loss_coef: None,
+            quant_bits: None,
             adapters: None,
         }
     }

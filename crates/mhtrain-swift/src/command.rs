@@ -391,7 +391,7 @@ impl Command {
             self.notes
                 .push(format!("`train_type` is called `{flag}` in ms-swift {}", request.dialect.line()));
         }
-        if request.spec.train_type != TrainType::Qlora {
+        if request.spec.train_type != TrainType::Qlora && request.tier.quant_bits.is_none() {
             self.push(flag, vec![request.spec.train_type.to_string()]);
             return;
         }

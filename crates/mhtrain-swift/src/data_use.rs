@@ -296,6 +296,7 @@ mod tests {
             save_total_limit: 3,
             logging_steps: Steps::Count(20),
             router_aux_loss_coef: None,
+            quant_bits: None,
             adapters: None,
         }
     }

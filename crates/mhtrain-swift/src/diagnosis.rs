@@ -240,6 +240,11 @@ impl Diagnoser {
         }
     }
 
+    /// Returns the diagnosis of a training that diverged and cannot come back, while it still runs.
+    pub fn diverged_for_good(&self) -> Option<Diagnosis> {
+        self.metrics.lost().map(|line| diverged(line, true))
+    }
+
     /// Returns why the trainer ended, judged by the text and by what is known about its end.
     pub fn finish(mut self, exit: ExitFacts) -> Diagnosis {
         self.end_line();

@@ -7,14 +7,23 @@ use crate::diagnosis::{Diagnoser, ExitFacts};
 use crate::proof::{Proof, Unproven};
 use crate::stall::{self, Stall};
 
+/// Why we ended an attempt that nobody asked to stop.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EndedByUs {
+    /// It hung.
+    Stalled(Stall),
+    /// Its loss was no number any more.
+    Diverged(Diagnosis),
+}
+
 /// Returns why an attempt ended, by what it printed and by what is known beside that. `loop_ended`: it wrote its
-/// end-of-training line. `stall`: it hung, and we ended it.
+/// end-of-training line.
 pub fn diagnose_end(
     printed: Diagnoser,
     exit: &Exit,
     facts: ExitFacts,
     loop_ended: bool,
-    stall: Option<&Stall>,
+    ended: Option<&EndedByUs>,
 ) -> Diagnosis {
     let mut diagnosis = printed.finish(facts);
     if *exit == Exit::Lost && names_no_cause(&diagnosis) && !loop_ended {
@@ -22,8 +31,9 @@ pub fn diagnose_end(
         diagnosis = Diagnosis { evidence: diagnosis.evidence, ..Diagnosis::interrupted() };
     }
     // A cause in its words comes first: one rank may have died of it while the others waited.
-    match stall.filter(|_| matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown)) {
-        Some(stall) => stall::diagnose(stall),
+    match ended.filter(|_| matches!(diagnosis.kind, Kind::Interrupted | Kind::Unknown)) {
+        Some(EndedByUs::Stalled(stall)) => stall::diagnose(stall),
+        Some(EndedByUs::Diverged(found)) => found.clone(),
         None => diagnosis,
     }
 }

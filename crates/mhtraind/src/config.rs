@@ -118,6 +118,8 @@ pub struct Daemon {
     pub state_dir: String,
     /// Group whose members may see and stop everybody's jobs; empty: none.
     pub admin_group: String,
+    /// Jobs of one user that may wait.
+    pub jobs_per_user: u32,
 }
 
 impl Config {

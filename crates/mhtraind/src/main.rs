@@ -42,17 +42,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// Becomes the recorder of an attempt, the gate in front of its trainer, or the process that looks at data, when the command
-/// line says so.
+/// Becomes the recorder of an attempt, or the process that looks at data, when the command line says so.
 ///
-/// Before anything else: the recorder closes every descriptor and must be the only thread, and the gate becomes
-/// the trainer.
+/// Before anything else: the recorder closes every descriptor and must be the only thread.
 fn hidden_verb() -> Option<ExitCode> {
     let mut words = std::env::args_os().skip(1);
     let verb = words.next()?;
     let become_it = match verb.to_str()? {
         recorder::RECORDER_VERB => recorder::recorder_main,
-        recorder::GATE_VERB => recorder::gate_main,
         adopt::ADOPT_VERB => adopt::adopt_main,
         LOOK_VERB => return Some(ExitCode::from(u8::try_from(look_main()).unwrap_or(u8::MAX))),
         _ => return None,

@@ -11,6 +11,7 @@ mod score_memory;
 mod score_plan;
 mod score_published;
 mod simulate;
+mod startup;
 mod systemd;
 mod test;
 mod workspace;
@@ -38,6 +39,8 @@ enum Command {
     Simulate(simulate::SimulateArgs),
     /// Measure the daemon beside pueue and task-spooler
     Bench(bench::BenchArgs),
+    /// Measure how long a trainer takes to its first step, and a rerun after an out-of-memory error
+    Startup(startup::StartupArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
     /// Score the plan against an oracle on random simulated hosts
@@ -56,6 +59,7 @@ fn main() -> anyhow::Result<()> {
         Command::Chaos(args) => chaos::run(&args),
         Command::Simulate(args) => simulate::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Startup(args) => startup::run_all(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
         Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),

@@ -11,7 +11,7 @@ use crate::simulate;
 use crate::workspace::{cargo, root, target_dir};
 
 /// The lines of ms-swift that everything is tested on; their locks are in `config/trainer/`.
-const LINES: [&str; 2] = ["4.6.0", "3.12.6"];
+pub(crate) const LINES: [&str; 2] = ["4.6.0", "3.12.6"];
 
 /// Run every test
 #[derive(Debug, Args)]
@@ -87,7 +87,7 @@ fn stage(stages: &mut Vec<(String, f64)>, name: &str, command: &mut Command) -> 
 }
 
 /// Installs a line of ms-swift, or finds it installed, and returns its directory: the command's only output.
-fn install_trainer(binary: &Path, line: &str) -> anyhow::Result<String> {
+pub(crate) fn install_trainer(binary: &Path, line: &str) -> anyhow::Result<String> {
     let mut command = Command::new(binary);
     command.args(["install-trainer", "--ms-swift", line]).stdin(Stdio::null()).stderr(Stdio::inherit());
     let output = command.output().with_context(|| format!("cannot start {}", binary.display()))?;

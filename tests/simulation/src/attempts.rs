@@ -26,7 +26,7 @@ use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::progress::{StderrWatch, TrainerLog};
 use mhtrain_swift::proof::{ExitStatus, PlannedSteps, Proof, ProofInput, ProofKind, Unproven, prove};
 use mhtrain_swift::stall::Stall;
-use mhtrain_swift::verdict::{Conclusion, conclude, diagnose_end};
+use mhtrain_swift::verdict::{Conclusion, EndedByUs, conclude, diagnose_end};
 
 use crate::bugs::Bug;
 use crate::daemon::{Sized, Waiting};
@@ -622,7 +622,8 @@ impl JobLoop {
         };
         let last_step = follower.last_step();
         let loop_ended = follower.log.end_of_training().is_some();
-        let diagnosis = diagnose_end(follower.diagnoser, &exit, facts, loop_ended, stall);
+        let ended = stall.cloned().map(EndedByUs::Stalled);
+        let diagnosis = diagnose_end(follower.diagnoser, &exit, facts, loop_ended, ended.as_ref());
         self.note_end(world, start.attempt, exit.clone(), &diagnosis, last_step)?;
         Ok(Step::Conclude { start, exit, diagnosis })
     }

@@ -49,6 +49,7 @@ pub(crate) fn in_words(event: &JobEvent) -> String {
             format!("{name} {attempt}, {exit:?}, {}{doubt}, {step}", diagnosis.kind)
         }
         JobEvent::RerunDecided(rerun) => format!("{name}, rung {}: {}", rerun.rung, rerun.reason),
+        JobEvent::Warned { warning } => format!("{name}: {warning}"),
         JobEvent::StopRequested { by } => format!("{name} by {by}"),
         JobEvent::Failed { reason, .. } | JobEvent::Cancelled { reason } => format!("{name}: {reason}"),
         JobEvent::Submitted { .. } | JobEvent::Succeeded { .. } => name.to_owned(),

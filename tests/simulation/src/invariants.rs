@@ -168,6 +168,7 @@ pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), 
         | JobEvent::Planned { .. }
         | JobEvent::Waiting { .. }
         | JobEvent::Started { .. }
+        | JobEvent::Warned { .. }
         | JobEvent::StopRequested { .. } => Ok(()),
     }
 }

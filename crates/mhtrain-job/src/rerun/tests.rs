@@ -167,6 +167,23 @@ fn oom_at_load_stops_with_numbers_and_names_qlora() {
 }
 
 #[test]
+fn oom_at_load_goes_to_packed_weights_where_they_are_allowed_and_never_to_a_smaller_batch() {
+    let mut plan = plan();
+    let packed = plan.rungs.len() - 1;
+    for rung in &mut plan.rungs[packed..] {
+        rung.tier.quant_bits = Some(4);
+    }
+    let load = at_phase(Phase::Load);
+    let Decision::Rerun(rerun) = decide(&History::at(0), &load, &plan, &policy()) else {
+        panic!("it was given up");
+    };
+    assert_eq!((rerun.rung, rerun.answer), (packed, Answer::QuantizeOrStop));
+    assert_eq!(rerun.resume, ResumeWish::FromStart);
+    let again = gives_up(decide(&History::at(packed), &load, &plan, &policy()));
+    assert!(again.contains("while the model was loaded"), "{again}");
+}
+
+#[test]
 fn oom_in_an_evaluation_lowers_its_batch_once_and_never_the_rung() {
     let (reruns, _) = repeat(&at_phase(Phase::Eval), &policy());
     assert_eq!(reruns.len(), 1);

@@ -364,6 +364,25 @@ pub(super) fn settle_liger(request: &Request, notes: &mut Vec<String>) -> bool {
     }
 }
 
+/// Returns whether the last rungs pack the base weights into 4 bits.
+pub(super) fn settle_quantising(request: &Request, notes: &mut Vec<String>) -> bool {
+    if !request.allow.quantize || request.train_type != TrainType::Lora {
+        // Weights that are trained in full cannot be packed, and those of qlora are.
+        return false;
+    }
+    if !request.model.can_be_packed() {
+        notes.push(
+            "`allow.quantize` is true, but bitsandbytes cannot pack the weights of this model".to_owned(),
+        );
+        return false;
+    }
+    if !request.features.bitsandbytes {
+        notes.push("`allow.quantize` is true, but bitsandbytes is not installed".to_owned());
+        return false;
+    }
+    true
+}
+
 pub(super) fn note_environment(request: &Request, notes: &mut Vec<String>) {
     if request.train_type == TrainType::Qlora && !request.features.bitsandbytes {
         notes.push("qlora needs bitsandbytes, which is not installed in the trainer environment".to_owned());

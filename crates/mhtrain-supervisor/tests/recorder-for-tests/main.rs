@@ -1,4 +1,4 @@
-//! The hidden subcommands of mhtraind, and nothing else: `recorder DIR`, `recorder-gate DIR` and `recorder-adopt DIR`.
+//! The hidden subcommands of mhtraind, and nothing else: `recorder DIR` and `recorder-adopt DIR`.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -8,9 +8,6 @@ fn main() -> ExitCode {
     let status = match arguments.as_slice() {
         [verb, dir] if verb == mhtrain_supervisor::recorder::RECORDER_VERB => {
             mhtrain_supervisor::recorder::recorder_main(Path::new(dir))
-        }
-        [verb, dir] if verb == mhtrain_supervisor::recorder::GATE_VERB => {
-            mhtrain_supervisor::recorder::gate_main(Path::new(dir))
         }
         [verb, dir] if verb == mhtrain_supervisor::adopt::ADOPT_VERB => {
             mhtrain_supervisor::adopt::adopt_main(Path::new(dir))

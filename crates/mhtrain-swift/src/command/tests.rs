@@ -27,6 +27,7 @@ fn tier() -> Tier {
         save_total_limit: 3,
         logging_steps: Steps::Count(20),
         router_aux_loss_coef: None,
+        quant_bits: None,
         adapters: None,
     }
 }
@@ -135,6 +136,11 @@ fn qlora_becomes_what_ms_swift_takes() {
         assert_eq!(value(&call, "quant_bits"), Some("4"));
         assert_eq!(value(&call, "bnb_4bit_compute_dtype"), Some("bfloat16"));
         assert!(!call.argv.iter().any(|word| word == "qlora"));
+        let packed = Tier { quant_bits: Some(4), ..tier() };
+        let rung = with_request(json!({}), version, &packed, &[], user_command).unwrap();
+        assert_eq!((value(&rung, flag), value(&rung, "quant_bits")), (Some("lora"), Some("4")));
+        let plain = with_request(json!({}), version, &tier(), &[], user_command).unwrap();
+        assert_eq!(value(&plain, "quant_bits"), None);
     }
 }
 

@@ -13,6 +13,10 @@ const DIVERGED_LINES: u32 = 2;
 /// Exactly zero is rarer and less clear: rows without labels have such a loss as well.
 const ZERO_LINES: u32 = 3;
 
+/// So many bad lines in a row, and no step mends the weights any more: to go on costs time, and the checkpoints from before
+/// it, which newer ones replace.
+const LOST_LINES: u32 = 5;
+
 /// A loss this many times above the smallest so far, and above [`EXPLODED_FLOOR`], has exploded.
 const EXPLODED_RATIO: f64 = 20.0;
 
@@ -188,6 +192,12 @@ impl Metrics {
         self.last_bad_line.as_deref().filter(|_| diverged)
     }
 
+    /// Returns the line that shows a divergence that nothing mends any more.
+    pub(super) fn lost(&self) -> Option<&str> {
+        let lines = self.bad_in_a_row.max(self.exploded_in_a_row);
+        self.last_bad_line.as_deref().filter(|_| lines >= LOST_LINES)
+    }
+
     /// Returns whether the training loop came to its end.
     pub(super) fn ended(&self) -> bool {
         self.ended
@@ -234,6 +244,17 @@ mod tests {
             "{\"loss\": 0.0, \"grad_norm\": NaN}",
         ];
         assert_eq!(read(&lines).divergence(), Some(lines[2]));
+    }
+
+    #[test]
+    fn a_divergence_is_lost_after_some_lines_and_only_while_it_lasts() {
+        let nan = "{'loss': nan, 'grad_norm': nan}";
+        assert_eq!(read(&[nan; 4]).lost(), None);
+        assert_eq!(read(&[nan; 5]).lost(), Some(nan));
+        assert_eq!(read(&["{'loss': 0.0}"; 9]).lost(), None, "rows without labels");
+        let mut lines = vec![nan; 5];
+        lines.push("{'loss': 2.0, 'grad_norm': 1.0}");
+        assert_eq!(read(&lines).lost(), None);
     }
 
     #[test]

@@ -380,6 +380,7 @@ fn tier() -> Tier {
         save_total_limit: 3,
         logging_steps: Steps::Count(20),
         router_aux_loss_coef: None,
+        quant_bits: None,
         adapters: None,
     }
 }

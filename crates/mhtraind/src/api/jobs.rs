@@ -114,6 +114,7 @@ fn view(daemon: &Daemon, row: JobRow, records: &[Record]) -> JobView {
         device_uuid: live.as_ref().and_then(|live| live.device_uuid.clone()),
         reason: waits_for.or(row.reason),
         tier: last_tier(records),
+        warnings: warnings(records),
         output_dir: text("output_dir"),
         labels: row.spec.get("labels").cloned().unwrap_or_default(),
         name: row.name,
@@ -132,6 +133,14 @@ fn last_tier(records: &[Record]) -> Option<Tier> {
         JobEvent::Planned { tier, .. } => Some(tier.clone()),
         _ => None,
     })
+}
+
+fn warnings(records: &[Record]) -> Vec<String> {
+    let warning = |record: &Record| match &record.event {
+        JobEvent::Warned { warning } => Some(warning.clone()),
+        _ => None,
+    };
+    records.iter().filter_map(warning).collect()
 }
 
 /// Asks a job to end.
@@ -196,6 +205,7 @@ pub(super) async fn receipt(
             help: told.help,
             ended_at: told.ended_at,
             attempts: told.attempts,
+            warnings: told.warnings,
             ..kept
         },
         None => told,

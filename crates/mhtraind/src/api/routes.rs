@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
 use axum::http::StatusCode;
@@ -10,7 +9,6 @@ use axum::http::request::Parts;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::IncomingStream;
 use axum::{Extension, Json, Router};
 use mhtrain_store::JobId;
 use serde::de::DeserializeOwned;
@@ -18,12 +16,12 @@ use serde_json::json;
 use tokio::net::UnixListener;
 
 use super::types::DaemonView;
-use super::{jobs, streams, submit};
+use super::{connections, jobs, streams, submit};
 use crate::daemon::{Caller, Daemon, Peer};
 use crate::failure::{Failure, Status};
 
 /// Longest request body: a job file of 10 MiB with what surrounds it.
-const BODY_BYTES_MAX: usize = 11 << 20;
+pub(super) const BODY_BYTES_MAX: usize = 11 << 20;
 
 /// Returns the routes. `docs/openapi.json` names each of them.
 fn router(daemon: Arc<Daemon>) -> Router {
@@ -48,23 +46,13 @@ fn router(daemon: Arc<Daemon>) -> Router {
 
 /// Serves clients for ever.
 pub async fn serve(listener: UnixListener, daemon: Arc<Daemon>) {
-    let service = router(daemon).into_make_service_with_connect_info::<Peer>();
-    if let Err(error) = axum::serve(listener, service).await {
-        tracing::error!(%error, "the server has ended");
-    }
-}
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Peer {
-        // Who cannot be told is nobody that we serve.
-        Peer { uid: stream.io().peer_cred().map_or(u32::MAX, |credentials| credentials.uid()) }
-    }
+    connections::serve(listener, router(daemon)).await;
 }
 
 /// Lets only those in whom this daemon serves. Handlers find who it is in the request: [`Caller`].
 async fn admit(
     State(daemon): State<Arc<Daemon>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(peer): Extension<Peer>,
     mut request: Request,
     next: Next,
 ) -> Answer<Response> {

@@ -1,21 +1,22 @@
 //! How does a job come in?
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::secrets::is_secret_name;
-use mhtrain_job::spec::{DeviceWish, JobSpec, SpecError};
+use mhtrain_job::spec::{DeviceWish, JOB_FILE_BYTES_MAX, JobSpec, SpecError};
 use mhtrain_probe::nvml::probe_gpus;
 use mhtrain_store::{JobId, NewJob, Owner};
 use serde_json::{Value, json};
 
 use super::jobs::permit;
-use super::routes::{Answer, Id, to_the_end};
+use super::routes::{Answer, BODY_BYTES_MAX, Id, to_the_end};
 use super::types::{SubmitAnswer, SubmitRequest};
 use crate::daemon::{Caller, Daemon, HandedIn, QueuedEntry, Submission, examined};
 use crate::engine::directory::holds_a_job;
@@ -23,14 +24,21 @@ use crate::engine::journal::now;
 use crate::engine::prepare;
 use crate::failure::{Failure, Status};
 
+/// How long a client may take to send a job.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
+
+/// Bytes of the jobs of one user that wait.
+const WAITING_BYTES_MAX: usize = 256 << 20;
+
 type Accepted = Answer<(StatusCode, Json<SubmitAnswer>)>;
 
 /// Takes a new job.
 pub(super) async fn submit(
     State(daemon): State<Arc<Daemon>>,
     Extension(caller): Extension<Caller>,
-    body: Bytes,
+    body: Body,
 ) -> Accepted {
+    let body = read(body).await?;
     let request: SubmitRequest = serde_json::from_slice(&body)
         .map_err(|e| Failure::bad_input("bad_request", format!("the request cannot be understood: {e}")))?;
     let mut spec = JobSpec::from_value(&request.job).map_err(bad_job)?;
@@ -49,12 +57,10 @@ pub(super) async fn submit(
     };
     let account = daemon.served.account(caller.uid).await?;
     let origin = submission.origin(&account, config);
-    // Relative paths are the submitter's: stored absolute, they mean the same wherever they are read.
     let output_dir = prepare::output_dir(&spec, &origin);
-    spec.output_dir = output_dir.display().to_string();
     let state_dir = config.state_dir();
     let check = move || check_places(&origin.cwd, &output_dir, &state_dir);
-    account.act(check).await??;
+    spec.output_dir = account.act(check).await??.display().to_string();
     let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
     to_the_end(async move { accept(&daemon, caller, handed_in, request.key).await }).await
 }
@@ -81,6 +87,24 @@ pub(super) async fn retry(
     to_the_end(async move { accept(&daemon, caller, handed_in, None).await }).await
 }
 
+/// Reads a request's body.
+async fn read(body: Body) -> Result<Bytes, Failure> {
+    match tokio::time::timeout(BODY_WITHIN, axum::body::to_bytes(body, BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(error)) => {
+            let what = format!(
+                "the request cannot be read ({error}); a job is {} MiB at most",
+                JOB_FILE_BYTES_MAX >> 20
+            );
+            Err(Failure::bad_input("bad_request", what))
+        }
+        Err(_) => {
+            let what = format!("the request was not whole within {} s", BODY_WITHIN.as_secs());
+            Err(Failure::bad_input("slow_request", what))
+        }
+    }
+}
+
 fn bad_job(error: SpecError) -> Failure {
     Failure::bad_input(error.code(), &error).help(error.help())
 }
@@ -90,6 +114,7 @@ async fn accept(daemon: &Arc<Daemon>, caller: Caller, handed_in: HandedIn, key: 
     for id in &handed_in.spec.after {
         must_exist(daemon, caller, *id).await?;
     }
+    must_have_room(daemon, handed_in.account.uid, &handed_in.account.name)?;
     let known = examined(daemon, &handed_in).await?;
     let notes = notes(&handed_in).await?;
     let HandedIn { spec, submission, account } = &handed_in;
@@ -110,6 +135,24 @@ async fn accept(daemon: &Arc<Daemon>, caller: Caller, handed_in: HandedIn, key: 
     daemon.store.tell();
     daemon.wake();
     Ok((StatusCode::CREATED, Json(SubmitAnswer { id, existing: false, notes })))
+}
+
+/// Refuses a job of a user who has very many waiting: each takes memory and disk of the daemon that serves the others too.
+fn must_have_room(daemon: &Daemon, uid: u32, name: &str) -> Result<(), Failure> {
+    let (jobs_max, queued) = (daemon.config.daemon.jobs_per_user, daemon.queued());
+    let theirs = queued.values().filter(|entry| entry.handed_in.account.uid == uid);
+    let (jobs, bytes) = theirs.fold((0_u32, 0), |(jobs, bytes), entry| (jobs + 1, bytes + entry.bytes));
+    if jobs < jobs_max && bytes < WAITING_BYTES_MAX {
+        return Ok(());
+    }
+    let what = format!(
+        "{jobs} jobs of {name} wait, {} MiB: at most {jobs_max} jobs and {} MiB may",
+        bytes >> 20,
+        WAITING_BYTES_MAX >> 20
+    );
+    let help =
+        "hand more in when some have started; [daemon] jobs_per_user in the daemon's settings says how many";
+    Err(Failure::failed("too_many_jobs", what).help(help.to_owned()))
 }
 
 async fn must_exist(daemon: &Daemon, caller: Caller, id: u64) -> Result<(), Failure> {
@@ -138,8 +181,8 @@ async fn notes(handed_in: &HandedIn) -> Result<Vec<String>, Failure> {
 }
 
 /// Checks the directories of a job with the rights of the calling thread: where its trainer starts, and where its results
-/// go, which is not where the daemon keeps its own files.
-fn check_places(cwd: &Path, output_dir: &Path, state_dir: &Path) -> Result<(), Failure> {
+/// go, which is not where the daemon keeps its own files. Returns the latter as it is told from others (see [`resolved`]).
+fn check_places(cwd: &Path, output_dir: &Path, state_dir: &Path) -> Result<PathBuf, Failure> {
     if !cwd.is_absolute() || !cwd.is_dir() {
         let what = format!("the working directory `{}` is no absolute path of a directory", cwd.display());
         return Err(Failure::bad_input("bad_cwd", what));
@@ -148,19 +191,41 @@ fn check_places(cwd: &Path, output_dir: &Path, state_dir: &Path) -> Result<(), F
         let what = format!("the output_dir {} {what}", output_dir.display());
         Err(Failure::bad_input("bad_output_dir", what).help("choose another one".to_owned()))
     };
-    if output_dir.starts_with(state_dir) {
+    let resolved = resolved(output_dir);
+    let states = [state_dir.to_owned(), state_dir.canonicalize().unwrap_or_default()];
+    if states.iter().any(|state| !state.as_os_str().is_empty() && resolved.starts_with(state)) {
         return refuse("is in the daemon's state directory".to_owned());
     }
     // What is missing is made later, in the nearest directory that is there.
-    let Some(there) = output_dir.ancestors().find(|path| path.exists()) else { return Ok(()) };
+    let Some(there) = resolved.ancestors().find(|path| path.exists()) else { return Ok(resolved) };
     if !there.is_dir() {
         return refuse(format!("cannot be: {} is no directory", there.display()));
     }
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
     match rustix::fs::accessat(rustix::fs::CWD, there, access, rustix::fs::AtFlags::EACCESS) {
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(resolved),
         Err(error) => refuse(format!("cannot be written: {}: {error}", there.display())),
     }
+}
+
+/// Returns an absolute path without links, `.` and `..`: two spellings of one directory are the same then, and two jobs
+/// that name it wait for each other.
+fn resolved(path: &Path) -> PathBuf {
+    let mut missing = Vec::new();
+    for there in path.ancestors() {
+        if let Ok(mut real) = there.canonicalize() {
+            for part in missing.iter().rev() {
+                match part {
+                    Component::ParentDir => drop(real.pop()),
+                    Component::Normal(name) => real.push(name),
+                    Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+                }
+            }
+            return real;
+        }
+        missing.extend(there.components().next_back());
+    }
+    path.to_owned()
 }
 
 /// Returns the UUID of the wished card; `None` where any will do, or NVML does not answer now.
@@ -219,6 +284,15 @@ mod tests {
             assert_eq!(check(&wrong).unwrap_err().code, "bad_output_dir");
         }
         check(&dir.path().join("out/deep")).unwrap();
+        std::fs::create_dir(dir.path().join("real")).unwrap();
+        std::os::unix::fs::symlink("real", dir.path().join("link")).unwrap();
+        let one = check(&dir.path().join("real/new/out")).unwrap();
+        for other in ["link/new/out", "link/./new//out/", "link/../real/new/x/../out"] {
+            assert_eq!(check(&dir.path().join(other)).unwrap(), one, "{other}");
+        }
+        std::fs::create_dir(&state).unwrap();
+        std::os::unix::fs::symlink(&state, dir.path().join("hidden")).unwrap();
+        assert_eq!(check(&dir.path().join("hidden/jobs")).unwrap_err().code, "bad_output_dir");
         let nowhere = check_places(&dir.path().join("file"), &dir.path().join("out"), &state);
         assert_eq!(nowhere.unwrap_err().code, "bad_cwd");
     }

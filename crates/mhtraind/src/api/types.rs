@@ -76,6 +76,9 @@ pub struct JobView {
     pub attempt: u32,
     /// Rung of its last attempt.
     pub tier: Option<Tier>,
+    /// What is not as it should be, and did not stop it.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// How far the running attempt is.
     pub progress: Option<Progress>,
     /// The device that it has or had: `GPU 6`.

@@ -284,10 +284,11 @@ pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
     lines.extend(prepared.data.iter().flat_map(DataReport::lines));
     lines.push(String::new());
     lines.push(format!("rungs (effective batch {}), best first:", prepared.plan.effective_batch));
-    for (index, rung) in prepared.plan.rungs.iter().enumerate() {
+    let tiers: Vec<String> = prepared.plan.rungs.iter().map(|rung| rung.tier.to_string()).collect();
+    let width = tiers.iter().map(String::len).fold(42, usize::max);
+    for (index, (rung, tier)) in prepared.plan.rungs.iter().zip(&tiers).enumerate() {
         let mark = if index == prepared.plan.chosen { '>' } else { ' ' };
-        let tier = rung.tier.to_string();
-        lines.push(format!("{mark} {tier:<42} {:>11}  {}", rung.predicted_peak_bytes, rung.why));
+        lines.push(format!("{mark} {tier:<width$} {:>11}  {}", rung.predicted_peak_bytes, rung.why));
     }
     let taken = prepared.plan.chosen_rung();
     lines.push(String::new());

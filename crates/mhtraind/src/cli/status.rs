@@ -90,7 +90,7 @@ fn table(jobs: &[JobView]) -> String {
             job.device.clone().unwrap_or_else(|| "-".to_owned()),
             tier(job),
             progress(job),
-            job.reason.clone().unwrap_or_default(),
+            job.reason.clone().or_else(|| job.warnings.last().cloned()).unwrap_or_default(),
         ])
     }));
     // The last column is as wide as it is.
@@ -122,6 +122,9 @@ pub fn details(job: &JobView) -> String {
     fact("submitted", job.submitted_at.clone());
     fact("changed", job.updated_at.clone());
     fact("output", job.output_dir.clone());
+    for warning in &job.warnings {
+        fact("warning", warning.clone());
+    }
     lines.join("\n")
 }
 

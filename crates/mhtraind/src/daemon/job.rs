@@ -3,6 +3,8 @@
 //! In a thread of its own, by the same loop as a foreground run. The thread may die with the daemon at any moment:
 //! what it did is in the store, what it started needs nobody.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +27,7 @@ use super::{Account, Daemon, HandedIn, QueuedEntry, Submission};
 use crate::engine::directory::{JobDirectory, RECEIPT_BYTES_MAX, read_plain};
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
-use crate::engine::local::{self, LocalRun, OldAttempt};
+use crate::engine::local::{self, LocalRun, OldAttempt, clean_up};
 use crate::engine::observations::Observer;
 use crate::engine::prepare::{self, chain};
 use crate::engine::screen::Screen;
@@ -48,14 +50,22 @@ pub fn start(daemon: &Arc<Daemon>, id: JobId, handed_in: HandedIn, sized: Sized)
     let live = Arc::new(LiveJob::new(id, spec.output_dir.clone(), &sized, daemon.store.clone()));
     daemon.live().insert(id, Arc::clone(&live));
     let worker = Worker { daemon: Arc::clone(daemon), id, spec, submission, account, sized, live };
-    let started = std::thread::Builder::new().name(format!("job-{id}")).spawn(move || {
-        let _over = Over { daemon: Arc::clone(&worker.daemon), id, live: Arc::clone(&worker.live) };
-        worker.run();
+    start_thread(Arc::new(worker));
+}
+
+/// Starts the thread of a job, now or as soon as there can be one. The card is the job's meanwhile.
+fn start_thread(worker: Arc<Worker>) {
+    let own = Arc::clone(&worker);
+    let started = std::thread::Builder::new().name(format!("job-{}", worker.id)).spawn(move || {
+        let _over = Over { daemon: Arc::clone(&own.daemon), id: own.id, live: Arc::clone(&own.live) };
+        own.run();
     });
     if let Err(error) = started {
-        // Nothing was started: the next daemon takes the job up again.
-        tracing::error!(job = id.get(), %error, "no thread for the job");
-        daemon.live().remove(&id);
+        tracing::error!(job = worker.id.get(), %error, "no thread for the job; it is tried again");
+        tokio::spawn(async move {
+            tokio::time::sleep(TRY_AGAIN).await;
+            start_thread(worker);
+        });
     }
 }
 
@@ -107,7 +117,15 @@ impl Worker {
             return;
         }
         for tries in 1.. {
-            let Err(failure) = self.attempt_to_run() else { return };
+            // A bug must not cost the lease: a trainer may be there.
+            let done = catch_unwind(AssertUnwindSafe(|| self.attempt_to_run())).unwrap_or_else(|panic| {
+                Err(Failure::new(
+                    Status::Bug,
+                    "panicked",
+                    format!("a bug of mhtraind: {}", words_of(&*panic)),
+                ))
+            });
+            let Err(failure) = done else { return };
             tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
             match self.after(&failure, tries) {
                 Ok(After::Over) => return,
@@ -160,7 +178,10 @@ impl Worker {
             other_device: self.submission.device_uuid.is_none(),
             earlier,
             origin,
-            screen: Screen::told_to(Followers(Arc::clone(&self.live))),
+            screen: Screen::told_to(Followers {
+                live: Arc::clone(&self.live),
+                daemon: Arc::clone(&self.daemon),
+            }),
             observer: Some(Box::new(StoreObserver {
                 daemon: Arc::clone(&self.daemon),
                 id: self.id,
@@ -259,6 +280,7 @@ impl Worker {
                     Failure::failed("cannot_stop", chain(e)).help(e.help())
                 };
                 attempt.kill_everything().map_err(|e| stop(&e))?;
+                clean_up(&attempt);
             }
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(Failure::failed("no_record", chain(&error)).help(error.help())),
@@ -277,6 +299,12 @@ impl Worker {
         self.daemon.store.tell();
         Ok(())
     }
+}
+
+/// Returns what a panic said.
+fn words_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a word")
 }
 
 /// Keeps what a job's attempts show, for the predictions of the next ones.

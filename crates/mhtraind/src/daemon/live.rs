@@ -1,6 +1,7 @@
 //! What do clients see of a job that has a device, and how do they stop it?
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -8,6 +9,7 @@ use mhtrain_sizing::units::Bytes;
 use mhtrain_store::{JobId, Sample};
 use tokio::sync::mpsc;
 
+use super::Daemon;
 use super::store::StoreHandle;
 use crate::api::types::Progress;
 use crate::engine::examine::Sized;
@@ -31,6 +33,8 @@ pub struct LiveJob {
     pub device: String,
     /// Where everything of it goes.
     pub output_dir: String,
+    /// Whether it needs its device no more: only its receipt is still written.
+    device_is_back: AtomicBool,
     stop: Mutex<mpsc::UnboundedSender<StopCause>>,
     told: Mutex<Told>,
     store: StoreHandle,
@@ -55,10 +59,16 @@ impl LiveJob {
             device_uuid: sized.device().map(str::to_owned),
             device: sized.device_name(),
             output_dir,
+            device_is_back: AtomicBool::new(false),
             stop: Mutex::new(stop),
             told: Mutex::default(),
             store,
         }
+    }
+
+    /// Returns the UUID of its device while nobody else may have it.
+    pub fn leased_device(&self) -> Option<&str> {
+        self.device_uuid.as_deref().filter(|_| !self.device_is_back.load(Ordering::Acquire))
     }
 
     /// Asks the job to end: politely, and at once the second time.
@@ -106,15 +116,20 @@ impl LiveJob {
 
 /// The ears and eyes of a live job, for the loop that runs it.
 #[derive(Debug)]
-pub struct Followers(pub Arc<LiveJob>);
+pub struct Followers {
+    /// The job.
+    pub live: Arc<LiveJob>,
+    /// Who has something for its device.
+    pub daemon: Arc<Daemon>,
+}
 
 impl Audience for Followers {
     fn hear(&self, sentence: &str) {
-        self.0.say(sentence);
+        self.live.say(sentence);
     }
 
     fn attempt_begins(&mut self, attempt: u32) {
-        let mut told = self.0.told();
+        let mut told = self.live.told();
         told.attempt = attempt;
         told.progress = None;
     }
@@ -127,7 +142,7 @@ impl Audience for Followers {
             eta_s: glance.eta_s,
             vram_bytes: glance.vram_used.map(Bytes::get),
         };
-        let mut told = self.0.told();
+        let mut told = self.live.told();
         if told.progress.as_ref() == Some(&progress) {
             return;
         }
@@ -138,13 +153,18 @@ impl Audience for Followers {
             told.sampled_at = Some(Instant::now());
         }
         drop(told);
-        self.0.store.tell();
+        self.live.store.tell();
         if due {
-            self.0.store.note_sample(self.0.id, attempt, sample(&progress));
+            self.live.store.note_sample(self.live.id, attempt, sample(&progress));
         }
     }
 
     fn attempt_ends(&mut self) {}
+
+    fn device_is_back(&mut self) {
+        self.live.device_is_back.store(true, Ordering::Release);
+        self.daemon.wake();
+    }
 }
 
 /// Returns a point of the time series.

@@ -94,7 +94,7 @@ impl Daemon {
     /// Returns what the jobs with a device have.
     pub fn leases(&self) -> Leases {
         let live = self.live();
-        let device = |live: &Arc<LiveJob>| Some((live.device_uuid.clone()?, live.id.get()));
+        let device = |live: &Arc<LiveJob>| Some((live.leased_device()?.to_owned(), live.id.get()));
         Leases {
             devices: live.values().filter_map(device).collect(),
             output_dirs: live.values().map(|live| (live.output_dir.clone(), live.id.get())).collect(),

@@ -8,7 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mhtrain_job::event::{JobEvent, Record};
-use mhtrain_job::queue::{DRAINED, Dependency, DependencyState, Fit, Offer, QueuedJob, Verdict, decide};
+use mhtrain_job::queue::{
+    DRAINED, Dependency, DependencyState, Fit, Leases, Offer, Places, QueuedJob, Verdict, decide,
+    place_in_line,
+};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_job::take_over::{Place, place};
@@ -40,6 +43,9 @@ const EXAMINED_MAX: u32 = 20;
 /// How long the files of a job may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
 const EXAMINED_WITHIN: Duration = Duration::from_secs(90);
 
+/// How many times longer than it took it is left alone to find out why each job of a long queue waits: what starts comes first.
+const REASONS_REST: u32 = 10;
+
 /// How often it is asked for the free memory alone, by which a card shows that somebody gave some back.
 const MEMORY_EVERY: Duration = Duration::from_millis(25);
 
@@ -65,6 +71,8 @@ pub struct QueuedEntry {
     pub download: Download,
     /// Why it does not start.
     pub reason: String,
+    /// Length of the job as JSON.
+    pub bytes: usize,
     /// Whether the store knows that it waits.
     told: bool,
     /// Whether its files are being read.
@@ -77,9 +85,17 @@ impl QueuedEntry {
     /// Returns a job that has just come.
     pub fn new(handed_in: HandedIn, examined: Option<Arc<Examined>>) -> QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
-        let try_at = Instant::now();
-        let download = Download::default();
-        QueuedEntry { handed_in, examined, download, reason, told: false, examining: false, tries: 0, try_at }
+        QueuedEntry {
+            bytes: handed_in.spec.to_json().to_string().len(),
+            handed_in,
+            examined,
+            download: Download::default(),
+            reason,
+            told: false,
+            examining: false,
+            tries: 0,
+            try_at: Instant::now(),
+        }
     }
 }
 
@@ -159,20 +175,37 @@ fn sized(id: JobId, records: &[Record]) -> Option<Sized> {
 /// Looks at the queue whenever something changed. Ends only with an error of ours.
 pub async fn schedule(daemon: Arc<Daemon>) {
     let gpus = Arc::new(Mutex::new(Gpus::new(daemon.config.nvml_library().as_deref())));
-    let mut line = BTreeMap::new();
+    let mut queue =
+        Queue { gpus, line: BTreeMap::new(), report: None, reasons_due: Instant::now(), behind: false };
     loop {
-        let looked = look(&daemon, &gpus, &mut line).await;
+        let looked = queue.look(&daemon).await;
         if let Err(failure) = &looked {
             tracing::error!(error = failure.message, "the queue cannot be looked through");
         }
         let waits = !daemon.queued().is_empty();
         let free = looked.unwrap_or_default();
+        let until_next = match queue.behind {
+            true => LOOK_EVERY.min(queue.reasons_due.saturating_duration_since(Instant::now())),
+            false => LOOK_EVERY,
+        };
         tokio::select! {
             () = daemon.wake.notified() => {}
-            () = tokio::time::sleep(LOOK_EVERY), if waits => {}
-            () = more_memory(&gpus, &free), if waits && !free.is_empty() => {}
+            () = tokio::time::sleep(until_next), if waits => {}
+            () = more_memory(&queue.gpus, &free), if waits && !free.is_empty() => {}
         }
     }
+}
+
+/// The queue between two looks.
+struct Queue {
+    gpus: Arc<Mutex<Gpus>>,
+    line: BTreeMap<JobId, InLine>,
+    /// What NVML said of all cards, and when.
+    report: Option<(GpuReport, Instant)>,
+    /// When it may be found out again why each job waits.
+    reasons_due: Instant,
+    /// Whether something may have changed since that was found out.
+    behind: bool,
 }
 
 /// A queued job as it was looked at last: sized again only where something changed.
@@ -185,43 +218,126 @@ struct InLine {
     /// What earlier attempts had shown then.
     history: Arc<History>,
     /// The cards that had failed then.
-    failed: BTreeMap<String, String>,
+    failed: Arc<BTreeMap<String, String>>,
 }
 
-/// Looks through the queue. Returns what is free on the cards that none of our jobs has.
-async fn look(
-    daemon: &Arc<Daemon>,
-    gpus: &Arc<Mutex<Gpus>>,
-    line: &mut BTreeMap<JobId, InLine>,
-) -> Result<Vec<(String, Bytes)>, Failure> {
-    if daemon.queued().is_empty() {
-        line.clear();
-        return Ok(Vec::new());
-    }
-    examine_new(daemon);
-    download_missing(daemon).await?;
-    let report = ask_nvml(gpus).await?;
-    line_up(daemon, line);
-    for (id, waiting) in line.iter_mut() {
-        waiting.size(*id, &report, daemon);
-        if !waiting.entry.handed_in.spec.after.is_empty() {
-            waiting.job.after = dependencies(daemon, &waiting.entry.handed_in.spec).await?;
+impl Queue {
+    /// Looks through the queue. Returns what is free on the cards that none of our jobs has.
+    ///
+    /// What can start is started first, which takes as long as there are cards and not as long as the queue is. Why the others
+    /// wait is found out after that, and not more often than a tenth of the time allows.
+    async fn look(&mut self, daemon: &Arc<Daemon>) -> Result<Vec<(String, Bytes)>, Failure> {
+        if daemon.queued().is_empty() {
+            self.line.clear();
+            return Ok(Vec::new());
         }
+        examine_new(daemon);
+        download_missing(daemon).await?;
+        let had = daemon.leases();
+        let report = self.ask_nvml(&had).await?;
+        line_up(daemon, &mut self.line);
+        let now = Now { report: &report, had, failed: Arc::new(daemon.failed_devices().clone()) };
+        self.start(daemon, &now).await?;
+        let begin = Instant::now();
+        self.behind = begin < self.reasons_due;
+        if !self.behind {
+            self.tell_reasons(daemon, &now).await?;
+            self.reasons_due = Instant::now() + begin.elapsed() * REASONS_REST;
+        }
+        let leases = daemon.leases();
+        let unleased = report.devices().iter().filter_map(|gpu| {
+            let uuid = gpu.uuid.clone().filter(|uuid| !leases.devices.contains_key(uuid))?;
+            Some((uuid, gpu.card().ok()?.free))
+        });
+        Ok(unleased.collect())
     }
-    let leases = daemon.leases();
-    for (id, verdict) in decide(line.values().map(|waiting| &waiting.job), &leases, daemon.is_drained()) {
-        let Some(id) = JobId::new(id) else { continue };
+
+    /// Starts what can start.
+    async fn start(&mut self, daemon: &Arc<Daemon>, now: &Now<'_>) -> Result<(), Failure> {
+        let mut places = Places::new(now.leases(daemon), daemon.is_drained());
+        let devices = || now.report.devices().iter().filter_map(|gpu| gpu.uuid.as_deref());
+        if !places.are_left(devices()) {
+            return Ok(());
+        }
+        let mut order: Vec<_> =
+            self.line.iter().map(|(id, waiting)| (place_in_line(&waiting.job), *id)).collect();
+        order.sort_unstable();
+        for (_, id) in order {
+            if !places.are_left(devices()) {
+                break;
+            }
+            let Some(waiting) = self.line.get_mut(&id) else { continue };
+            waiting.bring_up_to_date(id, now, daemon).await?;
+            if let Some(device) = places.start(&waiting.job) {
+                self.carry_out(daemon, id, Verdict::Start { device }, now).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds out why each job waits, and lets those fail that can never start.
+    async fn tell_reasons(&mut self, daemon: &Arc<Daemon>, now: &Now<'_>) -> Result<(), Failure> {
+        for (id, waiting) in &mut self.line {
+            waiting.bring_up_to_date(*id, now, daemon).await?;
+        }
+        let jobs = self.line.values().map(|waiting| &waiting.job);
+        for (id, verdict) in decide(jobs, &now.leases(daemon), daemon.is_drained()) {
+            let Some(id) = JobId::new(id) else { continue };
+            self.carry_out(daemon, id, verdict, now).await;
+        }
+        Ok(())
+    }
+
+    async fn carry_out(&mut self, daemon: &Arc<Daemon>, id: JobId, verdict: Verdict, now: &Now<'_>) {
+        let starts = matches!(verdict, Verdict::Start { .. });
         // One job that cannot be started or told must not keep the others waiting.
-        if let Err(failure) = carry_out(daemon, id, verdict, line, &report).await {
+        if let Err(failure) = carry_out(daemon, id, verdict, &self.line, now.report).await {
             tracing::error!(job = id.get(), error = failure.message, "the queue cannot go on with the job");
+        } else if starts {
+            self.line.remove(&id);
         }
     }
-    let leases = daemon.leases();
-    let unleased = report.devices().iter().filter_map(|gpu| {
-        let uuid = gpu.uuid.clone().filter(|uuid| !leases.devices.contains_key(uuid))?;
-        Some((uuid, gpu.card().ok()?.free))
-    });
-    Ok(unleased.collect())
+
+    /// Asks NVML about all cards when it is time, else about those that somebody may take.
+    async fn ask_nvml(&mut self, leases: &Leases) -> Result<GpuReport, Failure> {
+        let known = self.report.take().filter(|(_, at)| at.elapsed() < LOOK_EVERY);
+        let (gpus, leased) = (Arc::clone(&self.gpus), leases.devices.clone());
+        // NVML may take long, and the daemon must answer meanwhile.
+        let asked = tokio::task::spawn_blocking(move || {
+            let mut gpus = gpus.lock().unwrap_or_else(PoisonError::into_inner);
+            match known {
+                None => (gpus.report(), Instant::now()),
+                Some((mut report, at)) => {
+                    let is_leased = |uuid: &String| leased.contains_key(uuid);
+                    gpus.refresh(&mut report, |gpu| !gpu.uuid.as_ref().is_some_and(is_leased));
+                    (report, at)
+                }
+            }
+        });
+        let asked = asked.await.map_err(|e| Failure::new(Status::Bug, "nvml_thread", e))?;
+        let report = asked.0.clone();
+        self.report = Some(asked);
+        Ok(report)
+    }
+}
+
+/// What a look at the queue sees.
+struct Now<'a> {
+    report: &'a GpuReport,
+    /// What jobs had before NVML was asked: what is given back since was not asked about.
+    had: Leases,
+    /// The cards that have failed.
+    failed: Arc<BTreeMap<String, String>>,
+}
+
+impl Now<'_> {
+    /// Returns what jobs have, or had.
+    fn leases(&self, daemon: &Daemon) -> Leases {
+        let (mut leases, had) = (daemon.leases(), self.had.clone());
+        leases.devices.extend(had.devices);
+        leases.output_dirs.extend(had.output_dirs);
+        leases
+    }
 }
 
 /// Brings the line up to date with the queue.
@@ -240,14 +356,23 @@ fn line_up(daemon: &Daemon, line: &mut BTreeMap<JobId, InLine>) {
             offers: Vec::new(),
         };
         let (examined, cards) = (Arc::clone(examined), Vec::new());
-        let (history, failed) = (Arc::default(), BTreeMap::new());
+        let (history, failed) = (Arc::default(), Arc::default());
         line.insert(*id, InLine { job, entry: entry.clone(), examined, cards, history, failed });
     }
 }
 
 impl InLine {
+    /// Finds out what the job may take now, and what it still waits for.
+    async fn bring_up_to_date(&mut self, id: JobId, now: &Now<'_>, daemon: &Daemon) -> Result<(), Failure> {
+        self.size(id, now, daemon);
+        if !self.entry.handed_in.spec.after.is_empty() {
+            self.job.after = dependencies(daemon, &self.entry.handed_in.spec).await?;
+        }
+        Ok(())
+    }
+
     /// Finds out what each device that the job may take offers it.
-    fn size(&mut self, id: JobId, report: &GpuReport, daemon: &Daemon) {
+    fn size(&mut self, id: JobId, now: &Now<'_>, daemon: &Daemon) {
         let HandedIn { spec, submission, account } = &self.entry.handed_in;
         let wished = |gpu: &&GpuState| match (&submission.device_uuid, &spec.device) {
             (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
@@ -256,13 +381,12 @@ impl InLine {
             (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
         };
         let history = daemon.observations.history(account.uid, &versions(&self.examined.environment));
-        let failed = daemon.failed_devices().clone();
-        let as_before = Arc::ptr_eq(&history, &self.history) && failed == self.failed;
-        if as_before && report.devices().iter().filter(wished).eq(&self.cards) {
+        let as_before = Arc::ptr_eq(&history, &self.history) && now.failed == self.failed;
+        if as_before && now.report.devices().iter().filter(wished).eq(&self.cards) {
             return;
         }
-        (self.history, self.failed) = (history, failed);
-        self.cards = report.devices().iter().filter(wished).cloned().collect();
+        (self.history, self.failed) = (history, Arc::clone(&now.failed));
+        self.cards = now.report.devices().iter().filter(wished).cloned().collect();
         self.job.offers.clear();
         for gpu in &self.cards {
             let Some(device) = gpu.uuid.clone() else { continue };
@@ -305,14 +429,6 @@ async fn more_memory(gpus: &Arc<Mutex<Gpus>>, had: &[(String, Bytes)]) {
             return;
         }
     }
-}
-
-async fn ask_nvml(gpus: &Arc<Mutex<Gpus>>) -> Result<GpuReport, Failure> {
-    let gpus = Arc::clone(gpus);
-    // NVML may take long, and the daemon must answer meanwhile.
-    let report =
-        tokio::task::spawn_blocking(move || gpus.lock().unwrap_or_else(PoisonError::into_inner).report());
-    report.await.map_err(|e| Failure::new(Status::Bug, "nvml_thread", e))
 }
 
 /// Starts to read what is not known yet about queued jobs, their files above all. Each is a task of its own: the slow disk
@@ -516,7 +632,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
     };
     append(daemon, id, event).await?;
     let device = sized.device_name();
-    daemon.store.call(move |store| store.set_device(id, Some(&device))).await?;
+    daemon.store.note_device(id, device);
     // Cancelled while the plan was written: then it is in the queue no more.
     if daemon.queued().remove(&id).is_none() {
         return Ok(());

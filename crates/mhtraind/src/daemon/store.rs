@@ -107,6 +107,17 @@ impl StoreHandle {
         let _gone = self.send(note);
     }
 
+    /// Notes which device a job has, some time soon. For listings; it may be lost.
+    pub fn note_device(&self, id: JobId, device: String) {
+        let note = Work::Call(Box::new(move |store| {
+            if let Err(error) = store.set_device(id, Some(&device)) {
+                tracing::debug!(job = id.get(), error = chain(&error), "the device is not noted");
+            }
+        }));
+        // A store that is gone lists nothing.
+        let _gone = self.send(note);
+    }
+
     /// Records an event. When this returns it is on disk.
     ///
     /// # Errors

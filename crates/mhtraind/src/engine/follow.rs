@@ -4,6 +4,7 @@
 //! and reading everything again from the start gives the same answer.
 
 use std::path::Path;
+use std::time::Duration;
 
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::log_tail::LogTail;
@@ -13,6 +14,10 @@ use mhtrain_swift::progress::{StderrWatch, TrainerLog};
 
 use super::companion::telemetry_file;
 use super::screen::Glance;
+
+/// How long one look may read what the trainer prints. It prints some KiB a second; one that floods its log has the processor for
+/// itself, and what was not read by its end is read then.
+const LOOK_FOR: Duration = Duration::from_millis(5);
 
 /// The eyes on one attempt.
 #[derive(Debug)]
@@ -55,7 +60,7 @@ impl Follower {
     /// Reads what is new, a bounded amount of it.
     pub fn look(&mut self) -> std::io::Result<()> {
         let Follower { output, metrics, reports, log, watch, diagnoser, telemetry, .. } = self;
-        output.read_new(|bytes| {
+        output.read_for(LOOK_FOR, |bytes| {
             watch.push_bytes(bytes);
             diagnoser.push_bytes(bytes);
         })?;

@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -38,7 +39,7 @@ use mhtrain_swift::environment::TrainerEnvironment;
 use mhtrain_swift::progress::TrainerLog;
 use mhtrain_swift::proof::{self, ExitStatus, PlannedSteps, ProofInput, Unproven, prove};
 use mhtrain_swift::stall::Stall;
-use mhtrain_swift::verdict::{Conclusion, conclude, diagnose_end};
+use mhtrain_swift::verdict::{Conclusion, EndedByUs, conclude, diagnose_end};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -186,8 +187,7 @@ struct Gone {
     facts: ExitFacts,
     follower: Follower,
     pids: Vec<u32>,
-    /// It hung, and we ended it.
-    stall: Option<Stall>,
+    ended: Option<EndedByUs>,
 }
 
 /// Why an attempt did not come up.
@@ -222,6 +222,8 @@ struct Job<'a> {
     stop: Option<StopCause>,
     deadline: Option<Instant>,
     earlier: Vec<OldAttempt>,
+    /// Attempts of which the kernel may still hold something.
+    ended: Vec<Attempt>,
 }
 
 impl<'a> Job<'a> {
@@ -287,6 +289,7 @@ impl<'a> Job<'a> {
             stop,
             deadline: None,
             earlier,
+            ended: Vec::new(),
             prepared,
         })
     }
@@ -304,7 +307,8 @@ impl<'a> Job<'a> {
                 after: Vec::new(),
             }));
         }
-        self.receipt.attempts = Receipt::from_events(None, self.journal.records()).attempts;
+        let told = Receipt::from_events(None, self.journal.records());
+        (self.receipt.attempts, self.receipt.warnings) = (told.attempts, told.warnings);
         match goes_on {
             GoesOn::Begin => unreachable!("answered above"),
             GoesOn::Cancel => self.cancelled(self.stop.unwrap_or(StopCause::Cancel)),
@@ -399,11 +403,15 @@ impl<'a> Job<'a> {
         loop {
             step = match step {
                 Step::Over(status) => {
+                    // The receipt takes the disk a while, and needs no device.
+                    self.screen.give_device_back();
                     self.save_receipt()?;
+                    self.clean_up();
                     return Ok(Verdict { status: Some(status), receipt: self.receipt.clone() });
                 }
                 Step::OtherDevice => {
                     self.save_receipt()?;
+                    self.clean_up();
                     return Ok(Verdict { status: None, receipt: self.receipt.clone() });
                 }
                 Step::Start(next) => match self.wait(&next).await? {
@@ -415,10 +423,16 @@ impl<'a> Job<'a> {
                 },
                 Step::Adopt(start, attempt) => {
                     let gone = self.follow(start, &attempt).await?;
+                    self.ended.push(attempt);
                     self.judge(gone)?
                 }
             };
         }
+    }
+
+    /// Removes what attempts that are over leave in the kernel. It waits for their recorders, so it comes last.
+    fn clean_up(&mut self) {
+        self.ended.drain(..).for_each(|attempt| clean_up(&attempt));
     }
 
     /// Waits for what must pass before an attempt; returns a step when that ends the job.
@@ -491,10 +505,7 @@ impl<'a> Job<'a> {
         self.journal.record(JobEvent::AttemptStarting(start.clone()))?;
         self.receipt.attempts.push(AttemptNote::begun(&start, now()));
         match self.spawn(&start, checkpoint) {
-            Ok(attempt) => {
-                self.save_receipt()?;
-                Ok(Ok((start, attempt)))
-            }
+            Ok(attempt) => Ok(Ok((start, attempt))),
             Err(Unlaunched::Killed(why)) => {
                 self.screen.say(format!("attempt {number} was interrupted: {why}"));
                 let diagnosis = Diagnosis::interrupted();
@@ -558,13 +569,13 @@ impl<'a> Job<'a> {
         match begin(&saved, &wanted) {
             beginning::Beginning::FirstRow { resume, why } => {
                 if let Some(why) = why.filter(|_| resume.is_some()) {
-                    self.warn(format!("training starts again: {why}"));
+                    self.warn(format!("training starts again: {why}"))?;
                 }
                 Ok(Ok((resume, None)))
             }
             beginning::Beginning::Checkpoint { resume, path, repair, passed_over } => {
                 for passed in &passed_over {
-                    self.warn(format!("{} is not resumed: {}", passed.path.display(), passed.why));
+                    self.warn(format!("{} is not resumed: {}", passed.path.display(), passed.why))?;
                 }
                 let shown = match repair {
                     None => path,
@@ -692,9 +703,14 @@ impl<'a> Job<'a> {
             at_least: Duration::from_secs(u64::from(self.config.attempt.stall_s)),
             steps: self.config.attempt.stall_steps,
         };
-        let (mut signs, mut stall) = (LifeSigns::new(rule, Instant::now()), None);
-        let mut memory_at: Option<Instant> = None;
+        let (mut signs, mut ended) = (LifeSigns::new(rule, Instant::now()), None);
+        let mut companion_seen = false;
+        // The first look at memory, and the receipt of a running job, come when it has run for a moment: until then there is
+        // nothing to see, and both take longer than a launch.
+        let (mut memory_due, mut is_told) = (Instant::now() + LOOK_EVERY, false);
         let arrivals = attempt.arrivals().and_then(awaitable);
+        let recorder_end = || attempt.recorder_end().and_then(awaitable);
+        let mut end = recorder_end();
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         if self.deadline.is_none() {
@@ -708,6 +724,11 @@ impl<'a> Job<'a> {
                 cause = self.signals.next() => Some(cause),
                 _ = look.tick() => None,
                 () = arrival(arrivals.as_ref()) => None,
+                () = readable(end.as_ref()) => {
+                    // It stays readable, and has nothing more to tell.
+                    end = None;
+                    None
+                }
             };
             let late = self.deadline.is_some_and(|at| Instant::now() >= at) && self.stop.is_none();
             if let Some(cause) = asked.or(late.then_some(StopCause::TimeLimit)) {
@@ -720,27 +741,35 @@ impl<'a> Job<'a> {
             match state {
                 AttemptState::Starting => {}
                 AttemptState::Running { trainer } => {
-                    if memory_at.is_none_or(|at| at.elapsed() >= MEMORY_EVERY) {
+                    if Instant::now() >= memory_due {
+                        if !std::mem::replace(&mut is_told, true) {
+                            self.save_receipt()?;
+                        }
                         pids = self.theirs(family(trainer.identity.pid));
                         follower.saw_memory(self.card.used_by(&pids));
-                        memory_at = Some(Instant::now());
+                        memory_due = Instant::now() + MEMORY_EVERY;
                         let (step, printed) = (follower.glance(None).step, follower.printed_bytes());
                         let still = signs.look(Instant::now(), step, printed, self.card.is_busy());
-                        if let Some(still) = still.filter(|_| stall.is_none() && self.stop.is_none()) {
-                            stall = Some(self.end_stalled(&start, attempt, still, step, &pids));
+                        if let Some(still) = still.filter(|_| ended.is_none() && self.stop.is_none()) {
+                            let stall = self.end_stalled(&start, attempt, still, step, &pids);
+                            ended = Some(EndedByUs::Stalled(stall));
                         }
                     }
-                    self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
+                    let glance = follower.glance(Some(self.prepared.candidate.card.total));
+                    if glance.step > 0 && !companion_seen {
+                        companion_seen = true;
+                        self.warn_of_companion(&start, &follower)?;
+                    }
+                    self.screen.glance(&glance);
+                    if ended.is_none() && self.stop.is_none() {
+                        ended = self.end_diverged(&follower, attempt);
+                    }
                 }
                 AttemptState::Exited(end) => {
                     if end.leftovers_killed.is_none() {
                         kill_everything(attempt)?;
                     }
-                    // An empty cgroup that stays costs nothing but the look of it.
-                    if let Err(error) = attempt.clean_up() {
-                        tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
-                    }
-                    return self.gone(start, follower, pids, Some(&end), stall);
+                    return self.gone(start, follower, pids, Some(&end), ended);
                 }
                 AttemptState::Lost { .. } if take_overs < TAKE_OVERS_MAX => {
                     take_overs += 1;
@@ -749,10 +778,11 @@ impl<'a> Job<'a> {
                     if let Err(error) = attempt.take_over(&own_exe()?, self.origin.identity.as_ref()) {
                         self.screen.say(format!("no other recorder comes up: {}", chain(&error)));
                     }
+                    end = recorder_end();
                 }
                 AttemptState::Lost { .. } => {
                     kill_everything(attempt)?;
-                    return self.gone(start, follower, pids, None, stall);
+                    return self.gone(start, follower, pids, None, ended);
                 }
             }
         }
@@ -764,7 +794,7 @@ impl<'a> Job<'a> {
         mut follower: Follower,
         pids: Vec<u32>,
         end: Option<&ExitRecord>,
-        stall: Option<Stall>,
+        ended: Option<EndedByUs>,
     ) -> Result<Gone, Failure> {
         follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
         self.screen.glance(&follower.glance(Some(self.prepared.candidate.card.total)));
@@ -783,14 +813,14 @@ impl<'a> Job<'a> {
             code: if let Exit::Code { code } = exit { Some(code) } else { None },
             signal: if let Exit::Signal { signal } = exit { Some(signal) } else { None },
             oom_kill: end.and_then(|end| end.oom_kill),
-            we_stopped_it: self.stop.is_some() || stall.is_some(),
+            we_stopped_it: self.stop.is_some() || ended.is_some(),
             expandable_segments: Some(
                 self.policy.expandable_segments != ExpandableSegments::Off
                     || start.adjustments.contains(&Adjustment::ExpandableSegments),
             ),
             full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
         };
-        Ok(Gone { start, exit, facts, follower, pids, stall })
+        Ok(Gone { start, exit, facts, follower, pids, ended })
     }
 
     fn note_started(&mut self, start: &AttemptStart, state: &AttemptState) -> Result<(), Failure> {
@@ -868,12 +898,23 @@ impl<'a> Job<'a> {
         Stall { still: still.since, step: still.step, last_step, stacks }
     }
 
+    /// Ends an attempt whose loss is no number any more. Each further step takes the time of the next attempt, and each
+    /// further checkpoint replaces one from before.
+    fn end_diverged(&self, follower: &Follower, attempt: &Attempt) -> Option<EndedByUs> {
+        let diagnosis = follower.diagnoser.diverged_for_good()?;
+        self.screen.say(format!("it diverged, and is ended: {}", diagnosis.evidence.line));
+        // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
+        let grace = Duration::from_secs(u64::from(self.config.attempt.grace_s));
+        let _nobody_to_ask = attempt.request_stop(grace);
+        Some(EndedByUs::Diverged(diagnosis))
+    }
+
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
-        let Gone { start, exit, facts, mut follower, pids, stall } = gone;
+        let Gone { start, exit, facts, mut follower, pids, ended } = gone;
         let loop_ended = follower.log.end_of_training().is_some();
         let printed = std::mem::take(&mut follower.diagnoser);
-        let diagnosis = diagnose_end(printed, &exit, facts, loop_ended, stall.as_ref());
+        let diagnosis = diagnose_end(printed, &exit, facts, loop_ended, ended.as_ref());
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {
@@ -912,7 +953,7 @@ impl<'a> Job<'a> {
         pids: Vec<u32>,
     ) -> Result<Step, Failure> {
         let proven = self.prove(start, exit, follower);
-        self.warn_of_companion(start, follower);
+        self.warn_of_companion(start, follower)?;
         match conclude(proven, diagnosis, exit, self.stop.is_some()) {
             Conclusion::Succeeded(proof) => self.succeeded(start, &proof, follower),
             Conclusion::Cancelled => self.cancelled(self.stop.unwrap_or(StopCause::Cancel)),
@@ -932,13 +973,10 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn warn_of_companion(&mut self, start: &AttemptStart, follower: &Follower) {
+    fn warn_of_companion(&mut self, start: &AttemptStart, follower: &Follower) -> Result<(), Failure> {
         let steps = self.steps_per_epoch(&start.tier);
-        for warning in self.companion.warnings(start, follower, &self.prepared.dialect, steps) {
-            if !self.receipt.warnings.contains(&warning) {
-                self.warn(warning);
-            }
-        }
+        let warnings = self.companion.warnings(start, follower, &self.prepared.dialect, steps);
+        warnings.into_iter().try_for_each(|warning| self.warn(warning))
     }
 
     fn answer(
@@ -1068,9 +1106,14 @@ impl<'a> Job<'a> {
         self.receipt.ended_at = Some(now());
     }
 
-    fn warn(&mut self, warning: String) {
+    /// Tells and keeps a warning; each but once.
+    fn warn(&mut self, warning: String) -> Result<(), Failure> {
+        if self.receipt.warnings.contains(&warning) {
+            return Ok(());
+        }
         self.screen.say(format!("warning: {warning}"));
-        self.receipt.warnings.push(warning);
+        self.receipt.warnings.push(warning.clone());
+        self.journal.record(JobEvent::Warned { warning })
     }
 
     fn note_end(&mut self, exit: &Exit, diagnosis: &Diagnosis, follower: Option<&Follower>) {
@@ -1126,21 +1169,26 @@ fn rows(follower: &Follower) -> Option<u64> {
     counted.or_else(|| follower.log.summary()?.train_rows)
 }
 
-/// Returns arrivals that a task can wait for; `None` where this runtime cannot.
-fn awaitable(arrivals: Arrivals) -> Option<AsyncFd<Arrivals>> {
-    // SAFETY: `Arrivals` owns one descriptor from its making until it is dropped, and `as_raw_fd` always returns that one.
-    unsafe { AsyncFd::register_with_interest(arrivals, Interest::READABLE) }.ok()
+/// Returns a descriptor that a task can wait for; `None` where this runtime cannot.
+fn awaitable<T: AsRawFd>(descriptor: T) -> Option<AsyncFd<T>> {
+    // SAFETY: `Arrivals` and `OwnedFd` own one descriptor from their making until they are dropped, and `as_raw_fd` always
+    // returns that one.
+    unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }.ok()
 }
 
 /// Waits for a change of an attempt's state, where the kernel tells of one.
 async fn arrival(arrivals: Option<&AsyncFd<Arrivals>>) {
-    let Some(arrivals) = arrivals else { return std::future::pending().await };
-    match arrivals.readable().await {
-        Ok(mut ready) => {
-            arrivals.get_ref().forget();
-            ready.clear_ready();
-        }
-        // Then only the clock wakes us.
+    readable(arrivals).await;
+    if let Some(arrivals) = arrivals {
+        arrivals.get_ref().forget();
+    }
+}
+
+/// Waits until a descriptor can be read; for ever where there is none: then only the clock wakes us.
+async fn readable<T: AsRawFd>(descriptor: Option<&AsyncFd<T>>) {
+    let Some(descriptor) = descriptor else { return std::future::pending().await };
+    match descriptor.readable().await {
+        Ok(mut ready) => ready.clear_ready(),
         Err(_) => std::future::pending().await,
     }
 }
@@ -1166,6 +1214,13 @@ fn no_record(error: RecordError) -> Failure {
 
 fn kill_everything(attempt: &Attempt) -> Result<(), Failure> {
     attempt.kill_everything().map(drop).map_err(|e| Failure::failed("cannot_stop", chain(&e)).help(e.help()))
+}
+
+/// Removes the cgroup of an attempt that is over. One that stays costs nothing but the look of it.
+pub fn clean_up(attempt: &Attempt) {
+    if let Err(error) = attempt.clean_up() {
+        tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
+    }
 }
 
 /// Returns a port that nobody listens on now.

@@ -8,11 +8,13 @@
 //!                                      cache: <user's cache>/lengths/<hash>.json, by path, size, time and inode
 //! ```
 
+use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mhtrain_job::spec::{JobSpec, Validation};
@@ -45,6 +47,13 @@ const ANSWER_BYTES_MAX: u64 = 64 << 20;
 
 /// Most answers that are kept.
 const CACHED_MAX: usize = 100;
+
+/// Answers that this process remembers, of 2 MiB at most: the next job of a user often trains on the same files, and a process
+/// takes longer than all else at a submit.
+const REMEMBERED_MAX: usize = 8;
+
+/// The last answers, each with its user and what it depends on.
+static BEFORE: Mutex<VecDeque<(Option<u32>, String, Look)>> = Mutex::new(VecDeque::new());
 
 /// What the look found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -273,8 +282,29 @@ fn question(spec: &JobSpec, dialect: &Dialect, origin: &Origin, config: &Config)
     })
 }
 
-/// Lets a process of the job's user answer.
+/// Answers what was answered before, and lets a process of the job's user find out the rest.
 fn ask(question: &Question, origin: &Origin) -> Looked {
+    let tokenizer = question.model_directory.join("tokenizer.json");
+    if let Err(error) = tokenizer.metadata() {
+        return Err(format!("{}: {error}", tokenizer.display()));
+    }
+    let files = question.entries.iter().map(|entry| data_files(&entry.path).map_err(|e| e.to_string()));
+    let key = key(question, &files.collect::<Result<Vec<_>, _>>()?);
+    let user = origin.identity.as_ref().map(|identity| identity.uid);
+    let before = || BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_asked = |(of, asked, _): &&(Option<u32>, String, Look)| *of == user && *asked == key;
+    if let Some((_, _, look)) = before().iter().find(is_asked) {
+        return Ok(Look { cached: true, ..look.clone() });
+    }
+    let look = ask_process(question, origin)?;
+    let mut before = before();
+    before.truncate(REMEMBERED_MAX - 1);
+    before.push_front((user, key, look.clone()));
+    Ok(look)
+}
+
+/// Lets a process of the job's user answer.
+fn ask_process(question: &Question, origin: &Origin) -> Looked {
     let failed = |e: std::io::Error| format!("the process that looks cannot be started: {e}");
     let program = std::env::current_exe().map_err(failed)?;
     let mut command: Command = origin.command(&program).map_err(failed)?;

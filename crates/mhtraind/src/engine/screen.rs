@@ -36,6 +36,8 @@ pub trait Audience: std::fmt::Debug + Send {
     fn remember(&mut self, _earlier: &[Glance]) {}
     /// The attempt is over.
     fn attempt_ends(&mut self);
+    /// Nothing of the job runs any more, and nothing will: somebody else may have its device.
+    fn device_is_back(&mut self) {}
 }
 
 /// One look at a running attempt.
@@ -151,6 +153,11 @@ impl Screen {
     /// Ends the showing of the attempt.
     pub fn end_bar(&mut self) {
         self.0.attempt_ends();
+    }
+
+    /// Tells that the job needs its device no more.
+    pub fn give_device_back(&mut self) {
+        self.0.device_is_back();
     }
 }
 

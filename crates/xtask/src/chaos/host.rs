@@ -215,6 +215,9 @@ impl Host {
                 found.push((pid, id));
             }
         }
+        // A gate is a copy of its recorder until it executes the trainer under the same pid.
+        let recorders: BTreeSet<u32> = found.iter().map(|(pid, _)| *pid).collect();
+        found.retain(|(pid, _)| parent(*pid).is_some_and(|parent| !recorders.contains(&parent)));
         found
     }
 
@@ -249,6 +252,12 @@ fn pids() -> impl Iterator<Item = u32> {
     let own = std::process::id();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(move |pid| *pid != own)
+}
+
+/// Returns the parent of a process: the second field after the name in parentheses, proc_pid_stat(5).
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// Kills a process as `kill -9` would. Returns whether it was there.
