@@ -180,3 +180,15 @@ proptest::proptest! {
         let _ = telemetry(&text).times();
     }
 }
+
+#[test]
+fn the_time_of_a_step_is_the_median_and_leaves_the_first_line_out() {
+    let line = |steps: u64, seconds: f64| {
+        format!("{{\"v\": 1, \"kind\": \"step\", \"step\": 1, \"steps\": {steps}, \"seconds\": {seconds}}}\n")
+    };
+    let first = line(1, 90.0);
+    assert_eq!(telemetry(&first).median_step_seconds(), None);
+    // Eight steps of 2 s, one of 40 s in the middle, two of 3 s.
+    let text = first + &line(4, 8.0) + &line(1, 40.0) + &line(2, 6.0) + &line(4, 8.0);
+    assert_eq!(telemetry(&text).median_step_seconds(), Some(2.0));
+}
