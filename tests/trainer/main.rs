@@ -17,6 +17,7 @@ mod companion;
 mod daemon;
 mod data;
 mod failures;
+mod histories;
 mod lab;
 mod ranks;
 mod warm;

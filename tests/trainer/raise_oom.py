@@ -1,13 +1,15 @@
-"""Plugin for --external_plugins (ms-swift 3.x and 4.x): raises torch.OutOfMemoryError at a chosen place. For tests.
+"""Plugin for --external_plugins (ms-swift 3.x and 4.x): raises torch.OutOfMemoryError, or dies, at a chosen place. For tests.
 
     RAISE_OOM_AT     backward, optimizer (before it has touched anything), optimizer_done, eval, save
     RAISE_OOM_STEP   the optimizer step, counted from 1 (eval and save: after that step)
+    RAISE_OOM_AS     oom; or kill: the process kills itself with SIGKILL [oom]
     RAISE_OOM_RANK   the only rank that raises it [all]
     RAISE_OOM_ONCE   a file that is made when it is raised; where it is, nothing is raised any more
 """
 
 import functools
 import os
+import signal
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -20,6 +22,8 @@ ONCE = os.environ.get("RAISE_OOM_ONCE")
 def out_of_memory(*args, **kwargs):
     if ONCE:
         open(ONCE, "w").close()
+    if os.environ.get("RAISE_OOM_AS") == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     raise torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has a total capacity of 2.00 GiB of which 20.00 MiB is "
         "free. Including non-PyTorch memory, this process has 1.98 GiB memory in use. Of the allocated memory 1.60 GiB "
