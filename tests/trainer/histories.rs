@@ -14,6 +14,9 @@ const EPOCHS: u32 = 3;
 /// Steps between regular checkpoints (`warm.rs`).
 const SAVE_STEPS: u64 = 5;
 
+/// Steps between evaluations.
+const EVAL_STEPS: u64 = 4;
+
 /// Micro-batch and accumulation of each rung: the recipe's two ladders.
 const LADDERS: [&[(u32, u32)]; 2] = [&[(8, 4), (4, 8), (2, 16), (1, 32)], &[(6, 6), (3, 12), (1, 36)]];
 
@@ -58,7 +61,11 @@ fn histories(epoch: u64) -> [(&'static str, Vec<Death>); 4] {
         ),
         (
             "OOM in a save, kill in a save, OOM in an evaluation",
-            vec![oom(Place::Save, 5), kill(Place::Save, 15), oom(Place::Eval, 2 * epoch)],
+            vec![
+                oom(Place::Save, 5),
+                kill(Place::Save, 15),
+                oom(Place::Eval, 2 * epoch / EVAL_STEPS * EVAL_STEPS),
+            ],
         ),
         (
             "kill in an evaluation, kill on the boundary, OOM in the last step",
@@ -76,7 +83,8 @@ fn live(
     rungs: &[(u32, u32)],
     deaths: &[Death],
 ) -> (u64, f64) {
-    let eval = ["--val_dataset", "train.jsonl#32", "--eval_steps", "4"];
+    let every = EVAL_STEPS.to_string();
+    let eval = ["--val_dataset", "train.jsonl#32", "--eval_steps", &every];
     let (mut rung, mut resume, mut from, mut again) = (0, None, 0, 0);
     let case = Case { plugins: &["raise_oom.py"], args: &eval, ..case.clone() };
     for (number, death) in deaths.iter().enumerate() {
