@@ -193,35 +193,13 @@ fn last_good_weights(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
 
 #[cfg(test)]
 mod tests {
-    use mhtrain_sizing::tier::{Profile, Steps};
-    use mhtrain_sizing::workload::{AttnImpl, Dtype};
 
     use super::*;
     use crate::checkpoint::TrainerState;
+    use crate::testing;
 
     fn tier(max_length: u32) -> Tier {
-        Tier {
-            name: Profile::Standard,
-            micro_batch: 8,
-            accumulation: 4,
-            world_size: 1,
-            max_length,
-            packing: true,
-            attn_impl: AttnImpl::FlashAttn,
-            torch_dtype: Dtype::Bfloat16,
-            gradient_checkpointing: true,
-            liger_kernel: false,
-            learning_rate: 1e-4,
-            warmup_ratio: 0.05,
-            max_grad_norm: None,
-            num_train_epochs: 1.0,
-            save_steps: Steps::Count(5),
-            save_total_limit: 2,
-            logging_steps: Steps::Count(1),
-            router_aux_loss_coef: None,
-            quant_bits: None,
-            adapters: None,
-        }
+        Tier { max_length, ..testing::tier() }
     }
 
     fn saved(attempt: u32, steps: &[(u64, u64)], last_good_step: Option<u64>) -> Saved {

@@ -469,34 +469,12 @@ fn changes(old: &Tier, new: &Tier) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use mhtrain_sizing::tier::{Profile, Steps};
-    use mhtrain_sizing::workload::{AttnImpl, Dtype};
 
     use super::*;
+    use crate::testing;
 
     fn tier(micro_batch: u32, accumulation: u32) -> Tier {
-        Tier {
-            name: Profile::Standard,
-            micro_batch,
-            accumulation,
-            world_size: 1,
-            max_length: 3072,
-            packing: true,
-            attn_impl: AttnImpl::FlashAttn,
-            torch_dtype: Dtype::Bfloat16,
-            gradient_checkpointing: true,
-            liger_kernel: false,
-            learning_rate: 1e-4,
-            warmup_ratio: 0.05,
-            max_grad_norm: None,
-            num_train_epochs: 2.0,
-            save_steps: Steps::Count(5),
-            save_total_limit: 2,
-            logging_steps: Steps::Count(1),
-            router_aux_loss_coef: None,
-            quant_bits: None,
-            adapters: None,
-        }
+        Tier { micro_batch, accumulation, num_train_epochs: 2.0, ..testing::tier() }
     }
 
     /// The text of the state of a run of 2 epochs with 10 steps each.

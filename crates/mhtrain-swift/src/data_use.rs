@@ -270,35 +270,13 @@ pub fn percent(share: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use mhtrain_sizing::tier::Profile;
-    use mhtrain_sizing::workload::{AttnImpl, Dtype};
     use proptest::prelude::*;
 
     use super::*;
+    use crate::testing;
 
     fn tier(max_length: u32, packing: bool) -> Tier {
-        Tier {
-            name: Profile::Standard,
-            micro_batch: 8,
-            accumulation: 4,
-            world_size: 1,
-            max_length,
-            packing,
-            attn_impl: AttnImpl::FlashAttn,
-            torch_dtype: Dtype::Bfloat16,
-            gradient_checkpointing: true,
-            liger_kernel: false,
-            learning_rate: 2e-4,
-            warmup_ratio: 0.1,
-            max_grad_norm: None,
-            num_train_epochs: 2.0,
-            save_steps: Steps::Count(200),
-            save_total_limit: 3,
-            logging_steps: Steps::Count(20),
-            router_aux_loss_coef: None,
-            quant_bits: None,
-            adapters: None,
-        }
+        Tier { max_length, packing, num_train_epochs: 2.0, ..testing::tier() }
     }
 
     fn rows(lengths: &[u32]) -> LengthProfile {

@@ -21,4 +21,6 @@ pub mod proof;
 pub mod python_json;
 pub mod stall;
 pub mod template;
+#[cfg(test)]
+mod testing;
 pub mod verdict;

@@ -3,14 +3,13 @@ use std::collections::BTreeMap;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_sizing::ladder::TierBook;
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::tier::{Profile, Steps, Tier};
-use mhtrain_sizing::workload::{AttnImpl, Dtype};
 use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
 use crate::command::{CommandRequest, user_command};
 use crate::dialect::Dialect;
+use crate::testing::tier;
 
 fn job(text: &str) -> Value {
     import(text, false).unwrap().job
@@ -358,31 +357,6 @@ fn errors_say_what_is_there_instead() {
     assert_eq!(import_nth(two, 2, false).unwrap().job["model"], "b");
     assert!(matches!(import_nth(two, 3, false), Err(ImportError::NoSuchCommand { .. })));
     assert!(matches!(import_nth(two, 0, false), Err(ImportError::NoSuchCommand { .. })));
-}
-
-fn tier() -> Tier {
-    Tier {
-        name: Profile::Standard,
-        micro_batch: 8,
-        accumulation: 4,
-        world_size: 1,
-        max_length: 3072,
-        packing: true,
-        attn_impl: AttnImpl::FlashAttn,
-        torch_dtype: Dtype::Bfloat16,
-        gradient_checkpointing: true,
-        liger_kernel: false,
-        learning_rate: 2e-4,
-        warmup_ratio: 0.1,
-        max_grad_norm: None,
-        num_train_epochs: 1.0,
-        save_steps: Steps::Count(200),
-        save_total_limit: 3,
-        logging_steps: Steps::Count(20),
-        router_aux_loss_coef: None,
-        quant_bits: None,
-        adapters: None,
-    }
 }
 
 fn command_of(job: &Value) -> Vec<String> {
