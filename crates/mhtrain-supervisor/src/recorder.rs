@@ -317,6 +317,8 @@ mod tests {
         };
         let log = open_log(&launch.stdout).unwrap();
         let ends = |word: &[u8]| {
+            // This process has more threads than a recorder, and the gate takes memory: without a cgroup it is made by fork(3),
+            // which leaves the C library's locks as a child needs them.
             let (pid, mut gate) = spawn_gate(&record, &launch, &log, &log, None).unwrap();
             gate.write_all(word).unwrap();
             drop(gate);

@@ -75,7 +75,7 @@ pub(crate) fn stop_ignoring() {
 /// Closes every descriptor but the three standard ones: whatever our starter forgot to protect is not ours to keep open.
 ///
 /// # Safety
-/// Nothing in this process may own a descriptor above 2 yet.
+/// Nothing that still runs in this process may own a descriptor above 2.
 pub(crate) unsafe fn close_inherited_descriptors() {
     // SAFETY: by the caller's promise no owner of these descriptors exists in this process. close_range(2) takes three numbers.
     let done = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) } == 0;

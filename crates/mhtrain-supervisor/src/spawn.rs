@@ -147,6 +147,16 @@ unsafe fn start_child(
     Ok(pid)
 }
 
+/// Ends a child that panics: unwound, it would go on as the parent that it is a copy of.
+struct EndsHere;
+
+impl Drop for EndsHere {
+    fn drop(&mut self) {
+        // SAFETY: `_exit` runs nothing of the parent. 101 is what a panic ends a Rust program with.
+        unsafe { libc::_exit(101) }
+    }
+}
+
 /// What a child begins with.
 struct Child<'a> {
     stdio: &'a [OwnedFd; 3],
@@ -161,6 +171,7 @@ impl Child<'_> {
         prepare: impl Fn() -> Result<(), Errno>,
         then: impl Fn() -> Errno,
     ) -> ! {
+        let _no_unwinding = EndsHere;
         let errno = match self.prepare(procs, prepare) {
             Err(errno) => errno,
             Ok(()) => then(),
