@@ -5,7 +5,7 @@
 //! in a queue is never overtaken on its device: else small jobs would keep a large one waiting for ever.
 
 use std::borrow::Borrow;
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet};
 
 use mhtrain_sizing::plan::Plan;
@@ -91,23 +91,47 @@ pub enum Fit {
     },
 }
 
-/// How good a place is. A greater one is better.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// How good a place is for a job. A greater one is better.
+#[derive(Copy, Clone, Debug)]
 pub struct Rank {
+    /// Whether the prediction says that it fits.
+    fits: bool,
     /// What would be trained.
-    profile: Reverse<Profile>,
-    /// How fast.
-    micro_batch: u32,
+    profile: Profile,
+    /// Time of a trained token (`Rung::relative_time`).
+    time: f64,
     /// Ties go to the device with the most free memory.
     free: Bytes,
 }
 
 impl Rank {
-    /// Returns the rank of a rung on a device with so much free memory.
-    pub fn new(profile: Profile, micro_batch: u32, free: Bytes) -> Rank {
-        Rank { profile: Reverse(profile), micro_batch, free }
+    /// Returns the rank of what a plan has chosen on a device with so much free memory.
+    pub fn of(plan: &Plan, free: Bytes) -> Rank {
+        let rung = plan.chosen_rung();
+        Rank { fits: rung.fits, profile: rung.tier.name, time: rung.relative_time, free }
     }
 }
+
+impl Ord for Rank {
+    fn cmp(&self, other: &Rank) -> Ordering {
+        let better = self.fits.cmp(&other.fits).then(other.profile.cmp(&self.profile));
+        better.then(other.time.total_cmp(&self.time)).then(self.free.cmp(&other.free))
+    }
+}
+
+impl PartialOrd for Rank {
+    fn partial_cmp(&self, other: &Rank) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Rank {
+    fn eq(&self, other: &Rank) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Rank {}
 
 /// What a device has to give.
 #[derive(Clone, Debug, PartialEq)]
@@ -147,7 +171,7 @@ pub fn fit<P: Borrow<Plan>, E>(
     if let Ok(plan) = size(room.free, room.held_by_others)?
         && (plan.borrow().chosen_rung().fits || is_idle)
     {
-        return Ok((Fit::Now(rank(plan.borrow(), room.free)), Some(plan)));
+        return Ok((Fit::Now(Rank::of(plan.borrow(), room.free)), Some(plan)));
     }
     let best = match size(room.total, Bytes::ZERO)? {
         Ok(plan) => plan,
@@ -156,13 +180,8 @@ pub fn fit<P: Borrow<Plan>, E>(
     let best: &Plan = best.borrow();
     let fitting = best.rungs.iter().filter(|rung| rung.fits && rung.tier.name != Profile::Emergency);
     let need = fitting.map(|rung| rung.admission_bytes).min().unwrap_or(best.chosen_rung().admission_bytes);
-    let rank = rank(best, room.total);
+    let rank = Rank::of(best, room.total);
     Ok((Fit::Later { rank, need, free: room.free, holders: room.holders.clone() }, None))
-}
-
-fn rank(plan: &Plan, free: Bytes) -> Rank {
-    let tier = &plan.chosen_rung().tier;
-    Rank::new(tier.name, tier.micro_batch, free)
 }
 
 /// What jobs of ours have: each thing with the id of its job.
@@ -373,7 +392,8 @@ mod tests {
     use super::*;
 
     fn rank(micro_batch: u32, free: u64) -> Rank {
-        Rank::new(Profile::Standard, micro_batch, Bytes::from_gib(free))
+        let (profile, time) = (Profile::Standard, 1.0 + 1.0 / f64::from(micro_batch));
+        Rank { fits: true, profile, time, free: Bytes::from_gib(free) }
     }
 
     fn now(device: &str, micro_batch: u32, free: u64) -> Offer {

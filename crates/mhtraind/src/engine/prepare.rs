@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use mhtrain_job::queue::Rank;
 use mhtrain_job::spec::{JobSpec, SpecError, Validation};
 use mhtrain_probe::model_files::{FoundDataset, FoundModel, Places, find_dataset, find_model};
 use mhtrain_probe::probe::ProbeReport;
@@ -14,7 +15,7 @@ use mhtrain_sizing::explain::what_would_change;
 use mhtrain_sizing::gpu::Card;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::{Model, ResolveError};
-use mhtrain_sizing::plan::{History, Plan, PlanError, Rung, plan_learned};
+use mhtrain_sizing::plan::{History, Plan, PlanError, plan_learned};
 use mhtrain_sizing::request::{Request, TrainerFeatures};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::command::CommandRequest;
@@ -307,10 +308,13 @@ pub fn prepare(
     let mut refusal: Option<(Candidate, PlanError)> = None;
     for candidate in by_free {
         match plan_learned(&asked(&candidate)?, book, &host.history) {
-            Ok(plan) if best.as_ref().is_none_or(|(_, other)| is_better(&plan, other)) => {
-                best = Some((candidate, plan));
+            Ok(plan) => {
+                let rank = |(candidate, plan): &(Candidate, Plan)| Rank::of(plan, candidate.card.free);
+                let this = (candidate, plan);
+                if best.as_ref().is_none_or(|other| rank(&this) > rank(other)) {
+                    best = Some(this);
+                }
             }
-            Ok(_) => {}
             Err(error) => {
                 refusal.get_or_insert((candidate, error));
             }
@@ -359,11 +363,4 @@ pub fn sizing_request(
         .sizing_request(model.clone(), card.clone(), *held_by_others, features, config.sizing.oom_risk)
         .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
     Ok(Request { data: rows.cloned(), ..request })
-}
-
-fn is_better(plan: &Plan, other: &Plan) -> bool {
-    let (rung, than) = (plan.chosen_rung(), other.chosen_rung());
-    let rank = |rung: &Rung| (!rung.fits, rung.tier.name);
-    let by_time = || rung.relative_time.total_cmp(&than.relative_time);
-    rank(rung).cmp(&rank(than)).then_with(by_time).is_lt()
 }
