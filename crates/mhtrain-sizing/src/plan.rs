@@ -245,11 +245,11 @@ fn method(train_type: TrainType, tier: &Tier) -> TrainType {
     if tier.quant_bits.is_some() { TrainType::Qlora } else { train_type }
 }
 
-/// Returns the pass that a rung means for the card.
-pub fn workload(request: &Request, tier: &Tier) -> Workload {
+/// Returns the pass that a rung of a job means for the card.
+pub fn workload(train_type: TrainType, tier: &Tier) -> Workload {
     let adapters = tier.adapters.clone().unwrap_or_default();
     Workload {
-        train_type: method(request.train_type, tier),
+        train_type: method(train_type, tier),
         lora_rank: adapters.lora_rank,
         targets: adapters.target_modules,
         dtype: tier.torch_dtype,
@@ -481,7 +481,7 @@ impl<'a> Sizing<'a> {
     }
 
     fn estimate(&self, tier: &Tier) -> Result<Estimate, EstimateError> {
-        estimate_with(&self.request.model, &workload(self.request, tier), &self.reserve(tier))
+        estimate_with(&self.request.model, &workload(self.request.train_type, tier), &self.reserve(tier))
     }
 
     fn reserve(&self, tier: &Tier) -> Reserve<'_> {

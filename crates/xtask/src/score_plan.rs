@@ -319,7 +319,7 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
             let first = tier.clone();
             let mut deaths = 0;
             while tier.micro_batch > 0 {
-                let said = estimate(&case.request.model, &workload(&case.request, &tier))?;
+                let said = estimate(&case.request.model, &workload(case.request.train_type, &tier))?;
                 if case.need(said.allocated_peak_bytes, &tier, noise) <= case.request.card.free.as_f64() {
                     break;
                 }

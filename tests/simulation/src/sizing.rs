@@ -11,11 +11,10 @@ use mhtrain_sizing::estimate::estimate;
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::ladder::TierBook;
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::plan::{Plan, plan};
+use mhtrain_sizing::plan::{Plan, plan, workload};
 use mhtrain_sizing::request::TrainerFeatures;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
-use mhtrain_sizing::workload::Workload;
 
 use crate::script::Wish;
 
@@ -72,23 +71,8 @@ pub(crate) fn policy(spec: &JobSpec, other_device: bool) -> Option<Policy> {
 /// different questions come to the engine.
 pub(crate) fn needs(wish: &Wish, tier: &Tier, percent: u64) -> u64 {
     let Ok(model) = Model::resolve(wish.model, None, None) else { return 1 };
-    let adapters = tier.adapters.clone().unwrap_or_default();
-    let workload = Workload {
-        train_type: wish.method(),
-        lora_rank: adapters.lora_rank,
-        targets: adapters.target_modules,
-        dtype: tier.torch_dtype,
-        micro_batch: tier.micro_batch,
-        accumulation: tier.accumulation,
-        max_length: tier.max_length,
-        packing: tier.packing,
-        padded: !tier.packing && tier.micro_batch > 1,
-        attn_impl: tier.attn_impl,
-        gradient_checkpointing: tier.gradient_checkpointing,
-        liger_kernel: tier.liger_kernel,
-        logit_share: 1.0,
-    };
-    let predicted = estimate(&model, &workload).map_or(1.0, |estimate| estimate.device_peak_bytes.gib());
+    let predicted = estimate(&model, &workload(wish.method(), tier))
+        .map_or(1.0, |estimate| estimate.device_peak_bytes.gib());
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some GiB")]
     let mib = (predicted * 1024.0) as u64;
     (mib * percent).div_ceil(100 * 1024).max(1)
