@@ -48,7 +48,7 @@ const ANSWER_BYTES_MAX: u64 = 64 << 20;
 /// Most answers that are kept.
 const CACHED_MAX: usize = 100;
 
-/// Answers that this process remembers, of 2 MiB at most: the next job of a user often trains on the same files, and a process
+/// Answers that this process remembers: the next job of a user often trains on the same files, and a process
 /// takes longer than all else at a submit.
 const REMEMBERED_MAX: usize = 8;
 

@@ -24,7 +24,7 @@ const STEPS_MIN: usize = 3;
 /// So many times the shortest time is waited while no time of a step is known.
 const UNKNOWN_STEPS: u32 = 4;
 
-/// How long a tool may take to read the stacks of a process.
+/// How long it may take to read the stacks of all processes: nothing else of the job is looked at meanwhile.
 const STACKS_WITHIN: Duration = Duration::from_secs(20);
 
 /// How long Python may take to print its own stacks after it was asked.
@@ -117,17 +117,17 @@ impl LifeSigns {
 /// it itself into the trainer's output where the companion asked it to; and the kernel's own view in any case. Everything is
 /// also written to `file`.
 pub fn stacks(pids: &[u32], origin: &Origin, output: &Path, file: &Path) -> String {
-    let mut text = String::new();
+    let (mut text, until) = (String::new(), Instant::now() + STACKS_WITHIN);
     for pid in pids.iter().take(PROCESSES_MAX) {
         let _to_a_string = writeln!(text, "pid {pid}: {}", kernels_view(*pid));
     }
     match py_spy(origin) {
         Some(tool) => {
             for pid in pids.iter().take(PROCESSES_MAX) {
-                text.push_str(&dumped(&tool, *pid, origin).unwrap_or_default());
+                text.push_str(&dumped(&tool, *pid, origin, until).unwrap_or_default());
             }
         }
-        None => text.push_str(&printed_by_itself(pids, output)),
+        None => text.push_str(&printed_by_itself(pids, output, until)),
     }
     let end = (0..=STACKS_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
     text.truncate(end.unwrap_or(0));
@@ -153,11 +153,13 @@ fn py_spy(origin: &Origin) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join("py-spy")).find(|tool| tool.is_file())
 }
 
-fn dumped(tool: &Path, pid: u32, origin: &Origin) -> Option<String> {
+fn dumped(tool: &Path, pid: u32, origin: &Origin, until: Instant) -> Option<String> {
+    if Instant::now() >= until {
+        return None;
+    }
     let mut command = origin.command(tool).ok()?;
     command.args(["dump", "--nonblocking", "--pid", &pid.to_string()]);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
-    let until = Instant::now() + STACKS_WITHIN;
     let output = child.stdout.take()?;
     let reader = std::thread::spawn(move || std::io::read_to_string(output).unwrap_or_default());
     while child.try_wait().ok()?.is_none() {
@@ -172,9 +174,12 @@ fn dumped(tool: &Path, pid: u32, origin: &Origin) -> Option<String> {
 /// Asks each Python that wants to be asked to print its stacks, and returns what came into the trainer's output.
 ///
 /// One after another: faulthandler writes a line in many pieces, and those of two processes would lie in each other.
-fn printed_by_itself(pids: &[u32], output: &Path) -> String {
+fn printed_by_itself(pids: &[u32], output: &Path, until: Instant) -> String {
     let mut text = String::new();
     for pid in pids.iter().filter(|pid| prints_stacks(**pid)).take(PROCESSES_MAX) {
+        if Instant::now() >= until {
+            break;
+        }
         let Ok(process) = ProcessIdentity::of(*pid) else { continue };
         let before = size(output);
         if process.signal(Signal::USR2).is_err() {
