@@ -46,7 +46,8 @@ fn router(daemon: Arc<Daemon>) -> Router {
 
 /// Serves clients for ever.
 pub async fn serve(listener: UnixListener, daemon: Arc<Daemon>) {
-    connections::serve(listener, router(daemon)).await;
+    let of_the_house = Arc::clone(&daemon);
+    connections::serve(listener, router(daemon), move |uid| of_the_house.served.serves(uid)).await;
 }
 
 /// Lets only those in whom this daemon serves. Handlers find who it is in the request: [`Caller`].

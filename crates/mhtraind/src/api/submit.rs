@@ -4,7 +4,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::jobs::permit;
 use super::routes::{Answer, BODY_BYTES_MAX, Id, to_the_end};
 use super::types::{SubmitAnswer, SubmitRequest};
-use crate::daemon::{Caller, Daemon, HandedIn, QueuedEntry, Submission, examined};
+use crate::daemon::{Caller, Daemon, HandedIn, QueuedEntry, Room, Submission, examined};
 use crate::engine::directory::holds_a_job;
 use crate::engine::journal::now;
 use crate::engine::prepare;
@@ -26,9 +26,6 @@ use crate::failure::{Failure, Status};
 
 /// How long a client may take to send a job.
 const BODY_WITHIN: Duration = Duration::from_secs(30);
-
-/// Bytes of the jobs of one user that wait.
-const WAITING_BYTES_MAX: usize = 256 << 20;
 
 type Accepted = Answer<(StatusCode, Json<SubmitAnswer>)>;
 
@@ -38,6 +35,10 @@ pub(super) async fn submit(
     Extension(caller): Extension<Caller>,
     body: Body,
 ) -> Accepted {
+    let account = daemon.served.account(caller.uid).await?;
+    let bytes = body.size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
+    let room =
+        Room::take(&daemon, &account, bytes.map_or(BODY_BYTES_MAX, |bytes| bytes.min(BODY_BYTES_MAX)))?;
     let body = read(body).await?;
     let request: SubmitRequest = serde_json::from_slice(&body)
         .map_err(|e| Failure::bad_input("bad_request", format!("the request cannot be understood: {e}")))?;
@@ -55,14 +56,13 @@ pub(super) async fn submit(
         device_uuid: device_uuid(&spec.device, config.nvml_library()).await?,
         retry_of: None,
     };
-    let account = daemon.served.account(caller.uid).await?;
     let origin = submission.origin(&account, config);
     let output_dir = prepare::output_dir(&spec, &origin);
     let state_dir = config.state_dir();
     let check = move || check_places(&origin.cwd, &output_dir, &state_dir);
     spec.output_dir = account.act(check).await??.display().to_string();
     let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
-    to_the_end(async move { accept(&daemon, caller, handed_in, request.key).await }).await
+    to_the_end(async move { accept(&daemon, caller, handed_in, room, request.key).await }).await
 }
 
 /// Takes a failed or cancelled job once more, as a new one that goes on where it ended.
@@ -84,7 +84,8 @@ pub(super) async fn retry(
     // Whoever asks for it, it stays its owner's.
     let account = Arc::new(daemon.served.account(owner.uid).await?);
     let handed_in = HandedIn { spec, submission, account };
-    to_the_end(async move { accept(&daemon, caller, handed_in, None).await }).await
+    let room = Room::take(&daemon, &handed_in.account, handed_in.bytes())?;
+    to_the_end(async move { accept(&daemon, caller, handed_in, room, None).await }).await
 }
 
 /// Reads a request's body.
@@ -110,11 +111,16 @@ fn bad_job(error: SpecError) -> Failure {
 }
 
 /// Accepts a job: when this returns without an error the job is on disk.
-async fn accept(daemon: &Arc<Daemon>, caller: Caller, handed_in: HandedIn, key: Option<String>) -> Accepted {
+async fn accept(
+    daemon: &Arc<Daemon>,
+    caller: Caller,
+    handed_in: HandedIn,
+    room: Room,
+    key: Option<String>,
+) -> Accepted {
     for id in &handed_in.spec.after {
         must_exist(daemon, caller, *id).await?;
     }
-    must_have_room(daemon, handed_in.account.uid, &handed_in.account.name)?;
     let known = examined(daemon, &handed_in).await?;
     let notes = notes(&handed_in).await?;
     let HandedIn { spec, submission, account } = &handed_in;
@@ -132,27 +138,10 @@ async fn accept(daemon: &Arc<Daemon>, caller: Caller, handed_in: HandedIn, key: 
         return Ok((StatusCode::OK, Json(SubmitAnswer { id, existing: true, notes: Vec::new() })));
     }
     daemon.queued().insert(submitted.id, QueuedEntry::new(handed_in, Some(Arc::new(known))));
+    drop(room);
     daemon.store.tell();
     daemon.wake();
     Ok((StatusCode::CREATED, Json(SubmitAnswer { id, existing: false, notes })))
-}
-
-/// Refuses a job of a user who has very many waiting: each takes memory and disk of the daemon that serves the others too.
-fn must_have_room(daemon: &Daemon, uid: u32, name: &str) -> Result<(), Failure> {
-    let (jobs_max, queued) = (daemon.config.daemon.jobs_per_user, daemon.queued());
-    let theirs = queued.values().filter(|entry| entry.handed_in.account.uid == uid);
-    let (jobs, bytes) = theirs.fold((0_u32, 0), |(jobs, bytes), entry| (jobs + 1, bytes + entry.bytes));
-    if jobs < jobs_max && bytes < WAITING_BYTES_MAX {
-        return Ok(());
-    }
-    let what = format!(
-        "{jobs} jobs of {name} wait, {} MiB: at most {jobs_max} jobs and {} MiB may",
-        bytes >> 20,
-        WAITING_BYTES_MAX >> 20
-    );
-    let help =
-        "hand more in when some have started; [daemon] jobs_per_user in the daemon's settings says how many";
-    Err(Failure::failed("too_many_jobs", what).help(help.to_owned()))
 }
 
 async fn must_exist(daemon: &Daemon, caller: Caller, id: u64) -> Result<(), Failure> {

@@ -64,6 +64,16 @@ pub enum Served {
     },
 }
 
+impl Served {
+    /// Returns whether a user is answered by more than a refusal.
+    pub fn serves(&self, uid: u32) -> bool {
+        match self {
+            Served::One(account) => uid == account.uid,
+            Served::All { .. } => true,
+        }
+    }
+}
+
 impl Account {
     /// Returns the user who runs this process.
     ///

@@ -16,6 +16,7 @@ mod download;
 mod job;
 mod live;
 mod queue;
+mod room;
 mod service_manager;
 pub mod store;
 mod submission;
@@ -38,6 +39,7 @@ use tokio::sync::Notify;
 pub use accounts::{Account, Caller, Peer, Served};
 pub use live::LiveJob;
 pub use queue::{HandedIn, QueuedEntry, examined};
+pub use room::Room;
 pub use submission::Submission;
 
 use crate::api::routes;
@@ -47,6 +49,7 @@ use crate::engine::observations::Observations;
 use crate::engine::prepare::tier_book;
 use crate::engine::signals::{StopCause, StopSignals};
 use crate::failure::{Failure, Status, unwritable};
+use room::Arriving;
 use store::StoreHandle;
 
 /// The flag of the store that says that nothing new may start.
@@ -72,6 +75,8 @@ pub struct Daemon {
     live: Mutex<BTreeMap<JobId, Arc<LiveJob>>>,
     /// Jobs that wait for one.
     queued: Mutex<BTreeMap<JobId, QueuedEntry>>,
+    /// What the jobs of each user take that are on their way in.
+    arriving: Arriving,
     /// Wakes the scheduler.
     wake: Notify,
     /// Whether nothing new may start.
@@ -231,6 +236,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
         observations,
         live: Mutex::default(),
         queued: Mutex::default(),
+        arriving: Mutex::default(),
         wake: Notify::new(),
         drained: AtomicBool::new(drained),
         failed_devices: Mutex::new(failed_devices),

@@ -1,6 +1,6 @@
 //! Which jobs start, and when is the queue looked at again?
 //!
-//! The decision is `mhtrain_job::queue::decide`; this is the loop that feeds it: a job comes or ends, somebody drains
+//! The decisions are in `mhtrain_job::queue`; this is the loop that feeds it: a job comes or ends, somebody drains
 //! the daemon, memory comes back on a card, or, while a job waits, a second has passed.
 
 use std::collections::BTreeMap;
@@ -60,6 +60,14 @@ pub struct HandedIn {
     pub account: Arc<Account>,
 }
 
+impl HandedIn {
+    /// Returns the length of all that its submitter gave, as JSON.
+    pub fn bytes(&self) -> usize {
+        let submission = serde_json::to_string(&self.submission).map_or(0, |text| text.len());
+        self.spec.to_json().to_string().len() + submission
+    }
+}
+
 /// A job that waits for a device.
 #[derive(Clone, Debug)]
 pub struct QueuedEntry {
@@ -71,7 +79,7 @@ pub struct QueuedEntry {
     pub download: Download,
     /// Why it does not start.
     pub reason: String,
-    /// Length of the job as JSON.
+    /// Memory that it takes, about: its length as JSON.
     pub bytes: usize,
     /// Whether the store knows that it waits.
     told: bool,
@@ -86,7 +94,7 @@ impl QueuedEntry {
     pub fn new(handed_in: HandedIn, examined: Option<Arc<Examined>>) -> QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
         QueuedEntry {
-            bytes: handed_in.spec.to_json().to_string().len(),
+            bytes: handed_in.bytes(),
             handed_in,
             examined,
             download: Download::default(),

@@ -1,0 +1,76 @@
+//! How much may one user hand in?
+//!
+//! Each job that waits, or is on its way in, takes memory and disk of the daemon that serves the others too.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Account, Daemon};
+use crate::failure::Failure;
+
+/// Bytes of the jobs of one user that wait or come in.
+const BYTES_MAX: usize = 256 << 20;
+
+/// What the jobs of each user take that are on their way in.
+pub(super) type Arriving = Mutex<BTreeMap<u32, Taken>>;
+
+/// What a user's jobs take that are on their way in.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Taken {
+    jobs: u32,
+    bytes: usize,
+}
+
+/// The room of a job that is on its way in. It is given back when the job is in the queue, or refused.
+#[derive(Debug)]
+pub struct Room {
+    daemon: Arc<Daemon>,
+    uid: u32,
+    bytes: usize,
+}
+
+impl Room {
+    /// Takes the room for a job of so many bytes.
+    ///
+    /// # Errors
+    /// The user has as much waiting as may.
+    pub fn take(daemon: &Arc<Daemon>, account: &Account, bytes: usize) -> Result<Room, Failure> {
+        let uid = account.uid;
+        let mut arriving = daemon.arriving.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = arriving.entry(uid).or_default();
+        let jobs_max = daemon.config.daemon.jobs_per_user;
+        let (jobs, waiting) = {
+            let queued = daemon.queued();
+            let theirs = queued.values().filter(|entry| entry.handed_in.account.uid == uid);
+            theirs.fold((taken.jobs, taken.bytes), |(jobs, sum), entry| (jobs + 1, sum + entry.bytes))
+        };
+        if jobs < jobs_max && waiting.saturating_add(bytes) <= BYTES_MAX {
+            taken.jobs += 1;
+            taken.bytes += bytes;
+            drop(arriving);
+            return Ok(Room { daemon: Arc::clone(daemon), uid, bytes });
+        }
+        let what = format!(
+            "{jobs} jobs of {} wait, {} MiB, and this one has {} KiB: at most {jobs_max} jobs and {} MiB may",
+            account.name,
+            waiting >> 20,
+            bytes.div_ceil(1 << 10),
+            BYTES_MAX >> 20
+        );
+        let help = "hand more in when some have started; [daemon] jobs_per_user in the daemon's settings says how many";
+        Err(Failure::failed("too_many_jobs", what).help(help.to_owned()))
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let mut arriving = self.daemon.arriving.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = arriving.get_mut(&self.uid) {
+            taken.jobs -= 1;
+            taken.bytes -= self.bytes;
+            if *taken == Taken::default() {
+                arriving.remove(&self.uid);
+            }
+        }
+    }
+}
