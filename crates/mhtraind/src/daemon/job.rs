@@ -40,9 +40,12 @@ const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// The time until it is tried again to end a job that could not be ended: something is very wrong then.
 const TRY_TO_END_AGAIN: Duration = Duration::from_secs(30);
 
-/// How often that is done while its trainer may run, before the trainer is ended and the job fails: two minutes, for a
-/// disk that is mounted again or is given room.
+/// How often that is done for a job that has begun, before it fails: two minutes, for a disk that is mounted again or is given
+/// room.
 const TRIES_MAX: u32 = 24;
+
+/// How often it is done after a bug of ours, for a job that has not begun.
+const TRIES_AFTER_A_BUG_MAX: u32 = 3;
 
 /// Starts the thread of a job. When it is over, `daemon` is woken and the job is no longer among the live ones.
 pub fn start(daemon: &Arc<Daemon>, id: JobId, handed_in: HandedIn, sized: Sized) {
@@ -110,36 +113,31 @@ enum After {
 }
 
 impl Worker {
-    /// Runs the job to its end, over everything that goes wrong outside of it.
+    /// Runs the job to its end, over everything that goes wrong outside of it. A bug must not cost the lease: a trainer may be
+    /// there.
     fn run(&self) {
-        if let Err(failure) = become_submitter(&self.account, self.submission.umask) {
-            tracing::error!(job = self.id.get(), error = failure.message, "the job is left as it is");
-            return;
-        }
+        let mut has_rights = false;
         for tries in 1.. {
-            // A bug must not cost the lease: a trainer may be there.
-            let done = catch_unwind(AssertUnwindSafe(|| self.attempt_to_run())).unwrap_or_else(|panic| {
-                Err(Failure::new(
-                    Status::Bug,
-                    "panicked",
-                    format!("a bug of mhtraind: {}", words_of(&*panic)),
-                ))
+            let done = guarded(|| {
+                if !has_rights {
+                    become_submitter(&self.account, self.submission.umask)?;
+                    has_rights = true;
+                }
+                self.attempt_to_run()
             });
             let Err(failure) = done else { return };
             tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
-            match self.after(&failure, tries) {
+            let rest = match guarded(|| self.after(&failure, tries)) {
                 Ok(After::Over) => return,
-                Ok(After::TryAgain) => {
-                    self.live.say(&format!("{}; it is tried again", failure.message));
-                    std::thread::sleep(TRY_AGAIN);
-                }
+                Ok(After::TryAgain) => TRY_AGAIN,
                 Err(failure) => {
                     // Its card stays leased: a trainer may still be there.
                     tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be ended");
-                    self.live.say(&format!("{}; it is tried again", failure.message));
-                    std::thread::sleep(TRY_TO_END_AGAIN);
+                    TRY_TO_END_AGAIN
                 }
-            }
+            };
+            self.live.say(&format!("{}; it is tried again", failure.message));
+            std::thread::sleep(rest);
         }
     }
 
@@ -249,8 +247,8 @@ impl Worker {
         Ok(attempts)
     }
 
-    /// Decides what becomes of the job. While its trainer may run, it is taken up again, within a bound: what is in the
-    /// way may pass, and the trainer does not notice. After that, or when somebody asked for the end, it is ended.
+    /// Decides what becomes of the job. One that has begun is taken up again, within a bound: what is in the way may pass, and a
+    /// trainer that runs does not notice. After that, or when somebody asked for the end, it is ended.
     fn after(&self, failure: &Failure, tries: u32) -> Result<After, Failure> {
         let records = self.records()?;
         let state = JobState::fold(records.iter().map(|record| &record.event))
@@ -258,10 +256,16 @@ impl Worker {
         if state.is_final() {
             return Ok(After::Over);
         }
+        let has_begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
+        let tries_max = match (has_begun, failure.status) {
+            (true, _) => TRIES_MAX,
+            (false, Status::Bug) => TRIES_AFTER_A_BUG_MAX,
+            (false, _) => 0,
+        };
+        if tries < tries_max && state.stop().is_none() {
+            return Ok(After::TryAgain);
+        }
         if let JobState::Starting { attempt, .. } | JobState::Running { attempt, .. } = &state {
-            if tries < TRIES_MAX && state.stop().is_none() {
-                return Ok(After::TryAgain);
-            }
             self.end_attempt(attempt.number)?;
         }
         self.append(match state.stop() {
@@ -299,6 +303,13 @@ impl Worker {
         self.daemon.store.tell();
         Ok(())
     }
+}
+
+/// Does something, and turns a panic into a failure.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        Err(Failure::new(Status::Bug, "panicked", format!("a bug of mhtraind: {}", words_of(&*panic))))
+    })
 }
 
 /// Returns what a panic said.

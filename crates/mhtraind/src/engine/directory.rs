@@ -172,7 +172,7 @@ impl JobDirectory {
         sync_together(&paths).map_err(|(path, e)| unwritable(&path, &e))
     }
 
-    /// Points `final` at a checkpoint below the root by a relative link, in one step.
+    /// Points `final` at a checkpoint below the root by a relative link, in one step that survives a power cut.
     ///
     /// # Errors
     /// The link cannot be made, for example because something that is no link is called `final`.
@@ -182,7 +182,8 @@ impl JobDirectory {
         let temporary = self.root.join(".final.new");
         let _ = fs::remove_file(&temporary);
         std::os::unix::fs::symlink(target, &temporary).map_err(|e| unwritable(&temporary, &e))?;
-        fs::rename(&temporary, &link).map_err(|e| unwritable(&link, &e))
+        let renamed = fs::rename(&temporary, &link).and_then(|()| fs::File::open(&self.root)?.sync_all());
+        renamed.map_err(|e| unwritable(&link, &e))
     }
 
     /// Writes receipt.json: whole or not at all, readable by its owner alone.
@@ -299,8 +300,13 @@ fn sync_together(paths: &[PathBuf]) -> Result<(), (PathBuf, std::io::Error)> {
     };
     for some in paths.chunks(SYNCED_AT_ONCE) {
         std::thread::scope(|scope| {
-            let started: Vec<_> = some.iter().map(|path| scope.spawn(move || sync(path))).collect();
-            started.into_iter().try_for_each(|thread| thread.join().expect("an fsync does not panic"))
+            let start = |path| std::thread::Builder::new().spawn_scoped(scope, move || sync(path));
+            let started: Vec<_> = some.iter().map(|path| (path, start(path))).collect();
+            started.into_iter().try_for_each(|(path, thread)| match thread {
+                Ok(thread) => thread.join().expect("an fsync does not panic"),
+                // The host has no thread left for us.
+                Err(_) => sync(path),
+            })
         })?;
     }
     Ok(())
