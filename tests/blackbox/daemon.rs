@@ -1,5 +1,7 @@
 //! The daemon and its clients around a fake trainer: nothing is lost, nothing runs twice, everything says why.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -325,6 +327,49 @@ fn a_job_waits_for_memory_with_the_numbers_and_starts_when_it_comes() {
 }
 
 #[test]
+fn memory_that_a_dead_trainer_still_holds_costs_the_next_job_no_rung() {
+    let served = Served::new();
+    let first = served.submit(json!({"output_dir": "a"}), &json!({"step_seconds": 0.3}));
+    served.wait_until("some steps", |served| served.host.trained_in("a", 1).len() >= 4);
+    // From here on the driver counts what the trainer has; it stays for a while after the trainer is gone.
+    served.hold(62 * GIB);
+    let planned = served.run(&["plan", "job.json", "--json"]).expect(0).json();
+    assert!(planned["chosen"]["micro_batch"].as_u64() < Some(8), "a lower rung would fit now: {planned}");
+    let second = served.submit(json!({"output_dir": "b"}), &json!({}));
+    served.wait_until("the end of the first", |served| served.state(&first) == "succeeded");
+    for left in [40, 20, 0] {
+        std::thread::sleep(Duration::from_millis(150));
+        served.hold(left * GIB);
+    }
+    served.run(&["wait", &second, "--timeout", "60"]).expect(0);
+    assert_eq!(served.job(&second)["tier"], served.job(&first)["tier"]);
+}
+
+#[test]
+fn one_user_cannot_fill_the_memory_of_the_daemon_with_jobs_on_their_way_in() {
+    let served = Served::new();
+    let begin = || {
+        let mut stream = UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
+        let head = "POST /v1/jobs HTTP/1.1\r\nhost: mhtraind\r\ncontent-type: application/json\r\n";
+        write!(stream, "{head}content-length: {}\r\n\r\n", 11 << 20).unwrap();
+        stream
+    };
+    // Each says that 11 MiB will come, and sends nothing. 23 of them are taken in.
+    let waiting: Vec<UnixStream> = (0..30).map(|_| begin()).collect();
+    let answer = |mut stream: UnixStream| {
+        stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        let mut bytes = [0; 4096];
+        let read = stream.read(&mut bytes).unwrap_or(0);
+        String::from_utf8_lossy(&bytes[..read]).into_owned()
+    };
+    served.wait_until("the bound", |_| answer(begin()).contains("too_many_jobs"));
+    let id = served.submit(json!({}), &json!({}));
+    drop(waiting);
+    served.wait_until("room again", |_| answer(begin()).is_empty());
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+}
+
+#[test]
 fn what_can_never_fit_fails_at_once_with_the_numbers() {
     let served = Served::new();
     served.host.env.write(
@@ -400,7 +445,6 @@ fn a_retry_goes_on_with_its_own_job_through_other_retries_and_other_jobs() {
 
 #[test]
 fn a_client_that_hangs_up_leaves_no_job_behind_that_nobody_runs() {
-    use std::io::Write;
     let served = Served::new();
     served.run(&["drain"]).expect(0);
     for number in 0..20u64 {
@@ -409,8 +453,7 @@ fn a_client_that_hangs_up_leaves_no_job_behind_that_nobody_runs() {
             serde_json::from_slice(&std::fs::read(served.host.env.path("job.json")).unwrap()).unwrap();
         let cwd = served.host.env.path(".");
         let body = json!({"job": job, "cwd": cwd, "umask": 18}).to_string();
-        let mut stream =
-            std::os::unix::net::UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
+        let mut stream = UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
         let length = body.len();
         write!(stream, "POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n{body}")
             .unwrap();
@@ -741,8 +784,7 @@ pub(crate) fn is_root() -> bool {
 
 /// Sends a request to the daemon's socket and returns the status and the body.
 fn ask(served: &Served, method: &str, path: &str, body: &str) -> (u16, String) {
-    use std::io::{Read, Write};
-    let mut stream = std::os::unix::net::UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
+    let mut stream = UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
     let length = body.len();
     let request = format!(
         "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
@@ -895,7 +937,6 @@ fn status_says_that_the_companion_is_not_there_and_a_restart_does_not_forget_it(
 
 #[test]
 fn silent_connections_are_counted_and_closed() {
-    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
     let served = Served::new();
     let socket = served.host.env.path("daemon.sock");

@@ -167,7 +167,12 @@ impl FakeHost {
 
     /// Returns the rows that each optimizer step of an attempt trained, in order of the steps.
     pub(crate) fn trained(&self, attempt: u32) -> Vec<(u64, Vec<u64>)> {
-        let path = self.env.path(&format!("out/attempt-{attempt}/fake-rows.jsonl"));
+        self.trained_in("out", attempt)
+    }
+
+    /// Like [`FakeHost::trained`], by the job with this output directory.
+    pub(crate) fn trained_in(&self, output_dir: &str, attempt: u32) -> Vec<(u64, Vec<u64>)> {
+        let path = self.env.path(&format!("{output_dir}/attempt-{attempt}/fake-rows.jsonl"));
         let text = std::fs::read_to_string(path).unwrap_or_default();
         text.lines()
             .map(|line| {

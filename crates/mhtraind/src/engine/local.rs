@@ -6,7 +6,8 @@
 //!          +------------------------ rerun <------------------------------+
 //! ```
 //!
-//! Decisions are made elsewhere (`rerun::decide`, `choose_resume`, `prove`); this is the loop that carries them out.
+//! Decisions are made elsewhere (`rerun::decide`, `beginning::begin`, `verdict::conclude`); this is the loop that carries
+//! them out.
 //! Each intention is in the journal before its effect, so a process that comes after us knows what may be out there.
 
 use std::collections::BTreeMap;
@@ -29,7 +30,7 @@ use mhtrain_sizing::observation::Seen;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::Arrivals;
-use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec};
+use mhtrain_supervisor::attempt::{Attempt, AttemptState, LaunchSpec, StopError};
 use mhtrain_supervisor::log_tail::LogTail;
 use mhtrain_supervisor::process::descendants;
 use mhtrain_supervisor::record::{Ended as TrainerEnd, ExitRecord, Extent, RecordError};
@@ -191,6 +192,35 @@ struct Gone {
     ended: Option<EndedByUs>,
 }
 
+/// A stop that is asked for until the recorder knows of it: a full disk can be in the way.
+#[derive(Debug, Default)]
+struct DueStop {
+    grace: Option<Duration>,
+    is_told: bool,
+}
+
+impl DueStop {
+    /// The attempt is to end within this time. A later word replaces an earlier one.
+    fn within(&mut self, grace: Duration) {
+        self.grace = Some(grace);
+    }
+
+    /// Asks the recorder, where there is something to ask.
+    fn ask(&mut self, attempt: &Attempt, screen: &Screen) {
+        let Some(grace) = self.grace else { return };
+        match attempt.request_stop(grace) {
+            Ok(()) => self.grace = None,
+            // Nobody is there to ask: whoever follows sees that, and puts another one there or kills what is left.
+            Err(StopError::RecorderGone { .. }) => {}
+            Err(error) => {
+                if !std::mem::replace(&mut self.is_told, true) {
+                    screen.say(format!("the trainer cannot be stopped yet: {}", chain(&error)));
+                }
+            }
+        }
+    }
+}
+
 /// Why an attempt did not come up.
 #[derive(Debug)]
 enum Unlaunched {
@@ -225,6 +255,8 @@ struct Job<'a> {
     earlier: Vec<OldAttempt>,
     /// Attempts of which the kernel may still hold something.
     ended: Vec<Attempt>,
+    /// Processes of the last attempt that were seen with the card.
+    last_pids: Vec<u32>,
 }
 
 impl<'a> Job<'a> {
@@ -291,6 +323,7 @@ impl<'a> Job<'a> {
             deadline: None,
             earlier,
             ended: Vec::new(),
+            last_pids: Vec::new(),
             prepared,
         })
     }
@@ -298,20 +331,25 @@ impl<'a> Job<'a> {
     /// Returns where an earlier process left the job, or its beginning.
     fn first_step(&mut self) -> Result<Step, Failure> {
         let goes_on = goes_on(self.journal.records()).map_err(|e| Failure::new(Status::Bug, "bug", e))?;
-        if goes_on == GoesOn::Begin {
-            self.record_plan()?;
-            return Ok(Step::Start(Next {
-                rung: self.prepared.plan.chosen,
-                adjustments: Vec::new(),
-                wish: ResumeWish::Latest,
-                wait: Wait::None,
-                after: Vec::new(),
-            }));
+        for (start, _) in attempts_made(self.journal.records()) {
+            let earlier =
+                Attempt::open_of(&self.directory.record(start.attempt), self.origin.identity.as_ref());
+            // One that cannot be opened never was, or is looked at below.
+            self.ended.extend(earlier);
         }
         let told = Receipt::from_events(None, self.journal.records());
         (self.receipt.attempts, self.receipt.warnings) = (told.attempts, told.warnings);
         match goes_on {
-            GoesOn::Begin => unreachable!("answered above"),
+            GoesOn::Begin => {
+                self.record_plan()?;
+                Ok(Step::Start(Next {
+                    rung: self.prepared.plan.chosen,
+                    adjustments: Vec::new(),
+                    wish: ResumeWish::Latest,
+                    wait: Wait::None,
+                    after: Vec::new(),
+                }))
+            }
             GoesOn::Cancel => self.cancelled(self.stop.unwrap_or(StopCause::Cancel)),
             GoesOn::Follow(start) => {
                 let record = self.directory.record(start.attempt);
@@ -319,11 +357,6 @@ impl<'a> Job<'a> {
                     Ok(live) if live.abandon_unrecorded().map_err(no_record)? => self.never_started(&start),
                     Ok(live) => {
                         self.screen.say(format!("attempt {} is taken over", start.attempt));
-                        if self.stop.is_some() {
-                            let grace = Duration::from_secs(u64::from(self.config.attempt.grace_s));
-                            // Without a recorder there is nobody to ask: following sees that and kills what is left.
-                            let _nobody_to_ask = live.request_stop(grace);
-                        }
                         Ok(Step::Adopt(start, live))
                     }
                     // The intention was recorded and nothing else: no recorder ever was.
@@ -404,6 +437,7 @@ impl<'a> Job<'a> {
         loop {
             step = match step {
                 Step::Over(status) => {
+                    self.let_memory_return().await;
                     // The receipt takes the disk a while, and needs no device.
                     self.screen.give_device_back();
                     self.save_receipt()?;
@@ -425,10 +459,24 @@ impl<'a> Job<'a> {
                 Step::Adopt(start, attempt) => {
                     let gone = self.follow(start, &attempt).await?;
                     self.ended.push(attempt);
+                    self.last_pids.clone_from(&gone.pids);
                     self.judge(gone)?
                 }
             };
         }
+    }
+
+    /// Waits until the driver has given the memory of the last attempt back: whoever has the card next is sized by what is
+    /// free. An attempt that was never seen with the card holds nothing, and nothing is waited for when as much is free as
+    /// when the job was sized.
+    async fn let_memory_return(&mut self) {
+        let was = self.prepared.candidate.card.free;
+        if self.last_pids.is_empty() || self.card.free().is_none_or(|free| free >= was) {
+            return;
+        }
+        let pids = std::mem::take(&mut self.last_pids);
+        let limit = Duration::from_secs(u64::from(self.config.attempt.memory_return_s));
+        let _whatever_ends_it = self.card.wait_for_return(&pids, limit, &mut self.signals).await;
     }
 
     /// Removes what attempts that are over leave in the kernel. It waits for their recorders, so it comes last.
@@ -705,6 +753,11 @@ impl<'a> Job<'a> {
             steps: self.config.attempt.stall_steps,
         };
         let (mut signs, mut ended) = (LifeSigns::new(rule, Instant::now()), None);
+        let mut due_stop = DueStop::default();
+        if self.stop.is_some() {
+            // Somebody asked before we came, and perhaps nobody passed it on.
+            due_stop.within(self.grace());
+        }
         let mut companion_seen = false;
         // The first look at memory, and the receipt of a running job, come when it has run for a moment: until then there is
         // nothing to see, and both take longer than a launch.
@@ -733,8 +786,9 @@ impl<'a> Job<'a> {
             };
             let late = self.deadline.is_some_and(|at| Instant::now() >= at) && self.stop.is_none();
             if let Some(cause) = asked.or(late.then_some(StopCause::TimeLimit)) {
-                self.stop_attempt(cause, attempt)?;
+                due_stop.within(self.stop_attempt(cause)?);
             }
+            due_stop.ask(attempt, &self.screen);
             follower.look().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
             let state =
                 attempt.state().map_err(|e| Failure::failed("no_record", chain(&e)).help(e.help()))?;
@@ -752,8 +806,8 @@ impl<'a> Job<'a> {
                         let (step, printed) = (follower.glance(None).step, follower.printed_bytes());
                         let still = signs.look(Instant::now(), step, printed, self.card.is_busy());
                         if let Some(still) = still.filter(|_| ended.is_none() && self.stop.is_none()) {
-                            let stall = self.end_stalled(&start, attempt, still, step, &pids);
-                            ended = Some(EndedByUs::Stalled(stall));
+                            ended = Some(EndedByUs::Stalled(self.keep_stacks(&start, still, step, &pids)));
+                            due_stop.within(Duration::ZERO);
                         }
                     }
                     let glance = follower.glance(Some(self.prepared.candidate.card.total));
@@ -762,8 +816,15 @@ impl<'a> Job<'a> {
                         self.warn_of_companion(&start, &follower)?;
                     }
                     self.screen.glance(&glance);
-                    if ended.is_none() && self.stop.is_none() {
-                        ended = self.end_diverged(&follower, attempt);
+                    if ended.is_none()
+                        && self.stop.is_none()
+                        && let Some(diagnosis) = follower.diagnoser.diverged_for_good()
+                    {
+                        // Each further step takes the time of the next attempt, and each further checkpoint replaces one
+                        // from before.
+                        self.screen.say(format!("it diverged, and is ended: {}", diagnosis.evidence.line));
+                        ended = Some(EndedByUs::Diverged(diagnosis));
+                        due_stop.within(self.grace());
                     }
                 }
                 AttemptState::Exited(end) => {
@@ -851,23 +912,26 @@ impl<'a> Job<'a> {
             .unwrap_or_default()
     }
 
-    /// Asks an attempt to end: politely the first time, at once the second time.
-    fn stop_attempt(&mut self, cause: StopCause, attempt: &Attempt) -> Result<(), Failure> {
-        let again = self.stop.is_some();
-        let grace = if again { 0 } else { self.config.attempt.grace_s };
-        if again {
+    fn grace(&self) -> Duration {
+        Duration::from_secs(u64::from(self.config.attempt.grace_s))
+    }
+
+    /// Notes that somebody asked for the end. Returns how long the trainer may take: some time at first, none when it was
+    /// asked for again.
+    fn stop_attempt(&mut self, cause: StopCause) -> Result<Duration, Failure> {
+        if self.stop.is_some() {
             self.screen.say("stopping at once");
-        } else {
-            self.screen.say(format!("{cause}: stopping the trainer (within {grace} s; again: at once)"));
-            // A cancel was recorded by whoever took it, before it was answered.
-            if cause != StopCause::Cancel {
-                self.journal.record(JobEvent::StopRequested { by: cause.to_string() })?;
-            }
-            self.stop = Some(cause);
+            return Ok(Duration::ZERO);
         }
-        // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
-        let _nobody_to_ask = attempt.request_stop(Duration::from_secs(u64::from(grace)));
-        Ok(())
+        let grace = self.grace();
+        let seconds = grace.as_secs();
+        self.screen.say(format!("{cause}: stopping the trainer (within {seconds} s; again: at once)"));
+        // A cancel was recorded by whoever took it, before it was answered.
+        if cause != StopCause::Cancel {
+            self.journal.record(JobEvent::StopRequested { by: cause.to_string() })?;
+        }
+        self.stop = Some(cause);
+        Ok(grace)
     }
 
     /// Returns those of the processes that are the job's user's: the record that names the first of them is theirs to write.
@@ -881,33 +945,13 @@ impl<'a> Job<'a> {
         pids
     }
 
-    /// Keeps the stacks of an attempt that hangs, and ends it.
-    fn end_stalled(
-        &self,
-        start: &AttemptStart,
-        attempt: &Attempt,
-        still: Still,
-        last_step: u64,
-        pids: &[u32],
-    ) -> Stall {
+    /// Keeps the stacks of an attempt that hangs and is about to be ended.
+    fn keep_stacks(&self, start: &AttemptStart, still: Still, last_step: u64, pids: &[u32]) -> Stall {
         let file = self.directory.record(start.attempt).join("stacks.txt");
         let (seconds, shown) = (still.since.as_secs(), file.display());
         self.screen.say(format!("no sign of life for {seconds} s: it is ended; its stacks are in {shown}"));
         let stacks = stacks(pids, &self.origin, &self.output_of(start.attempt), &file);
-        // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
-        let _nobody_to_ask = attempt.request_stop(Duration::ZERO);
         Stall { still: still.since, step: still.step, last_step, stacks }
-    }
-
-    /// Ends an attempt whose loss is no number any more. Each further step takes the time of the next attempt, and each
-    /// further checkpoint replaces one from before.
-    fn end_diverged(&self, follower: &Follower, attempt: &Attempt) -> Option<EndedByUs> {
-        let diagnosis = follower.diagnoser.diverged_for_good()?;
-        self.screen.say(format!("it diverged, and is ended: {}", diagnosis.evidence.line));
-        // Without a recorder there is nobody to ask: the loop sees that and kills what is left.
-        let grace = Duration::from_secs(u64::from(self.config.attempt.grace_s));
-        let _nobody_to_ask = attempt.request_stop(grace);
-        Some(EndedByUs::Diverged(diagnosis))
     }
 
     /// Decides what the end of an attempt means.
@@ -1221,8 +1265,10 @@ fn kill_everything(attempt: &Attempt) -> Result<(), Failure> {
 
 /// Removes the cgroup of an attempt that is over. One that stays costs nothing but the look of it.
 pub fn clean_up(attempt: &Attempt) {
-    if let Err(error) = attempt.clean_up() {
-        tracing::debug!(error = chain(&error), "the attempt's cgroup stays");
+    match attempt.clean_up() {
+        Ok(true) => {}
+        Ok(false) => tracing::debug!("the attempt's cgroup stays: somebody is in it"),
+        Err(error) => tracing::debug!(error = chain(&error), "the attempt's cgroup stays"),
     }
 }
 
