@@ -140,8 +140,8 @@ fn again(steps: u64) -> Option<Resume> {
     })
 }
 
-/// Returns the checkpoints that come into question, those of the newest attempt first, and the rung that wrote them. Those of attempts that trained other
-/// rows only come when there are no others: then they say why nothing can be resumed.
+/// Returns the checkpoints that come into question, those of the newest attempt first, and the rung that wrote them. Those of
+/// attempts that trained other rows only come when there are no others: then they say why nothing can be resumed.
 fn to_ask_about(saved: &[Saved], tier: &Tier) -> (Vec<CheckpointFacts>, Tier) {
     let all = |same: bool| {
         let these = saved.iter().filter(move |saved| saved.tier.trains_the_same_as(tier) == same);
@@ -165,9 +165,14 @@ fn good_part(saved: &Saved) -> Saved {
 /// Returns the newest checkpoint from before the loss went bad, for its weights alone. Each attempt's own log says which of
 /// its checkpoints are: a step that was good in one may have gone bad in the next.
 fn last_good_weights(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
-    let good: Vec<Saved> = saved.iter().map(good_part).collect();
+    // Weights of other adapters, or packed into other bits, are no weights of this run.
+    let fits = |saved: &&Saved| {
+        let weights = |tier: &Tier| (tier.adapters.clone(), tier.quant_bits);
+        weights(&saved.tier) == weights(wanted.tier)
+    };
+    let good: Vec<Saved> = saved.iter().filter(fits).map(good_part).collect();
     let (mut checkpoints, _) = to_ask_about(&good, wanted.tier);
-    checkpoints.retain(CheckpointFacts::is_complete);
+    checkpoints.retain(|it| it.is_complete() && !wanted.corrupt_steps.contains(&it.step));
     checkpoints.sort_by_key(|checkpoint| Reverse(checkpoint.step));
     let Some(newest) = checkpoints.into_iter().next() else {
         let resume = Resume {
@@ -225,7 +230,11 @@ mod tests {
     }
 
     fn begun(saved: &[Saved], tier: &Tier, wish: ResumeWish) -> Beginning {
-        let corrupt_steps = BTreeSet::new();
+        begun_beside(saved, tier, wish, &[])
+    }
+
+    fn begun_beside(saved: &[Saved], tier: &Tier, wish: ResumeWish, corrupt: &[u64]) -> Beginning {
+        let corrupt_steps = BTreeSet::from_iter(corrupt.iter().copied());
         let wanted = Wanted {
             tier,
             wish,
@@ -260,6 +269,16 @@ mod tests {
         assert_eq!(path(&beginning), Some("attempt-1/checkpoint-6"));
         let spoilt = [saved(1, &[(4, 12)], None)];
         let beginning = begun(&spoilt, &tier(3072), ResumeWish::LastGoodWeights);
+        assert!(matches!(beginning, Beginning::FirstRow { resume: Some(_), .. }), "{beginning:?}");
+    }
+
+    #[test]
+    fn weights_that_could_not_be_read_or_are_of_other_adapters_are_not_taken() {
+        let all = [saved(1, &[(4, 12), (6, 12)], Some(10))];
+        let beginning = begun_beside(&all, &tier(3072), ResumeWish::LastGoodWeights, &[6]);
+        assert_eq!(path(&beginning), Some("attempt-1/checkpoint-4"));
+        let packed = Tier { quant_bits: Some(4), ..tier(3072) };
+        let beginning = begun(&all, &packed, ResumeWish::LastGoodWeights);
         assert!(matches!(beginning, Beginning::FirstRow { resume: Some(_), .. }), "{beginning:?}");
     }
 
