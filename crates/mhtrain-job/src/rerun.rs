@@ -7,9 +7,9 @@
 //!
 //! A job that was asked to stop is not brought here: its end is `Cancelled`.
 
-use mhtrain_sizing::plan::{Plan, Rung};
+use mhtrain_sizing::plan::{Plan, Rung, after_oom};
 use mhtrain_sizing::request::{Allow, Learning};
-use mhtrain_sizing::tier::{Profile, Tier};
+use mhtrain_sizing::tier::Profile;
 use mhtrain_sizing::units::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -432,7 +432,8 @@ impl Case<'_> {
             );
         }
         let need = observed_need(&self.diagnosis.evidence);
-        match next_rung(self.plan, self.history.rung, need, self.history.free_now) {
+        let next = after_oom(self.plan, self.history.rung, need, self.history.free_now);
+        match next.and_then(|index| Some((index, self.plan.rungs.get(index)?))) {
             Some((index, next)) => self.lower_rung(rung, index, next, Answer::LowerTier),
             None => self.ladder_exhausted(rung),
         }
@@ -772,34 +773,6 @@ impl Adjustment {
 pub fn observed_need(evidence: &Evidence) -> Option<Bytes> {
     let held = evidence.this_process_bytes.or(evidence.reserved_total_bytes).or(evidence.allocated_bytes)?;
     Some(held.saturating_add(evidence.tried_bytes?))
-}
-
-/// Returns the first rung after the dead one that can be expected to fit.
-///
-/// The prediction of each rung is corrected by what the dead one is seen to have needed: it is scaled by
-/// `need / predicted`, never below 1, because the text of an OOM names a lower bound. The emergency profile is
-/// the last resort and taken whatever the prediction says, unless the weights alone exceed what is free.
-fn next_rung(plan: &Plan, dead: usize, need: Option<Bytes>, free: Option<Bytes>) -> Option<(usize, &Rung)> {
-    let died = plan.rungs.get(dead)?;
-    let correction = match need {
-        Some(need) if died.predicted_peak_bytes > Bytes::ZERO => {
-            (need.as_f64() / died.predicted_peak_bytes.as_f64()).max(1.0)
-        }
-        Some(_) | None => 1.0,
-    };
-    let last = plan.rungs.len().checked_sub(1)?;
-    plan.rungs.iter().enumerate().skip(dead.saturating_add(1)).find(|(index, rung)| {
-        let not_above = rung.predicted_peak_bytes <= died.predicted_peak_bytes;
-        let fits = free.is_none_or(|free| {
-            Bytes::from_f64(rung.predicted_peak_bytes.as_f64() * correction) <= free
-                || (*index == last && is_last_resort(&rung.tier) && rung.estimate.terms.weights <= free)
-        });
-        not_above && fits
-    })
-}
-
-fn is_last_resort(tier: &Tier) -> bool {
-    tier.name == Profile::Emergency
 }
 
 /// Returns the amounts that an OOM's text names, for people.

@@ -10,8 +10,9 @@ use crate::units::Bytes;
 /// `observed_need` is what the out-of-memory message says that the attempt would have needed on the device, `free_now`
 /// what the card has free for us. The part of each prediction that grows with the batch is scaled by what the dead
 /// rung needed against what was predicted for it, and never down. The answer is the first later rung that, so
-/// corrected, needs less than the dead one did and fits. The emergency rung is the last answer even when it does not
-/// seem to fit, unless what stays in memory is too much by itself, or it is what has just died under another name.
+/// corrected, needs less than the dead one did and fits. The emergency rung is the last answer whatever is predicted for it:
+/// its rows are not packed, so what it really takes may be far less. But it is none when what stays in memory is too much
+/// by itself, or when it would do the pass again that has just died.
 pub fn after_oom(
     plan: &Plan,
     dead_rung: usize,
@@ -30,7 +31,7 @@ pub fn after_oom(
     later().find(|(_, rung)| same_rows(rung) && fits(rung)).map(|(index, _)| index).or_else(|| {
         let (index, last) = later().last()?;
         let has_room = free_now.is_none_or(|free| last.estimate.resident_bytes() <= free);
-        let is_new = last.predicted_peak_bytes < dead.predicted_peak_bytes;
+        let is_new = !last.tier.passes_the_same_as(&dead.tier);
         (last.tier.name == Profile::Emergency && has_room && is_new).then_some(index)
     })
 }

@@ -128,6 +128,16 @@ impl Tier {
         u64::from(self.micro_batch) * u64::from(self.accumulation) * u64::from(self.world_size)
     }
 
+    /// Returns whether a pass at `other` is the very same one for the memory of the card.
+    pub fn passes_the_same_as(&self, other: &Tier) -> bool {
+        let pass = |tier: &Tier| {
+            let method = (tier.adapters.clone(), tier.quant_bits, tier.torch_dtype);
+            let rows = (tier.micro_batch, tier.max_length, tier.packing);
+            (method, rows, tier.attn_impl, tier.gradient_checkpointing, tier.liger_kernel)
+        };
+        pass(self) == pass(other)
+    }
+
     /// Returns whether a run at `other` trains the same weights on the same rows in the same order as one at `self`, so
     /// that a checkpoint of one can be resumed by the other.
     ///

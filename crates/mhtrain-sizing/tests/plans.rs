@@ -381,6 +381,27 @@ fn the_emergency_rung_is_the_last_answer_and_there_is_none_after_it() {
 }
 
 #[test]
+fn the_emergency_rung_is_reached_from_the_one_above_it_unless_it_is_the_same_pass() {
+    for (model, flash_attn) in [
+        ("Qwen/Qwen2.5-7B", true),
+        ("meta-llama/Llama-3.1-8B", true),
+        ("Qwen/Qwen3-4B", true),
+        ("Qwen/Qwen2.5-7B", false),
+    ] {
+        let mut request = idle(model);
+        request.features.flash_attn = flash_attn;
+        let plan = planned(&request);
+        let last = plan.rungs.len() - 1;
+        let (above, emergency) = (&plan.rungs[last - 1], &plan.rungs[last]);
+        assert_eq!(emergency.tier.name, Profile::Emergency);
+        let is_new = !emergency.tier.passes_the_same_as(&above.tier);
+        assert_eq!(is_new, flash_attn, "{model}: {} after {}", emergency.tier, above.tier);
+        let free = Some(above.predicted_peak_bytes);
+        assert_eq!(after_oom(&plan, last - 1, None, free), is_new.then_some(last), "{model}");
+    }
+}
+
+#[test]
 fn every_why_carries_both_numbers() {
     for rung in planned(&request("Qwen/Qwen2.5-7B", Bytes::from_gib(40))).rungs {
         assert!(rung.why.contains(&rung.admission_bytes.to_string()), "{}", rung.why);
@@ -680,7 +701,10 @@ proptest! {
             let mut attempts = 1;
             while let Some(next) = after_oom(&plan, rung, Some(Bytes::from_mib(need)), Some(request.card.free)) {
                 prop_assert!(next > rung);
-                prop_assert!(plan.rungs[next].predicted_peak_bytes <= plan.rungs[rung].predicted_peak_bytes);
+                let (dead, rung_next) = (&plan.rungs[rung], &plan.rungs[next]);
+                let needs_no_more = rung_next.predicted_peak_bytes <= dead.predicted_peak_bytes;
+                prop_assert!(needs_no_more || rung_next.tier.name == Profile::Emergency);
+                prop_assert!(!rung_next.tier.passes_the_same_as(&dead.tier));
                 rung = next;
                 attempts += 1;
                 prop_assert!(attempts <= plan.rungs.len());
