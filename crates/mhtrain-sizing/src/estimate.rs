@@ -386,7 +386,7 @@ fn on_device(peak: &Peak, work: &Workload, model: &Model, reserve: &Reserve<'_>)
     let [weights, adapter, gradients, optimizer, activations, logits] = terms.map(Bytes::from_f64);
     let allocated: Bytes = [weights, adapter, gradients, optimizer, activations, logits].into_iter().sum();
     // Runs of the same model have what its dimensions are wrong by in their ratio.
-    let known = reserve.knows_model();
+    let known = reserve.knows_model(work.liger_kernel);
     let [mut of_resident, mut of_dynamic] = doubt(if known { ShapeSource::Config } else { model.source });
     if let Some(quantised) = model.quantised.as_ref().filter(|_| !known) {
         // Set by judgement, as `doubt`: kernels differ in what they unpack. Without bits, 4 of 16 are the least.

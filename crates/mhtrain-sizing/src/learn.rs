@@ -138,6 +138,13 @@ impl Learned {
     }
 }
 
+/// Standard deviations beyond the runs that came through from where an out-of-memory death is not about the ratio. By
+/// judgement.
+const OUTLIER: f64 = 6.0;
+
+/// A limit that moves the best guess leaves at least this part of the move as standard deviation. By judgement.
+const SURPRISE: f64 = 3.0;
+
 /// Runs of one nearness.
 struct Voice {
     nearness: Nearness,
@@ -166,9 +173,16 @@ pub fn learn(prior: Ratio, next: &Fingerprint, observations: &[Observation]) -> 
     let mut evidence = evidence_of(&voices, variance, observations);
     for (index, nearness, limit) in limits {
         let slack = noise.variance + nearness.difference().powi(2);
+        // Runs of the same model that came through say more than one that died of something else, for example an evaluation.
+        let told = voices.iter().find(|voice| voice.nearness == Nearness::SameModel);
+        if told.is_some_and(|voice| limit - voice.mean > OUTLIER * (voice.variance + slack).sqrt()) {
+            continue;
+        }
         let (moved_mean, moved_variance) = above(mean, variance, limit, slack);
-        let moved = (moved_mean - mean).abs() > 0.001;
-        (mean, variance) = (moved_mean, moved_variance);
+        let step = moved_mean - mean;
+        let moved = step.abs() > 0.001;
+        // How much more it was is not known: the further from what was believed, the less.
+        (mean, variance) = (moved_mean, moved_variance.max((step / SURPRISE).powi(2)));
         if moved {
             evidence.push(Evidence {
                 name: observations[index].name.clone(),

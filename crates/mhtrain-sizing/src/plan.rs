@@ -463,7 +463,7 @@ impl<'a> Sizing<'a> {
         let rules = &self.book.ladder;
         let basis = match rule {
             // A machine that has seen this model knows its risk, so nothing has to be presumed, or spared.
-            _ if self.reserve(&tier).knows_model() => Basis::Risk(rules.known_risk_share),
+            _ if self.reserve(&tier).knows_model(tier.liger_kernel) => Basis::Risk(rules.known_risk_share),
             Rule::Presumed | Rule::LongerForData => Basis::BestGuess,
             Rule::Careful => Basis::Risk(1.0),
             Rule::Larger { .. } => Basis::Risk(rules.larger_risk_share),
@@ -612,7 +612,10 @@ impl<'a> Sizing<'a> {
     /// predicted. Where runs of this model packed and not packed were seen, the one that needs least is.
     fn last_resort(&self, candidates: &[Candidate]) -> usize {
         let last = candidates.len() - 1;
-        let known = |index: usize| self.reserve(&candidates[index].tier).knows_model();
+        let known = |index: usize| {
+            let tier: &Tier = &candidates[index].tier;
+            self.reserve(tier).knows_model(tier.liger_kernel)
+        };
         let guess = |index: &usize| candidates[*index].estimate.device_peak_bytes;
         if !known(last) {
             return last;

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::estimate::CONTEXT;
 use crate::learn::{Nearness, learn, learned_context};
-use crate::observation::{Fingerprint, Observation};
+use crate::observation::{Fingerprint, Observation, Reading};
+use crate::tier::Tier;
 use crate::workload::Workload;
 
 /// How batches are formed, as far as the allocator sees it.
@@ -104,10 +105,16 @@ pub struct Reserve<'a> {
 }
 
 impl Reserve<'_> {
-    /// Returns whether earlier runs of the same model, method, batches and versions showed what they needed.
-    pub fn knows_model(&self) -> bool {
+    /// Returns whether earlier runs of the same model, method, loss, batches and versions showed what they needed. One that ran out
+    /// of memory shows a limit alone.
+    pub fn knows_model(&self, liger_kernel: bool) -> bool {
+        let same_loss = |tier: &Option<Tier>| {
+            tier.as_ref().map_or(!liger_kernel, |tier| tier.liger_kernel == liger_kernel)
+        };
         let is_known = |next: &Fingerprint, seen: &Observation| {
-            Nearness::of(&seen.fingerprint, next) == Some(Nearness::SameModel) && seen.reading().is_some()
+            Nearness::of(&seen.fingerprint, next) == Some(Nearness::SameModel)
+                && same_loss(&seen.tier)
+                && matches!(seen.reading(), Some(Reading::Exactly(_)))
         };
         self.history.is_some_and(|(next, observations)| observations.iter().any(|seen| is_known(next, seen)))
     }

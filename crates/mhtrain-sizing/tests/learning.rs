@@ -6,7 +6,7 @@ mod recipe;
 
 use mhtrain_sizing::learn::{Learned, Nearness, learn};
 use mhtrain_sizing::observation::{Fingerprint, Observation, Seen, Versions};
-use mhtrain_sizing::reserve::{Group, Ratio};
+use mhtrain_sizing::reserve::{Group, Ratio, Reserve};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::TrainType;
 use proptest::prelude::*;
@@ -130,6 +130,34 @@ fn nearer_runs_count_more() {
     let guess = |runs: &[Observation]| learn(group.prior(HALF), &next(group), runs).ratio.guess;
     let [near, family, far] = [next(group), relative, stranger].map(|of| guess(&[ran(&of, 1.25)]));
     assert!(near > family && family > far && far > group.prior(HALF).guess, "{near} {family} {far}");
+}
+
+#[test]
+fn an_end_that_runs_of_the_same_model_contradict_moves_nothing() {
+    let group = Group::Equal;
+    let ran: Vec<Observation> = (0..3).map(|_| ran(&next(group), 1.10)).collect();
+    let without = learn(group.prior(HALF), &next(group), &ran);
+    let absurd = died(&next(group), Bytes::from_gib(78));
+    let with = learn(group.prior(HALF), &next(group), &[ran.clone(), vec![absurd.clone()]].concat());
+    assert_eq!(with.ratio, without.ratio, "78 GiB were not enough for 20, and three runs took 22");
+    // Without them it counts, and how much more it was stays open.
+    let alone = learn(group.prior(HALF), &next(group), &[absurd]).ratio;
+    assert!(alone.guess > 2.0 && width(alone) > width(group.prior(HALF)), "{alone:?}");
+    // One that those runs do not exclude moves the prediction.
+    let near = died(&next(group), Bytes::from_gib(23));
+    let moved = learn(group.prior(HALF), &next(group), &[ran, vec![near]].concat()).ratio;
+    assert!(moved.guess > without.ratio.guess, "{moved:?} {:?}", without.ratio);
+}
+
+#[test]
+fn a_run_with_another_loss_or_that_died_does_not_make_a_pass_known() {
+    let group = Group::Equal;
+    let known = |runs: &[Observation], liger_kernel| {
+        Reserve { group, history: Some((&next(group), runs)) }.knows_model(liger_kernel)
+    };
+    let ran = [ran(&next(group), 1.1)];
+    assert!(known(&ran, false) && !known(&ran, true));
+    assert!(!known(&[died(&next(group), Bytes::from_gib(21))], false), "a limit is no figure");
 }
 
 #[test]

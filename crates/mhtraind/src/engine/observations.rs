@@ -10,7 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mhtrain_job::diagnosis::{Diagnosis, Kind};
+use mhtrain_job::diagnosis::{Diagnosis, Kind, Phase};
 use mhtrain_sizing::observation::{Observation, Seen, Versions};
 use mhtrain_sizing::pace::Pace;
 use mhtrain_sizing::plan::History;
@@ -35,9 +35,13 @@ pub fn versions(environment: &TrainerEnvironment) -> Versions {
     }
 }
 
-/// Returns what an attempt showed about memory; `None` when it says nothing about what it needed.
-pub fn seen(follower: &Follower, diagnosis: &Diagnosis) -> Option<Seen> {
+/// Returns what an attempt that began after `from_step` showed about memory; `None` when it says nothing about what it needed.
+pub fn seen(follower: &Follower, diagnosis: &Diagnosis, from_step: u64) -> Option<Seen> {
     if diagnosis.kind == Kind::DeviceOom {
+        // An evaluation, a load and a save take other memory than what is predicted.
+        if !diagnosis.certain || !matches!(diagnosis.phase, None | Some(Phase::Train)) {
+            return None;
+        }
         let evidence = &diagnosis.evidence;
         // It held this much, there was this much more, and that was not enough.
         let held = evidence.this_process_bytes?;
@@ -45,13 +49,15 @@ pub fn seen(follower: &Follower, diagnosis: &Diagnosis) -> Option<Seen> {
             limit: held.saturating_add(evidence.free_bytes.unwrap_or(Bytes::ZERO)),
         });
     }
-    if follower.glance(None).step < STEPS_MIN {
+    if follower.glance(None).step < from_step + STEPS_MIN {
         return None;
     }
+    // Without the companion there is the trainer's own figure, at each line that it logs.
+    let logged = follower.log.latest().filter(|logged| logged.step >= from_step + STEPS_MIN);
     let peaks = follower.telemetry.peaks();
     let seen = Seen::Peak {
         allocated: peaks.map(|peaks| peaks.allocated),
-        reserved: peaks.map(|peaks| peaks.reserved),
+        reserved: peaks.map(|peaks| peaks.reserved).or_else(|| logged?.memory),
         device: follower.peak.filter(|peak| *peak > Bytes::ZERO),
     };
     (seen != Seen::Peak { allocated: None, reserved: None, device: None }).then_some(seen)
