@@ -165,8 +165,6 @@ struct Next {
     adjustments: Vec<Adjustment>,
     wish: ResumeWish,
     wait: Wait,
-    /// The pids of the attempt before, whose memory must come back first.
-    after: Vec<u32>,
 }
 
 /// From where an attempt goes on, and the checkpoint that its trainer is shown.
@@ -347,7 +345,6 @@ impl<'a> Job<'a> {
                     adjustments: Vec::new(),
                     wish: ResumeWish::Latest,
                     wait: Wait::None,
-                    after: Vec::new(),
                 }))
             }
             GoesOn::Cancel => self.cancelled(self.stop.unwrap_or(StopCause::Cancel)),
@@ -368,7 +365,7 @@ impl<'a> Job<'a> {
             GoesOn::Start(NextAttempt { rung, adjustments, resume: wish, wait }) => {
                 let planned = self.prepared.plan.chosen;
                 let rung = rung.map_or(Ok(planned), |recorded| self.rung_on_this_ladder(recorded))?;
-                Ok(Step::Start(Next { rung, adjustments, wish, wait, after: Vec::new() }))
+                Ok(Step::Start(Next { rung, adjustments, wish, wait }))
             }
         }
     }
@@ -383,7 +380,7 @@ impl<'a> Job<'a> {
         let output_dir = self.directory.attempt(start.attempt);
         let mut follower = Follower::new(&self.output_of(start.attempt), &output_dir);
         follower.look_to_the_end().map_err(|e| unreadable(&self.output_of(start.attempt), &e))?;
-        self.conclude(start, exit, diagnosis, &follower, Vec::new())
+        self.conclude(start, exit, diagnosis, &follower)
     }
 
     fn never_started(&mut self, start: &AttemptStart) -> Result<Step, Failure> {
@@ -399,7 +396,6 @@ impl<'a> Job<'a> {
             adjustments: start.adjustments.clone(),
             wish: ResumeWish::Latest,
             wait: Wait::None,
-            after: Vec::new(),
         }))
     }
 
@@ -460,6 +456,10 @@ impl<'a> Job<'a> {
                     let gone = self.follow(start, &attempt).await?;
                     self.ended.push(attempt);
                     self.last_pids.clone_from(&gone.pids);
+                    if gone.exit != (Exit::Code { code: 0 }) {
+                        // What follows is decided by what is free.
+                        self.let_memory_return().await;
+                    }
                     self.judge(gone)?
                 }
             };
@@ -476,7 +476,9 @@ impl<'a> Job<'a> {
         }
         let pids = std::mem::take(&mut self.last_pids);
         let limit = Duration::from_secs(u64::from(self.config.attempt.memory_return_s));
-        let _whatever_ends_it = self.card.wait_for_return(&pids, limit, &mut self.signals).await;
+        if let Waited::Stopped(cause) = self.card.wait_for_return(&pids, limit, &mut self.signals).await {
+            self.stop = self.stop.or(Some(cause));
+        }
     }
 
     /// Removes what attempts that are over leave in the kernel. It waits for their recorders, so it comes last.
@@ -486,13 +488,6 @@ impl<'a> Job<'a> {
 
     /// Waits for what must pass before an attempt; returns a step when that ends the job.
     async fn wait(&mut self, next: &Next) -> Result<Option<Step>, Failure> {
-        let ours = Duration::from_secs(u64::from(self.config.attempt.memory_return_s));
-        if !next.after.is_empty()
-            && let Waited::Stopped(cause) =
-                self.card.wait_for_return(&next.after, ours, &mut self.signals).await
-        {
-            return self.cancelled(cause).map(Some);
-        }
         let waited = match next.wait {
             Wait::None => Waited::Free,
             Wait::Seconds(seconds) => {
@@ -565,7 +560,7 @@ impl<'a> Job<'a> {
                     diagnosis: Box::new(diagnosis.clone()),
                     last_step: None,
                 })?;
-                self.answer(&diagnosis, None, Vec::new()).map(Err)
+                self.answer(&diagnosis, None).map(Err)
             }
             Err(Unlaunched::Failed(failure)) => {
                 let exit = Exit::SpawnFailed { error: failure.message.clone() };
@@ -956,7 +951,7 @@ impl<'a> Job<'a> {
 
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
-        let Gone { start, exit, facts, mut follower, pids, ended } = gone;
+        let Gone { start, exit, facts, mut follower, ended, .. } = gone;
         let loop_ended = follower.log.end_of_training().is_some();
         let printed = std::mem::take(&mut follower.diagnoser);
         let diagnosis = diagnose_end(printed, &exit, facts, loop_ended, ended.as_ref());
@@ -969,13 +964,15 @@ impl<'a> Job<'a> {
             last_step,
         })?;
         self.observe(&start, &diagnosis, &follower);
-        self.conclude(&start, &exit, &diagnosis, &follower, pids)
+        self.conclude(&start, &exit, &diagnosis, &follower)
     }
 
     /// Lets later predictions learn from an attempt.
     fn observe(&self, start: &AttemptStart, diagnosis: &Diagnosis, follower: &Follower) {
         let Some(observer) = &self.observer else { return };
-        let (seen, pace) = (observations::seen(follower, diagnosis), observations::pace(follower));
+        let from_step = start.resume.as_ref().map_or(0, |resume| resume.from_step);
+        let seen = observations::seen(follower, diagnosis, from_step);
+        let pace = observations::pace(follower);
         if seen.is_none() && pace.is_none() {
             return;
         }
@@ -997,7 +994,6 @@ impl<'a> Job<'a> {
         exit: &Exit,
         diagnosis: &Diagnosis,
         follower: &Follower,
-        pids: Vec<u32>,
     ) -> Result<Step, Failure> {
         let proven = self.prove(start, exit, follower);
         self.warn_of_companion(start, follower)?;
@@ -1015,7 +1011,7 @@ impl<'a> Job<'a> {
                     start.attempt,
                     diagnose::for_people(diagnosis)
                 ));
-                self.answer(diagnosis, unproven, pids)
+                self.answer(diagnosis, unproven)
             }
         }
     }
@@ -1026,12 +1022,7 @@ impl<'a> Job<'a> {
         warnings.into_iter().try_for_each(|warning| self.warn(warning))
     }
 
-    fn answer(
-        &mut self,
-        diagnosis: &Diagnosis,
-        unproven: Option<Unproven>,
-        after: Vec<u32>,
-    ) -> Result<Step, Failure> {
+    fn answer(&mut self, diagnosis: &Diagnosis, unproven: Option<Unproven>) -> Result<Step, Failure> {
         let history = self.history();
         match decide(&history, diagnosis, &self.prepared.plan, &self.policy) {
             Decision::Rerun(rerun) => {
@@ -1042,7 +1033,7 @@ impl<'a> Job<'a> {
                     return Ok(Step::OtherDevice);
                 }
                 let Rerun { rung, adjustments, wait, resume: wish, .. } = rerun;
-                Ok(Step::Start(Next { rung, adjustments, wish, wait, after }))
+                Ok(Step::Start(Next { rung, adjustments, wish, wait }))
             }
             Decision::Finish => {
                 let why = unproven.map_or("the end could not be proven".to_owned(), |unproven| {
