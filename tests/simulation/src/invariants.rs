@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mhtrain_job::diagnosis::{Answer, Kind};
 use mhtrain_job::event::{AttemptStart, JobEvent, Record, Resume, ResumeKind};
 use mhtrain_job::receipt::Receipt;
-use mhtrain_job::rerun::{Rerun, ResumeWish};
+use mhtrain_job::rerun::Rerun;
 use mhtrain_job::state::JobState;
 use mhtrain_job::take_over::last_start;
 use mhtrain_sizing::tier::Profile;
@@ -196,6 +196,11 @@ pub(crate) fn always(world: &mut World<'_>) -> Result<(), Violation> {
             return Err(Violation::UnknownTrainer { job, attempt, state });
         }
     }
+    if let Some(card) = (0..world.cards.len()).find(|card| world.used(*card) > world.cards[*card].total) {
+        let what =
+            format!("GPU {card} has {} GiB, and {} are held", world.cards[card].total, world.used(card));
+        return Err(Violation::Nonsense { what });
+    }
     let mut keys = BTreeSet::new();
     for (id, job) in world.disk.jobs() {
         if !keys.insert(&job.key) {
@@ -322,7 +327,13 @@ fn keeps_the_ladder(world: &World<'_>, id: u64, before: &[Record], rerun: &Rerun
     }
     let Some(sized) = world.sized_as(id) else { return Ok(()) };
     let peak = |rung: usize| sized.plan.rungs.get(rung).map(|rung| rung.predicted_peak_bytes);
-    if to <= from || peak(to) > peak(from) {
+    // The emergency profile is tried once, whatever is predicted for it.
+    let is_last_resort = sized
+        .plan
+        .rungs
+        .get(to)
+        .is_some_and(|rung| rung.tier.name == Profile::Emergency && dead.tier.name != rung.tier.name);
+    if to <= from || (peak(to) > peak(from) && !is_last_resort) {
         return Err(Violation::NoLowerTier { job: id, from, to });
     }
     Ok(())
@@ -374,8 +385,10 @@ fn begins_where_it_should(
             };
             Err(Violation::NotExact { job: id, attempt, why })
         }
+        Some(Resume { kind: ResumeKind::WeightsOnly, from_step, .. }) if unreadable.contains(from_step) => {
+            Err(Violation::UnreadableAgain { job: id, attempt, step: *from_step })
+        }
         None | Some(Resume { kind: ResumeKind::Restart, .. }) => {
-            let wish = last_wish(before);
             // In a later epoch the line 3.x would replay the rows of the first: there it has to begin again.
             let can = |it: &Checkpoint| is_good(it) && it.step < it.max_steps && !world.script.three;
             // What is good after a divergence is told by a log whose end may be gone with the power.
@@ -386,9 +399,7 @@ fn begins_where_it_should(
             let is_told = !diverged || world.has_first_boot();
             let saved = checkpoints().map(|(_, it)| it).filter(|it| can(it)).map(|it| it.step).max();
             match saved.filter(|step| !unreadable.contains(step)) {
-                Some(saved) if is_told && wish != Some(ResumeWish::FromStart) => {
-                    Err(Violation::WorkLost { job: id, attempt, saved })
-                }
+                Some(saved) if is_told => Err(Violation::WorkLost { job: id, attempt, saved }),
                 Some(_) | None => Ok(()),
             }
         }
@@ -413,8 +424,11 @@ fn is_a_success(
         return no("its training loop did not end".to_owned());
     };
     // Without the rows nobody but the trainer knows how many steps there should be; the proof says that it is the weaker one.
-    let rows_known = proof.get("proof").and_then(Value::as_str) == Some("rows");
-    if rows_known && (steps != planned || !lineage.whole) {
+    let said = proof.get("proof").and_then(Value::as_str);
+    if script.rows_known && said != Some("rows") {
+        return no(format!("the rows are known, and the proof is {said:?}"));
+    }
+    if script.rows_known && (steps != planned || !lineage.whole) {
         return no(format!("{steps} of {planned} steps were trained, whole: {}", lineage.whole));
     }
     // The lines that say it may be gone with the power, and what is left is a success.
@@ -464,14 +478,6 @@ fn is_known_to_have_diverged(world: &World<'_>, (id, number): AttemptId) -> bool
             *attempt == number && diagnosis.kind == Kind::Diverged
         }
         _ => false,
-    })
-}
-
-/// Returns what was wished for after the last attempt.
-fn last_wish(records: &[Record]) -> Option<ResumeWish> {
-    records.iter().rev().find_map(|record| match &record.event {
-        JobEvent::RerunDecided(rerun) => Some(rerun.resume),
-        _ => None,
     })
 }
 

@@ -209,12 +209,17 @@ impl World<'_> {
         }
     }
 
+    /// Returns what a trainer may hold in all. While it does something it is not among the others, who hold the rest.
+    fn room(&self, trainer: &Trainer) -> u64 {
+        self.free(trainer.card)
+    }
+
     fn load(&mut self, trainer: &mut Trainer, files: &mut AttemptFiles, job: &JobScript) -> Option<Ended> {
         if trainer.from.as_ref().is_some_and(|from| from.corrupt || !from.has_optimizer || !from.has_state) {
             let _ = writeln!(files.output, "{CORRUPT}");
             return Some(Ended::Code(1));
         }
-        let room = self.free(trainer.card);
+        let room = self.room(trainer);
         let weights = trainer.need.div_ceil(3);
         if weights > room {
             let _ = writeln!(files.output, "{LOADING}");
@@ -243,7 +248,7 @@ impl World<'_> {
         let at_peak = trainer.step - trainer.begun_at + 1 >= job.peak_step;
         let need = trainer.need;
         let need = if at_peak { need } else { need.div_ceil(2).max(trainer.held) };
-        if need > trainer.held + self.free(trainer.card) {
+        if need > self.room(trainer) {
             self.truth.ran_out(id);
             if job.vague {
                 let _ = writeln!(files.output, "{VAGUE}");
@@ -366,7 +371,7 @@ impl World<'_> {
     /// Prints torch's words for a pass that would have needed so much.
     fn out_of_memory(&self, trainer: &Trainer, files: &mut AttemptFiles, need: u64, in_pieces: bool) {
         let (total, held) = (self.cards[trainer.card].total, trainer.held);
-        let free = self.free(trainer.card);
+        let free = self.room(trainer).saturating_sub(held);
         let asked = need.saturating_sub(held).max(1);
         let unallocated = if in_pieces { asked + 1 } else { 0 };
         let allocated = held.saturating_sub(unallocated + 1);
