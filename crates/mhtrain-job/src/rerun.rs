@@ -98,7 +98,7 @@ pub enum ResumeWish {
     /// The weights of the newest checkpoint from before the divergence. Not its optimizer: the moments are
     /// spoilt, and its learning-rate schedule would win over the new one.
     LastGoodWeights,
-    /// The beginning: other rows are trained than before.
+    /// The beginning: other rows are trained than before. Where an earlier attempt trained these rows, what it saved.
     FromStart,
 }
 

@@ -84,12 +84,15 @@ pub fn begin(saved: &[Saved], wanted: &Wanted<'_>) -> Beginning {
     // What went bad stays bad, also when a later attempt that goes better is interrupted.
     let saved: Vec<Saved> =
         saved.iter().map(|saved| if saved.diverged { good_part(saved) } else { saved.clone() }).collect();
+    // A job that came back to these rows, from another card for example, goes on where it left them.
+    let trained_these =
+        |saved: &Saved| saved.tier.trains_the_same_as(wanted.tier) && !saved.checkpoints.is_empty();
     match wanted.wish {
-        ResumeWish::FromStart => {
+        ResumeWish::FromStart if !saved.iter().any(trained_these) => {
             return Beginning::FirstRow { resume: again(wanted.steps_done), why: None };
         }
         ResumeWish::LastGoodWeights => return last_good_weights(&saved, wanted),
-        ResumeWish::Latest | ResumeWish::Previous => {}
+        ResumeWish::FromStart | ResumeWish::Latest | ResumeWish::Previous => {}
     }
     let (mut checkpoints, old) = to_ask_about(&saved, wanted.tier);
     let question = ResumeQuestion {
@@ -270,6 +273,16 @@ mod tests {
         let spoilt = [saved(1, &[(4, 12)], None)];
         let beginning = begun(&spoilt, &tier(3072), ResumeWish::LastGoodWeights);
         assert!(matches!(beginning, Beginning::FirstRow { resume: Some(_), .. }), "{beginning:?}");
+    }
+
+    #[test]
+    fn a_job_that_comes_back_to_its_rows_goes_on_where_it_left_them() {
+        let shorter = Saved { tier: tier(2048), ..saved(1, &[(3, 12)], None) };
+        let all = [shorter, saved(2, &[], None)];
+        let beginning = begun(&all, &tier(2048), ResumeWish::FromStart);
+        assert_eq!(path(&beginning), Some("attempt-1/checkpoint-3"));
+        let beginning = begun(&all[1..], &tier(2048), ResumeWish::FromStart);
+        assert!(matches!(beginning, Beginning::FirstRow { why: None, .. }), "{beginning:?}");
     }
 
     #[test]

@@ -67,7 +67,10 @@ fn every_planted_mistake_is_caught_and_told_in_few_lines() {
                 matches!(violation, Violation::UnknownTrainer { .. } | Violation::TwoTrainers { .. })
             }
             Bug::LowerTierOnKill => matches!(violation, Violation::LowerTierWithoutOom { .. }),
-            Bug::SmallBatchAfterOom => matches!(violation, Violation::BatchTooSmall { found: 16, .. }),
+            Bug::SmallBatchAfterOom => matches!(
+                violation,
+                Violation::BatchTooSmall { found: 16, .. } | Violation::BatchChanged { found: 16, .. }
+            ),
             Bug::TwoJobsOnADevice => {
                 matches!(violation, Violation::TwoJobs { .. } | Violation::PromisedTooMuch { .. })
             }
