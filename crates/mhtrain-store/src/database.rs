@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mhtrain_failpoint::reach;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 
@@ -168,6 +169,11 @@ fn transaction<T>(
     })?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let done = work(&transaction)?;
+    let kind = match durability {
+        Durability::PowerCut => "event",
+        Durability::ProcessEnd => "note",
+    };
+    reach("store.before_commit", kind);
     transaction.commit()?;
     Ok(done)
 }

@@ -17,6 +17,8 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use mhtrain_failpoint::reach;
+
 use crate::log_cap::LogCap;
 use crate::oom::OomCounter;
 use crate::process::ProcessIdentity;
@@ -52,6 +54,7 @@ fn take_over(record_dir: &Path, signals: Signals) -> Result<(), RecorderError> {
     if known.as_ref().is_some_and(|exit| exit.leftovers_killed.is_some()) {
         return Ok(());
     }
+    reach("adopt.locked", "");
     record.remove_temporaries();
     record.write_recorder(&this_process()?)?;
     if let Err(error) = record.settle().and_then(|()| record.reserve_exit()) {

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use mhtrain_failpoint::{DIRECTORY_VARIABLE, reach};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::process::{
@@ -253,6 +254,7 @@ impl Attempt {
             Extent::Cgroup => Cgroup::plan(record.path()),
             Extent::Subreaper => None,
         };
+        reach("launch.directory_made", "");
         record.write_launch(&spec.to_record(planned.clone()))?;
         let log = record.open_log()?;
         let cgroup = planned.as_ref().and_then(|planned| make_cgroup(planned, spec.identity.as_ref(), &log));
@@ -261,6 +263,7 @@ impl Attempt {
             record.write_launch(&spec.to_record(None))?;
         }
         let group = cgroup.as_ref().map(Cgroup::recorder);
+        reach("launch.cgroup_made", "");
         let attempt = Attempt { record };
         let environment = env.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
         let started = attempt.start_recorder(exe, RECORDER_VERB, environment, switch, group, &log);
@@ -316,7 +319,9 @@ impl Attempt {
         let arrivals = self.arrivals();
         let pid = spawn_recorder(exe, verb, &self.record, environment, switch, group.as_ref(), log)
             .map_err(|source| SpawnError::Recorder { exe: exe.to_owned(), source })?;
+        reach("launch.recorder_spawned", verb);
         let up = self.wait_until_up(pid, arrivals.as_ref());
+        reach("launch.recorder_up", verb);
         if up.is_err() {
             // Not reaped yet, so the pid is still its own. Killing one that already ended does nothing.
             let _already_gone = rustix::process::kill_process(pid, Signal::KILL);
@@ -525,6 +530,7 @@ impl Attempt {
             return Err(StopError::NotTheirs { pid: recorder.pid, record, owner });
         }
         self.record.write_stop(grace)?;
+        reach("stop.written", "");
         // The signal only makes the recorder look at once. Where it may not be sent (another user), the file is found soon.
         match recorder.signal(Signal::TERM) {
             Ok(true) => Ok(()),
@@ -708,11 +714,12 @@ fn spawn_recorder(
     exe: &Path,
     verb: &str,
     record: &RecordDir,
-    environment: Vec<(OsString, OsString)>,
+    mut environment: Vec<(OsString, OsString)>,
     switch: Option<Switch>,
     group: Option<&Group>,
     log: &File,
 ) -> io::Result<Pid> {
+    environment.extend(mhtrain_failpoint::directory().map(|it| (DIRECTORY_VARIABLE.into(), it)));
     let null = File::options().read(true).write(true).open("/dev/null")?;
     let arguments = [OsStr::new(verb), record.path().as_os_str()];
     let stdio = [null.as_fd(), null.as_fd(), log.as_fd()];

@@ -29,6 +29,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use mhtrain_failpoint::reach;
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
@@ -567,7 +568,9 @@ impl RecordDir {
             Durable::AtOnce => file.sync_all(),
             Durable::Later => Ok(()),
         });
+        reach("record.before_rename", name);
         let put = written.and_then(|()| fs::rename(&temporary, &path));
+        reach("record.after_rename", name);
         let put = put.and_then(|()| match durable {
             Durable::AtOnce => self.sync_directory(),
             Durable::Later => Ok(()),

@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
 
+use mhtrain_failpoint::reach;
 use rustix::io::Errno;
 
 use crate::cgroup::{Cgroup, Group};
@@ -112,6 +113,7 @@ fn record_attempt(record_dir: &Path, signals: Signals) -> Result<(), RecorderErr
     let record = RecordDir::open(record_dir)?;
     let launch = record.launch()?;
     let _held_while_we_live = record.lock()?;
+    reach("recorder.locked", "");
     if record.recorder()?.is_some() {
         return Err(RecordError::Used { path: record.path().to_owned() }.into());
     }
@@ -129,6 +131,7 @@ fn record_attempt(record_dir: &Path, signals: Signals) -> Result<(), RecorderErr
     if let Err(error) = record.settle().and_then(|()| record.reserve_exit()) {
         complain("cannot reserve the space of the exit status", &error);
     }
+    reach("recorder.settled", "");
     let own_counter = group.as_ref().and_then(Group::memory_events);
     let oom = own_counter.map_or(shared_counter, |own| OomCounter::at_the_start(Some(own)));
     let watch = Watch::new(&record, &launch, signals, Some(trainer), Sight::Child, group.clone(), logs);
@@ -147,6 +150,7 @@ pub(crate) fn see_to_the_end(
         Some(exit) => exit,
         None => {
             let stop = watch.until_trainer_ends();
+            reach("recorder.trainer_ended", "");
             let exit = ExitRecord {
                 ended: watch.how_it_ended(),
                 ended_at: SystemTime::now(),
@@ -166,12 +170,15 @@ pub(crate) fn see_to_the_end(
         }
     };
     exit.leftovers_killed = Some(watch.sweep(exit.stop));
+    reach("recorder.swept", "");
     watch.enforce_log_cap();
     if let Some(group) = group {
         // Our own group goes when we have left it, and the one above belongs to mhtraind.
         let _by_whoever_comes_next = group.remove();
     }
-    Ok(record.write_exit(&exit)?)
+    record.write_exit(&exit)?;
+    reach("recorder.last_word", "");
+    Ok(())
 }
 
 /// Returns the group in which the trainer is to run, or runs; `None` where there is none that we may use.
@@ -209,6 +216,7 @@ fn start(record: &RecordDir, launch: &LaunchRecord, group: Option<Group>) -> Res
     let (pid, mut gate) = spawn_gate(record, launch, &stdout, &stderr, group.as_ref())
         .map_err(RecorderError::system("start the gate"))?;
     let trainer = ProcessIdentity::of(pid).map_err(RecorderError::system("read the trainer's start time"))?;
+    reach("recorder.gate_made", "");
     // Where it is counts, not where it was to be.
     let group = group.filter(|group| group.holds(pid));
     let extent = if group.is_some() { Extent::Cgroup } else { Extent::Subreaper };
@@ -216,6 +224,7 @@ fn start(record: &RecordDir, launch: &LaunchRecord, group: Option<Group>) -> Res
     record.write_trainer(&TrainerRecord { identity: trainer.clone(), started_at, extent })?;
     // If it cannot be written the gate is dead already, and its end is reported like every trainer's.
     let _gate_already_dead = gate.write_all(b"\n");
+    reach("recorder.gate_opened", "");
     Ok(Started { trainer, logs: LogCap::new(vec![stdout, stderr], launch.log_cap_bytes), group })
 }
 
@@ -251,6 +260,7 @@ fn pass_gate(record: &RecordDir, launch: &LaunchRecord) -> Result<(), RecorderEr
         // The recorder died before it could write down who we are. Nobody would ever find the trainer.
         return Ok(());
     }
+    reach("gate.let_through", "");
     let failure = match become_trainer(record, launch) {
         Err(error) => error,
         Ok(never) => match never {},

@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
+use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::state::JobState;
@@ -170,7 +171,9 @@ pub(super) async fn remove(
     permit(&daemon, caller, id).await?;
     settled(&daemon, id).await?;
     to_the_end(async move {
+        reach("remove.before", "");
         daemon.store.call(move |store| store.remove(id)).await?;
+        reach("remove.on_disk", "");
         // As ourselves, because the directory lies in ours; it follows no link. There may be very many files.
         let dir = daemon.job_dir(id);
         let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
@@ -180,6 +183,7 @@ pub(super) async fn remove(
             }
             _ => {}
         }
+        reach("remove.files_gone", "");
         Ok(StatusCode::NO_CONTENT)
     })
     .await

@@ -8,6 +8,7 @@ use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
+use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::secrets::is_secret_name;
 use mhtrain_job::spec::{DeviceWish, JOB_FILE_BYTES_MAX, JobSpec, SpecError};
@@ -133,6 +134,7 @@ async fn accept(
         context: serde_json::to_value(submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
     };
     let submitted = daemon.store.call(move |store| store.submit(&new)).await?;
+    reach("submit.on_disk", "");
     let id = submitted.id.get();
     if submitted.existed {
         return Ok((StatusCode::OK, Json(SubmitAnswer { id, existing: true, notes: Vec::new() })));
@@ -141,6 +143,7 @@ async fn accept(
     drop(room);
     daemon.store.tell();
     daemon.wake();
+    reach("submit.before_answer", "");
     Ok((StatusCode::CREATED, Json(SubmitAnswer { id, existing: false, notes })))
 }
 

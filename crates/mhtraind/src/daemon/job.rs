@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mhtrain_failpoint::reach;
 use mhtrain_job::diagnosis::Diagnosis;
 use mhtrain_job::event::{Exit, JobEvent, Record};
 use mhtrain_job::receipt::Receipt;
@@ -200,7 +201,9 @@ impl Worker {
             let line = line.map_or("", |diagnosis| diagnosis.evidence.line.trim());
             let why = format!("it failed under job {} at {}: {line}", self.id, now());
             tracing::error!(job = self.id.get(), device = uuid, why, "nothing more starts on the card");
+            reach("device.before_mark", "");
             self.daemon.mark_failed(uuid, &why)?;
+            reach("device.after_mark", "");
         }
         let handed_in = HandedIn {
             spec: self.spec.clone(),

@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::Leases;
 use mhtrain_sizing::ladder::TierBook;
@@ -167,6 +168,7 @@ impl Daemon {
             let by = StopCause::Cancel.to_string();
             self.store.append(id, Record::new(now(), JobEvent::StopRequested { by })).await?;
             live.stop();
+            reach("cancel.told", "running");
             return Ok(true);
         }
         if !self.queued().contains_key(&id) {
@@ -176,6 +178,7 @@ impl Daemon {
         let reason = StopCause::Cancel.to_string();
         self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
         self.queued().remove(&id);
+        reach("cancel.told", "queued");
         Ok(true)
     }
 
@@ -192,6 +195,7 @@ impl Daemon {
         let path = self.job_dir(id);
         let _as_ourselves = FileRights::of_this_process();
         make_dir(&path, 0o700)?;
+        reach("job.directory_made", "");
         if let Some(identity) = account.identity() {
             chown(&path, Some(identity.uid), Some(identity.gid)).map_err(|e| unwritable(&path, &e))?;
         }
@@ -241,9 +245,12 @@ async fn run(config: Config) -> Result<Status, Failure> {
         drained: AtomicBool::new(drained),
         failed_devices: Mutex::new(failed_devices),
     });
+    reach("serve.store_open", "");
     let jobs = queue::take_up(&daemon).await?;
+    reach("serve.taken_up", "");
     let socket = daemon.config.socket();
     let listener = listen(&socket).await?;
+    reach("serve.listens", "");
     tracing::info!(socket = %socket.display(), state = %state_dir.display(), jobs, "serving");
     service_manager::tell(sd_notify::NotifyState::Ready);
     let scheduler = tokio::spawn(queue::schedule(Arc::clone(&daemon)));

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::{
     DRAINED, Dependency, DependencyState, Fit, Leases, Offer, Places, QueuedJob, Verdict, decide,
@@ -645,6 +646,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
     if daemon.queued().remove(&id).is_none() {
         return Ok(());
     }
+    reach("queue.before_start", "");
     job::start(daemon, id, entry.handed_in, sized);
     Ok(())
 }

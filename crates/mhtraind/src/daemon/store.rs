@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use mhtrain_failpoint::reach;
 use mhtrain_job::event::Record;
 use mhtrain_job::state::JobState;
 use mhtrain_store::{JobId, ObservationOf, Sample, Store, StoreError};
@@ -124,8 +125,10 @@ impl StoreHandle {
     /// What the store said.
     pub async fn append(&self, id: JobId, record: Record) -> Result<JobState, Failure> {
         let (reply, answer) = oneshot::channel();
+        let event = record.event.name();
         self.send(Work::Append(id, Box::new(record), Box::new(move |result| drop(reply.send(result)))))?;
         let state = answer.await.map_err(|_| gone())?.map_err(failure)?;
+        reach("store.recorded", event);
         self.tell();
         Ok(state)
     }

@@ -12,11 +12,13 @@
 //!     attempt-1/ …             the recorder's files and the trainer's stdout and stderr
 //! ```
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use mhtrain_failpoint::reach;
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::failure::{Failure, Status, unwritable};
@@ -136,6 +138,7 @@ impl JobDirectory {
             .find(|path| !path.exists())
             .expect("some number is free");
         fs::create_dir(&aside).map_err(|e| unwritable(&aside, &e))?;
+        reach("directory.set_aside", "begun");
         let entries = fs::read_dir(&self.root).map_err(|e| unwritable(&self.root, &e))?;
         for entry in entries {
             let entry = entry.map_err(|e| unwritable(&self.root, &e))?;
@@ -145,6 +148,7 @@ impl JobDirectory {
             });
             if ours {
                 fs::rename(entry.path(), aside.join(&name)).map_err(|e| unwritable(&aside, &e))?;
+                reach("directory.set_aside", &name.to_string_lossy());
             }
         }
         let kept = aside.join(".mhtraind");
@@ -153,6 +157,7 @@ impl JobDirectory {
         let own = fs::read_dir(&own).map_err(|e| unwritable(&own, &e))?;
         for entry in own.flatten().filter(|entry| entry.file_name() != "lock") {
             fs::rename(entry.path(), kept.join(entry.file_name())).map_err(|e| unwritable(&kept, &e))?;
+            reach("directory.set_aside", &format!(".mhtraind-{}", entry.file_name().display()));
         }
         Ok(aside)
     }
@@ -182,8 +187,11 @@ impl JobDirectory {
         let temporary = self.root.join(".final.new");
         let _ = fs::remove_file(&temporary);
         std::os::unix::fs::symlink(target, &temporary).map_err(|e| unwritable(&temporary, &e))?;
+        reach("directory.before_rename", "final");
         let renamed = fs::rename(&temporary, &link).and_then(|()| fs::File::open(&self.root)?.sync_all());
-        renamed.map_err(|e| unwritable(&link, &e))
+        renamed.map_err(|e| unwritable(&link, &e))?;
+        reach("directory.after_rename", "final");
+        Ok(())
     }
 
     /// Writes receipt.json: whole or not at all, readable by its owner alone.
@@ -269,7 +277,10 @@ pub fn write_whole(path: &Path, bytes: &[u8], lasting: Lasting) -> std::io::Resu
     if lasting == Lasting::OverPowerCut {
         file.sync_all()?;
     }
+    let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    reach("directory.before_rename", name);
     fs::rename(&temporary, path)?;
+    reach("directory.after_rename", name);
     match path.parent() {
         Some(parent) if lasting == Lasting::OverPowerCut => fs::File::open(parent)?.sync_all(),
         _ => Ok(()),

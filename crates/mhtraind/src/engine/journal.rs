@@ -7,6 +7,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record, read_journal};
 use mhtrain_job::state::JobState;
 
@@ -121,6 +122,7 @@ impl Journal {
     fn append(&mut self, event: JobEvent) -> Result<(), Failure> {
         let record = Record::new(now(), event);
         self.sink.append(&record)?;
+        reach("journal.recorded", record.event.name());
         self.records.push(record);
         Ok(())
     }

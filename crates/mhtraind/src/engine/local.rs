@@ -17,6 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use mhtrain_failpoint::reach;
 use mhtrain_job::diagnosis::{Answer, Diagnosis, Kind};
 use mhtrain_job::event::{AttemptStart, Exit, JobEvent, ProcessIdentity, Record, Resume, ResumeKind};
 use mhtrain_job::receipt::{AttemptNote, ProofFacts, ProofKind, Receipt, render};
@@ -207,7 +208,10 @@ impl DueStop {
     fn ask(&mut self, attempt: &Attempt, screen: &Screen) {
         let Some(grace) = self.grace else { return };
         match attempt.request_stop(grace) {
-            Ok(()) => self.grace = None,
+            Ok(()) => {
+                reach("stop.asked", "");
+                self.grace = None;
+            }
             // Nobody is there to ask: whoever follows sees that, and puts another one there or kills what is left.
             Err(StopError::RecorderGone { .. }) => {}
             Err(error) => {
@@ -437,6 +441,7 @@ impl<'a> Job<'a> {
                     // The receipt takes the disk a while, and needs no device.
                     self.screen.give_device_back();
                     self.save_receipt()?;
+                    reach("job.over", "");
                     self.clean_up();
                     return Ok(Verdict { status: Some(status), receipt: self.receipt.clone() });
                 }
@@ -675,6 +680,7 @@ impl<'a> Job<'a> {
     fn spawn(&mut self, start: &AttemptStart, checkpoint: Option<PathBuf>) -> Result<Attempt, Unlaunched> {
         let output_dir = self.directory.attempt(start.attempt);
         std::fs::create_dir_all(&output_dir).map_err(|e| unwritable(&output_dir, &e))?;
+        reach("attempt.directory_made", "");
         if let Some(index) = self.card.index() {
             self.prepared.candidate.card.index = Some(index);
         }
@@ -1096,6 +1102,7 @@ impl<'a> Job<'a> {
         if chosen != proof.checkpoint {
             self.directory.make_lasting(&chosen)?;
         }
+        reach("success.lasting", "");
         self.directory.link_final(&chosen)?;
         self.receipt.proof = Some(match proof.proof {
             proof::ProofKind::Rows => ProofKind::Rows,
