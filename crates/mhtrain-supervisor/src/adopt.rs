@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! found                                       done
-//!   no trainer.json                             nobody ran: the gate never got its word. Not started
+//!   no trainer.json                             nobody ran: the gate never got its word. "Status lost", sweep
 //!   trainer.json, the trainer runs              watch it, obey stops, cap the logs; then as below
 //!   trainer.json, it runs no more               exit.json with "status lost", sweep, exit.json again
 //!   exit.json, but not that nobody is left      keep what it says, sweep, exit.json again
@@ -22,7 +22,7 @@ use mhtrain_failpoint::reach;
 use crate::log_cap::LogCap;
 use crate::oom::OomCounter;
 use crate::process::ProcessIdentity;
-use crate::record::{ExitRecord, Extent, LaunchRecord, RecordDir, RecordError, open_plain};
+use crate::record::{Ended, ExitRecord, Extent, LaunchRecord, RecordDir, RecordError, open_plain};
 use crate::recorder::{
     RecorderError, become_independent, exit_status, not_started, see_to_the_end, this_process, trainers_group,
 };
@@ -82,10 +82,10 @@ fn take_over(record_dir: &Path, signals: Signals) -> Result<(), RecorderError> {
     see_to_the_end(&record, watch, &oom, known, group)
 }
 
-/// The gate opens only after trainer.json, so without that file nothing was executed.
+/// The gate opens only after trainer.json, so without that file nothing was executed. That says nothing against the trainer:
+/// its recorder was killed, and another attempt may be made.
 fn never_started() -> ExitRecord {
-    let why = "the recorder died before it could start the trainer".to_owned();
-    ExitRecord { leftovers_killed: None, ..not_started(why) }
+    ExitRecord { ended: Ended::StatusLost, leftovers_killed: None, ..not_started(String::new()) }
 }
 
 fn lock(record: &RecordDir) -> Result<std::fs::File, RecordError> {

@@ -138,7 +138,7 @@ pub enum Ended {
     Signal(i32),
     /// It was never executed, for this reason.
     NotStarted(String),
-    /// It ran, and nobody was there to take its status when it ended: its recorder had died before.
+    /// Nobody was there to take its status when it ended: its recorder had died before, perhaps before it ran at all.
     StatusLost,
 }
 
