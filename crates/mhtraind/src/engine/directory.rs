@@ -5,6 +5,7 @@
 //!   attempt-1/  attempt-2/ …   what the trainer writes: logging.jsonl, checkpoint-N, args.json
 //!   final -> attempt-2/checkpoint-40     on success, a relative link
 //!   receipt.json                         what was chosen, why, what was retried
+//!   previous-1/ …              an earlier job that was here, set aside as a whole; `.previous.new` until it is
 //!   .mhtraind/
 //!     lock                     held by the process that runs the job
 //!     job.json                 the job as it was understood, defaults filled in
@@ -25,6 +26,9 @@ use crate::failure::{Failure, Status, unwritable};
 
 /// Largest receipt that is read: its owner could have put anything there.
 pub const RECEIPT_BYTES_MAX: u64 = 16 << 20;
+
+/// Where an earlier job is gathered until all of it is there.
+const UNFINISHED_ASIDE: &str = ".previous.new";
 
 /// Files that are put on disk at the same time.
 const SYNCED_AT_ONCE: usize = 16;
@@ -89,7 +93,9 @@ impl JobDirectory {
                 unwritable(&path, &e.into())
             }
         })?;
-        Ok(JobDirectory { root: root.to_owned(), private: own, _lock: lock })
+        let directory = JobDirectory { root: root.to_owned(), private: own, _lock: lock };
+        directory.put_journal_back()?;
+        Ok(directory)
     }
 
     /// Returns the job's output directory.
@@ -130,14 +136,15 @@ impl JobDirectory {
 
     /// Moves what an earlier job left here out of the way, into `previous-N` beside it; nothing is deleted.
     ///
+    /// It has that name when all of it is there. A process that is killed before leaves a part, and whoever comes next moves
+    /// the rest to it: two halves would be no job.
+    ///
     /// # Errors
     /// Something cannot be moved.
     pub fn set_earlier_job_aside(&self) -> Result<PathBuf, Failure> {
-        let aside = (1u32..)
-            .map(|n| self.root.join(format!("previous-{n}")))
-            .find(|path| !path.exists())
-            .expect("some number is free");
-        fs::create_dir(&aside).map_err(|e| unwritable(&aside, &e))?;
+        let aside = self.root.join(UNFINISHED_ASIDE);
+        let kept = aside.join(".mhtraind");
+        fs::create_dir_all(&kept).map_err(|e| unwritable(&kept, &e))?;
         reach("directory.set_aside", "begun");
         let entries = fs::read_dir(&self.root).map_err(|e| unwritable(&self.root, &e))?;
         for entry in entries {
@@ -151,15 +158,29 @@ impl JobDirectory {
                 reach("directory.set_aside", &name.to_string_lossy());
             }
         }
-        let kept = aside.join(".mhtraind");
-        fs::create_dir(&kept).map_err(|e| unwritable(&kept, &e))?;
         let own = self.root.join(".mhtraind");
         let own = fs::read_dir(&own).map_err(|e| unwritable(&own, &e))?;
         for entry in own.flatten().filter(|entry| entry.file_name() != "lock") {
             fs::rename(entry.path(), kept.join(entry.file_name())).map_err(|e| unwritable(&kept, &e))?;
             reach("directory.set_aside", &format!(".mhtraind-{}", entry.file_name().display()));
         }
-        Ok(aside)
+        let whole = (1u32..)
+            .map(|n| self.root.join(format!("previous-{n}")))
+            .find(|path| !path.exists())
+            .expect("some number is free");
+        fs::rename(&aside, &whole).map_err(|e| unwritable(&whole, &e))?;
+        reach("directory.set_aside", "whole");
+        Ok(whole)
+    }
+
+    /// Puts back a journal that a killed process was about to set aside: it says what the rest is.
+    fn put_journal_back(&self) -> Result<(), Failure> {
+        let moved = self.root.join(UNFINISHED_ASIDE).join(".mhtraind/journal.jsonl");
+        let journal = self.root.join(".mhtraind/journal.jsonl");
+        if !moved.exists() || journal.exists() {
+            return Ok(());
+        }
+        fs::rename(&moved, &journal).map_err(|e| unwritable(&journal, &e))
     }
 
     /// Makes a checkpoint below the root survive a power cut: its files, and the directories that lead to them. No trainer
@@ -217,7 +238,9 @@ impl JobDirectory {
 
 /// Returns whether a job was run in an output directory before.
 pub fn holds_a_job(output_dir: &Path) -> bool {
-    ["receipt.json", "attempt-1", ".mhtraind/journal.jsonl"].iter().any(|name| output_dir.join(name).exists())
+    ["receipt.json", "attempt-1", ".mhtraind/journal.jsonl", UNFINISHED_ASIDE]
+        .iter()
+        .any(|name| output_dir.join(name).exists())
 }
 
 /// Returns how a file is opened that lies where another user may put something else: no link is followed, no pipe waited
@@ -372,5 +395,30 @@ mod tests {
         assert_eq!(fs::read_to_string(aside.join("attempt-1/x")).unwrap(), "kept");
         assert!(aside.join(".mhtraind/journal.jsonl").exists() && !job.journal().exists());
         assert!(dir.path().join("notes.txt").exists());
+    }
+
+    #[test]
+    fn a_job_that_was_half_set_aside_is_set_aside_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        for moved in ["attempt-1", "attempt-2", "receipt.json", ".mhtraind/journal.jsonl"] {
+            let root = dir.path().join(moved.replace('/', "-"));
+            let job = JobDirectory::open(&root).unwrap();
+            for place in ["attempt-1/x", "attempt-2/x", "receipt.json", ".mhtraind/journal.jsonl"] {
+                fs::create_dir_all(root.join(place).parent().unwrap()).unwrap();
+                fs::write(root.join(place), place).unwrap();
+            }
+            // As a process leaves it that is killed after its first move.
+            fs::create_dir_all(root.join(".previous.new/.mhtraind")).unwrap();
+            fs::rename(root.join(moved), root.join(".previous.new").join(moved)).unwrap();
+            drop(job);
+            let job = JobDirectory::open(&root).unwrap();
+            assert!(job.holds_a_job() && job.journal().exists(), "{moved}");
+            let aside = job.set_earlier_job_aside().unwrap();
+            for place in ["attempt-1/x", "attempt-2/x", "receipt.json", ".mhtraind/journal.jsonl"] {
+                assert_eq!(fs::read_to_string(aside.join(place)).unwrap(), place, "{moved}");
+            }
+            assert_eq!(job.asides(), [aside]);
+            assert!(!job.holds_a_job());
+        }
     }
 }
