@@ -174,15 +174,7 @@ pub(super) async fn remove(
         reach("remove.before", "");
         daemon.store.call(move |store| store.remove(id)).await?;
         reach("remove.on_disk", "");
-        // As ourselves, because the directory lies in ours; it follows no link. There may be very many files.
-        let dir = daemon.job_dir(id);
-        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
-        match removed.map_err(|e| Failure::new(Status::Bug, "no_thread", e))? {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(job = id.get(), %error, "the job's own files cannot be removed");
-            }
-            _ => {}
-        }
+        daemon.remove_files(id).await?;
         reach("remove.files_gone", "");
         Ok(StatusCode::NO_CONTENT)
     })

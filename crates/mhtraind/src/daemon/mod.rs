@@ -118,6 +118,7 @@ impl Daemon {
     /// The store cannot be written.
     pub async fn set_drained(&self, drained: bool) -> Result<(), Failure> {
         self.store.call(move |store| store.set_flag(DRAINED, drained.then_some("yes"))).await?;
+        reach("drain.on_disk", "");
         self.drained.store(drained, Ordering::Relaxed);
         self.store.tell();
         self.wake();
@@ -185,6 +186,37 @@ impl Daemon {
     /// Returns where a job's own files lie. They are their owner's, and may hold traps for whoever has more rights.
     pub fn job_dir(&self, id: JobId) -> PathBuf {
         self.config.state_dir().join("jobs").join(id.to_string())
+    }
+
+    /// Removes a job's own files. What stays is removed by the next daemon.
+    ///
+    /// # Errors
+    /// There is no thread for it.
+    pub async fn remove_files(&self, id: JobId) -> Result<(), Failure> {
+        // As ourselves, because the directory lies in ours; it follows no link. There may be very many files.
+        let dir = self.job_dir(id);
+        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
+        match removed.map_err(|e| Failure::new(Status::Bug, "no_thread", e))? {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(job = id.get(), %error, "the job's own files cannot be removed");
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Removes the files of jobs that the store does not know any more: who removes a job may be killed in between.
+    async fn remove_files_of_removed_jobs(&self) -> Result<(), Failure> {
+        let entries = std::fs::read_dir(self.config.state_dir().join("jobs"));
+        let ids = entries.into_iter().flatten().flatten();
+        let ids = ids.filter_map(|entry| JobId::new(entry.file_name().to_str()?.parse().ok()?));
+        for id in ids.collect::<Vec<_>>() {
+            match self.store.call(move |store| store.job(id).map(drop)).await {
+                Err(failure) if failure.status == Status::NotFound => self.remove_files(id).await?,
+                other => other?,
+            }
+        }
+        Ok(())
     }
 
     /// Makes the directory of a job's own files, for its owner alone.
@@ -256,6 +288,12 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let scheduler = tokio::spawn(queue::schedule(Arc::clone(&daemon)));
     let watchdog = tokio::spawn(service_manager::keep_watchdog_quiet());
     tokio::spawn(service_manager::keep_status(Arc::clone(&daemon)));
+    let tidied = Arc::clone(&daemon);
+    tokio::spawn(async move {
+        if let Err(failure) = tidied.remove_files_of_removed_jobs().await {
+            tracing::warn!(error = failure.message, "files of jobs that were removed may be left");
+        }
+    });
     let server = tokio::spawn(routes::serve(listener, Arc::clone(&daemon)));
     let cause = tokio::select! {
         cause = signals.next() => cause,
