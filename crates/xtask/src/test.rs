@@ -46,6 +46,9 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let mut chaos = cargo();
     chaos.args(["run", "--quiet", "--package", "xtask", "--", "chaos", "--trials", "50"]).current_dir(&root);
     stage(&mut stages, "50 kills at random moments", &mut chaos)?;
+    let mut points = cargo();
+    points.args(["run", "--quiet", "--package", "xtask", "--", "chaos", "--failpoints"]).current_dir(&root);
+    stage(&mut stages, "a kill at every durable step", &mut points)?;
     if args.no_trainer {
         println!("the tests on real ms-swift are left out, as asked");
     } else {

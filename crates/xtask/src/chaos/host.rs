@@ -35,8 +35,12 @@ const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 /// A directory with everything that the daemon of the trials reads and writes.
 pub(super) struct Host {
     dir: PathBuf,
+    /// Where the trainer's environment is: several hosts share one.
+    trainer: PathBuf,
     binary: PathBuf,
     library: PathBuf,
+    /// Where the points of a kill are noted, for those who want them.
+    failpoints: Option<PathBuf>,
 }
 
 /// What a client was told.
@@ -52,20 +56,45 @@ pub(super) enum Answer {
 
 impl Host {
     pub(super) fn make(dir: &Path, target: &Path, root: &Path) -> anyhow::Result<Host> {
-        let binary = target.join("debug/mhtraind");
-        let library = target.join("debug").join(nvml_sim::LIBRARY_FILE);
+        let host = Host {
+            dir: dir.to_owned(),
+            trainer: dir.join("trainer"),
+            binary: target.join("debug/mhtraind"),
+            library: target.join("debug").join(nvml_sim::LIBRARY_FILE),
+            failpoints: None,
+        };
+        let sft = root.join("tests/fake-swift/fake_swift.py");
+        make_trainer(&host.trainer, &sft, "4.6.0", "5.19.0").context("no trainer environment")?;
+        host.furnish(CARDS)?;
+        Ok(host)
+    }
+
+    /// Makes another host with the same trainer, whose processes note their [points](mhtrain_failpoint).
+    pub(super) fn beside(&self, dir: &Path, cards: u32) -> anyhow::Result<Host> {
+        let host = Host {
+            dir: dir.to_owned(),
+            trainer: self.trainer.clone(),
+            binary: self.binary.clone(),
+            library: self.library.clone(),
+            failpoints: Some(dir.join("failpoints")),
+        };
+        fs::create_dir_all(dir.join("failpoints"))?;
+        fs::write(dir.join("failpoints/trace"), "")?;
+        host.furnish(cards)?;
+        Ok(host)
+    }
+
+    fn furnish(&self, cards: u32) -> anyhow::Result<()> {
+        let dir = &self.dir;
         let card = |n| {
             SimDevice::idle(&format!("GPU-00000000-0000-4000-8000-{n:012}"), "Simulated GPU", 80 << 30, "8.0")
         };
-        SimFile::new((0..CARDS).map(card).collect()).write_atomically(&dir.join("nvml.json"))?;
-        let sft = root.join("tests/fake-swift/fake_swift.py");
-        make_trainer(&dir.join("trainer"), &sft, "4.6.0", "5.19.0").context("no trainer environment")?;
+        SimFile::new((0..cards).map(card).collect()).write_atomically(&dir.join("nvml.json"))?;
         make_model_and_data(dir)?;
         fs::create_dir(dir.join("witness"))?;
-        let swift = dir.join("trainer/bin/swift");
+        let swift = self.trainer.join("bin/swift");
         let settings = format!("[trainer]\ncommand = [{swift:?}, \"sft\"]\n[attempt]\ngrace_s = {GRACE_S}\n");
-        fs::write(dir.join("mhtraind.toml"), settings)?;
-        Ok(Host { dir: dir.to_owned(), binary, library })
+        Ok(fs::write(dir.join("mhtraind.toml"), settings)?)
     }
 
     pub(super) fn state_dir(&self) -> PathBuf {
@@ -82,6 +111,9 @@ impl Host {
         command.env("MHTRAIND_CONFIG", self.dir.join("mhtraind.toml"));
         command.env("MHTRAIND_SOCKET", self.socket());
         command.env("MHTRAIND_STATE_DIR", self.state_dir());
+        if let Some(failpoints) = &self.failpoints {
+            command.env(mhtrain_failpoint::DIRECTORY_VARIABLE, failpoints);
+        }
         command
     }
 
@@ -149,6 +181,12 @@ impl Host {
 
     pub(super) fn cancel(&self, id: u64) -> anyhow::Result<Answer> {
         Ok(answer(&self.command(&["cancel", &id.to_string(), "--json"]).output()?))
+    }
+
+    /// Runs a command of a client to its end.
+    pub(super) fn ask(&self, args: &[&str]) -> anyhow::Result<(Answer, String)> {
+        let output = self.command(args).output()?;
+        Ok((answer(&output), String::from_utf8_lossy(&output.stdout).into_owned()))
     }
 
     pub(super) fn remove(&self, ids: &[u64]) -> anyhow::Result<Answer> {

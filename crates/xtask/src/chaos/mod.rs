@@ -8,6 +8,7 @@
 //! The truth is kept outside of the daemon: what was acknowledged is known here, and each trainer writes down what it
 //! does, and with whom it shares a card ([`verdict`]).
 
+mod failpoints;
 mod host;
 mod verdict;
 
@@ -46,7 +47,7 @@ const FILES_MAX: usize = 24;
 /// Kill daemons, recorders and trainers at random moments, and see whether anything is lost or done twice
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask chaos                      # 50 kills: about two minutes\n  cargo xtask chaos --trials 500 --seed 7"
+    after_help = "Examples:\n  cargo xtask chaos                      # 50 kills: about two minutes\n  cargo xtask chaos --failpoints         # at every step that must not be done by halves\n  cargo xtask chaos --trials 500 --seed 7"
 )]
 pub(crate) struct ChaosArgs {
     /// Kills
@@ -56,6 +57,18 @@ pub(crate) struct ChaosArgs {
     /// Seed of jobs, moments and victims; what they meet depends on the machine as well
     #[arg(long, default_value_t = 1)]
     seed: u64,
+
+    /// Instead: one kill at each point that daemons and recorders reach, in scenarios of one job
+    #[arg(long, conflicts_with = "trials")]
+    failpoints: bool,
+
+    /// With --failpoints: a second kill some points later, as the seed says
+    #[arg(long, requires = "failpoints")]
+    twice: bool,
+
+    /// With --failpoints: only those whose name has this in it
+    #[arg(long, requires = "failpoints")]
+    point: Option<String>,
 }
 
 /// Whom a trial kills.
@@ -129,6 +142,13 @@ pub(crate) fn run(args: &ChaosArgs) -> anyhow::Result<()> {
     }
     let dir = tempfile::Builder::new().prefix("mhtraind-chaos-").tempdir()?;
     let host = Host::make(dir.path(), &target_dir(&root), &root)?;
+    if args.failpoints {
+        let done = failpoints::run(args, &host, dir.path());
+        if done.is_err() {
+            let _kept = dir.keep();
+        }
+        return done;
+    }
     let mut trials = Trials::begin(&host, args.seed)?;
     let began = Instant::now();
     let faults = trials.run(args.trials)?;
@@ -481,8 +501,7 @@ impl<'a> Trials<'a> {
             }
         }
         let mut left = |what: String| faults.push(Fault { kind: Kind::LeftBehind, job: None, what });
-        let pid = i32::try_from(self.daemon.id()).ok().and_then(Pid::from_raw).context("a pid")?;
-        kill_process(pid, Signal::TERM)?;
+        terminate(&self.daemon)?;
         let status = self.daemon.wait()?;
         if !status.success() {
             left(format!("the daemon ended with {status}"));
@@ -557,6 +576,12 @@ impl<'a> Trials<'a> {
 struct Pair {
     recorder: Option<(u32, u64)>,
     trainer: Option<(u32, String)>,
+}
+
+/// Asks a process to end.
+fn terminate(process: &Child) -> anyhow::Result<()> {
+    let pid = i32::try_from(process.id()).ok().and_then(Pid::from_raw).context("a pid")?;
+    Ok(kill_process(pid, Signal::TERM)?)
 }
 
 fn names(dir: &Path) -> Vec<String> {
