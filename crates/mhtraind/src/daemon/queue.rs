@@ -384,6 +384,8 @@ impl InLine {
     fn size(&mut self, id: JobId, now: &Now<'_>, daemon: &Daemon) {
         let HandedIn { spec, submission, account } = &self.entry.handed_in;
         let wished = |gpu: &&GpuState| match (&submission.device_uuid, &spec.device) {
+            // A card that does not answer may be the one.
+            _ if gpu.uuid.is_none() => true,
             (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
             (None, DeviceWish::Auto) => true,
             (None, DeviceWish::Index(index)) => gpu.index == *index,
@@ -398,8 +400,12 @@ impl InLine {
         self.cards = now.report.devices().iter().filter(wished).cloned().collect();
         self.job.offers.clear();
         for gpu in &self.cards {
-            let Some(device) = gpu.uuid.clone() else { continue };
-            let name = device_name(Some(gpu.index), Some(&device));
+            let name = device_name(Some(gpu.index), gpu.uuid.as_deref());
+            let Some(device) = gpu.uuid.clone() else {
+                let why = gpu.card().err().map_or(format!("{name} does not answer"), |why| why.to_string());
+                self.job.offers.push(Offer { device: name.clone(), name, fit: Fit::Unusable { why } });
+                continue;
+            };
             if let Some(why) = self.failed.get(&device) {
                 let fit = Fit::Unusable { why: format!("{why}; `mhtraind undrain` when it is repaired") };
                 self.job.offers.push(Offer { device, name, fit });
