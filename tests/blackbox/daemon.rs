@@ -36,7 +36,7 @@ impl Served {
     }
 
     /// Starts a daemon whose command was changed in some way.
-    fn with(host: FakeHost, change: impl FnOnce(&mut Command)) -> Served {
+    pub(crate) fn with(host: FakeHost, change: impl FnOnce(&mut Command)) -> Served {
         let daemon = Served::spawn(&host, change);
         let served = Served { host, daemon };
         served.wait_until("the daemon", |served| served.run(&["status", "--json"]).code == Some(0));
@@ -62,8 +62,18 @@ impl Served {
 
     /// Kills the daemon with SIGKILL and starts another one.
     pub(crate) fn kill_and_restart(&mut self) {
+        self.kill();
+        self.start();
+    }
+
+    /// Kills the daemon with SIGKILL.
+    pub(crate) fn kill(&mut self) {
         self.daemon.kill().unwrap();
         self.daemon.wait().unwrap();
+    }
+
+    /// Starts another daemon.
+    pub(crate) fn start(&mut self) {
         self.daemon = Served::spawn(&self.host, |_| {});
         self.wait_until("the next daemon", |served| served.run(&["status", "--json"]).code == Some(0));
     }
@@ -75,7 +85,7 @@ impl Served {
     }
 
     /// Submits the host's job with `extra` keys and the trainer's scenario; returns the id as text.
-    fn submit(&self, extra: Value, scenario: &Value) -> String {
+    pub(crate) fn submit(&self, extra: Value, scenario: &Value) -> String {
         let mut extra = extra;
         extra["env"] = json!({"FAKE_SWIFT_SCENARIO": scenario.to_string()});
         self.host.job(extra);
@@ -95,6 +105,25 @@ impl Served {
 
     pub(crate) fn receipt(&self, id: &str) -> Value {
         self.run(&["explain", id, "--json"]).expect(0).json()
+    }
+
+    /// Returns the daemon's pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.id()
+    }
+
+    /// Waits until a process is gone, or a zombie: that of a daemon whose recorder was killed.
+    #[track_caller]
+    pub(crate) fn wait_for_end(&self, pid: &str) {
+        let until = Instant::now() + Duration::from_secs(20);
+        let lives = || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+        };
+        while lives() {
+            assert!(Instant::now() < until, "pid {pid} ends");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Waits for a condition, at most a minute.
@@ -783,7 +812,7 @@ pub(crate) fn is_root() -> bool {
 }
 
 /// Sends a request to the daemon's socket and returns the status and the body.
-fn ask(served: &Served, method: &str, path: &str, body: &str) -> (u16, String) {
+pub(crate) fn ask(served: &Served, method: &str, path: &str, body: &str) -> (u16, String) {
     let mut stream = UnixStream::connect(served.host.env.path("daemon.sock")).unwrap();
     let length = body.len();
     let request = format!(

@@ -12,6 +12,7 @@ mod environment;
 mod estimate;
 #[path = "../fake-swift/host.rs"]
 mod fake_host;
+mod hostile;
 mod import;
 mod job_files;
 mod plan;
