@@ -12,14 +12,17 @@ from suite import ROOT, stop_with
 MS_SWIFT = "4.6.0"
 # Asked in the interpreter itself; nothing is imported.
 ASK = """
-import importlib.metadata as metadata, json, sys
+import importlib.metadata as metadata, json, os, sys, sysconfig
 found = {}
 for name in ("ms-swift", "torch", "transformers", "peft", "accelerate", "flash-attn", "bitsandbytes"):
     try:
         found[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
         pass
-print(json.dumps({"packages": found, "path": [entry for entry in sys.path if entry.endswith("-packages")]}))
+standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+standard |= {os.path.join(place, "lib-dynload") for place in standard}
+path = [entry for entry in sys.path if os.path.isdir(entry) and entry not in standard]
+print(json.dumps({"packages": found, "path": path, "own": sysconfig.get_path("purelib")}))
 """
 NEEDED = ("torch", "transformers", "peft", "accelerate")
 
@@ -35,7 +38,7 @@ def mhtraind(wish):
 
 
 def ask(python):
-    """Returns {packages: {name: version}, path: [directories]} of an interpreter."""
+    """Returns {packages: {name: version}, path: [directories with packages], own: the one that is installed into}."""
     done = subprocess.run([str(python), "-c", ASK], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         stop_with(f"{python} cannot be asked: {done.stderr.strip()[-300:]}")
@@ -67,6 +70,15 @@ def trainer(wish, wheels, folder):
     )
 
 
+def pip_command(base):
+    """Returns a pip that can install for another interpreter: environments often have none of their own."""
+    for python in (base, sys.executable, shutil.which("python3")):
+        command = [str(python), "-m", "pip"]
+        if python and subprocess.run([*command, "--version"], capture_output=True, check=False).returncode == 0:
+            return command
+    stop_with("ms-swift is to be installed from wheels, and there is no pip")
+
+
 def make(base, wheels, place):
     """Makes an environment with ms-swift from wheels on top of what an interpreter has; no network, nothing is changed
     there."""
@@ -77,11 +89,10 @@ def make(base, wheels, place):
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([str(base), "-m", "venv", "--without-pip", str(place)], check=True)
     python = place / "bin/python"
-    own = next(path for path in ask(python)["path"] if path.startswith(str(place)))
     # What the other interpreter sees is seen here as well, behind what is installed here. `--system-site-packages` would
     # miss it where that interpreter is itself that of an environment.
-    pathlib.Path(own, "beneath.pth").write_text("\n".join(found["path"]) + "\n", encoding="utf-8")
-    pip = [str(base), "-m", "pip", "--python", str(python), "install", "--no-index", "--find-links", str(wheels)]
+    pathlib.Path(ask(python)["own"], "beneath.pth").write_text("\n".join(found["path"]) + "\n", encoding="utf-8")
+    pip = [*pip_command(base), "--python", str(python), "install", "--no-index", "--find-links", str(wheels)]
     done = subprocess.run([*pip, *missing, f"ms-swift=={MS_SWIFT}"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         shutil.rmtree(place, ignore_errors=True)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import selectors
 import subprocess
 
 import card
@@ -12,6 +13,7 @@ from suite import HERE, CutShort, Failed, run, running, say, tail
 # A pass takes seconds; loading of kernels and a slow disk make the first one longer.
 PASS_S_MAX = 150
 EXPECTED_S = 12
+RETURN_S_MAX, RETURNED_NEAR = 5, 64 << 20
 
 
 def configs(passes):
@@ -42,6 +44,10 @@ class Part:
         taken, self.left_out = points.select(passes, self.estimates, free, features)
         self.passes = {one.id(): one for one in taken}
         self.worker, self.stack, self.forks = None, contextlib.ExitStack(), True
+        self.used_at_first = self.used()
+
+    def used(self):
+        return self.suite.nvml.memory(self.suite.device["index"])["used"]
 
     def run(self, point):
         """Measures one pass and returns its result."""
@@ -54,6 +60,8 @@ class Part:
             "card_uuid": self.suite.device["uuid"],
             "simulated": self.suite.simulated,
         }
+        # The memory of the pass before may come back a moment after its process has gone.
+        card.wait_until(lambda: self.used() <= self.used_at_first + RETURNED_NEAR, RETURN_S_MAX)
         with card.Watch(self.suite.nvml, self.suite.device["index"]) as watch:
             seen = self.ask(request)
         seen.update(nvml_peak=max(watch.rise(), seen.get("nvml_used") or 0))
@@ -88,8 +96,6 @@ class Part:
 
     def read_line(self, seconds):
         """Returns the worker's next answer. A pass that takes too long costs the worker: the next point gets a new one."""
-        import selectors
-
         limit = min(seconds, self.suite.left())
         with selectors.DefaultSelector() as selector:
             selector.register(self.worker.stdout, selectors.EVENT_READ)

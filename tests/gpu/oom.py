@@ -17,7 +17,8 @@ from trainings import (
     seconds_to_next_step,
 )
 
-SHAPE = "Qwen2.5-7B"
+# The second one for cards that a pass of the first does not fit on with room to step down.
+SHAPE, SMALL_SHAPE, SMALL_CARD = "Qwen2.5-7B", "Qwen2.5-1.5B", 40 << 30
 LATE_STEP = 3
 EXPECTED_S = {"oom/late-beside-a-steady-neighbour": 150, "oom/late-alone": 140, "oom/growing-neighbour": 150}
 EXPECTED_FIT_S = 100
@@ -41,6 +42,20 @@ def measure(suite, point):
     return late(suite, point, beside=point == "oom/late-beside-a-steady-neighbour")
 
 
+def shape(suite):
+    small = suite.device["total"] < SMALL_CARD and not suite.simulated
+    return SMALL_SHAPE if small else SHAPE
+
+
+def shape_name(suite):
+    return "tiny" if suite.simulated else shape(suite)
+
+
+def late_free(suite):
+    usable = suite.nvml.memory(suite.device["index"])["free"]
+    return min(scaled(suite, points.LATE_FREE_GIB), int(points.LATE_FREE_SHARE * usable))
+
+
 def plugins(suite, runs_out):
     # In a dry run the second one is also what makes the card's capacity, so it is always there.
     return [CLOCK, ORDER, RUNS_OUT] if runs_out or suite.simulated else [CLOCK, ORDER]
@@ -48,7 +63,7 @@ def plugins(suite, runs_out):
 
 def first_plan(suite, point, free_gib):
     """A ballast leaves so many GiB; the job is planned by what NVML says, and runs."""
-    training = new_training(suite, point, SHAPE)
+    training = new_training(suite, point, shape(suite))
     job = training.write_job(plugins(suite, runs_out=False))
     with Ballast(suite) as ballast:
         usable = suite.nvml.memory(suite.device["index"])["free"]
@@ -63,7 +78,8 @@ def first_plan(suite, point, free_gib):
         say(f"  refused: {training.refusal()[:300]}")
         # A card that even the weights do not fit on is refused with the numbers: that is an answer.
         return {"free_bytes": free, "refused": training.refusal(), "exit": code, "ok": code in (1, 2)}
-    result = {"free_bytes": free, "exit": code, **story(training, receipt), "card_peak": watch.rise()}
+    result = {"free_bytes": free, "exit": code, "model": shape_name(suite), **story(training, receipt)}
+    result["card_peak"] = watch.rise()
     result["fullness"] = round(watch.rise() / free, 4)
     result["first_plan_fits"] = result["attempts"][0]["ended"] == "success"
     only_memory = all(attempt["ended"] in ("success", "device_oom") for attempt in result["attempts"])
@@ -74,11 +90,11 @@ def first_plan(suite, point, free_gib):
 
 def late(suite, point, beside):
     """Memory of our own making runs out in a late step: the rung is lowered, and no step is lost."""
-    training = new_training(suite, point, SHAPE)
+    training = new_training(suite, point, shape(suite))
     job = training.write_job(plugins(suite, runs_out=True))
     once = training.folder / "ran-out"
     with Ballast(suite) as ballast:
-        ballast.leave(scaled(suite, points.LATE_FREE_GIB) if beside else None)
+        ballast.leave(late_free(suite) if beside else None)
         free = suite.nvml.memory(suite.device["index"])["free"]
         settings = {"GPU_SUITE_RUNS_OUT": "own", "GPU_SUITE_AT_STEP": LATE_STEP, "GPU_SUITE_ONCE": once}
         with training.running(job, **settings) as child:
@@ -94,7 +110,7 @@ def late(suite, point, beside):
 
 def growing_neighbour(suite, point):
     """A neighbour takes what the trainer does not use: the job waits, and goes on at the same rung."""
-    training = new_training(suite, point, SHAPE)
+    training = new_training(suite, point, shape(suite))
     job = training.write_job(plugins(suite, runs_out=True))
     grown = training.folder / "grown"
     settings = {
@@ -104,7 +120,8 @@ def growing_neighbour(suite, point):
         "GPU_SUITE_GROWN": grown,
     }
     with Ballast(suite) as ballast:
-        ballast.leave(scaled(suite, points.LATE_FREE_GIB))
+        at_first = late_free(suite)
+        ballast.leave(at_first)
         free = suite.nvml.memory(suite.device["index"])["free"]
         with training.running(job, **settings) as child:
             until(training, child, "the late step", lambda: has_event(training, "may_grow"))
@@ -113,7 +130,7 @@ def growing_neighbour(suite, point):
             until(training, child, "the wait for memory", lambda: is_waiting(training))
             # A second look must not start anything either.
             started = card.wait_until(lambda: (training.output / "attempt-2").exists(), LOOK_S)
-            ballast.leave(scaled(suite, points.LATE_FREE_GIB))
+            ballast.leave(at_first)
             code = finish(training, child)
     result = after_a_death(training, code, free)
     tiers = [attempt["tier"] for attempt in result["attempts"]]
@@ -196,7 +213,7 @@ def after_a_death(training, code, free):
     receipt = training.receipt()
     if receipt is None:
         raise Failed(f"no attempt was made: {training.refusal()}")
-    result = {"free_bytes": free, "exit": code, **story(training, receipt)}
+    result = {"free_bytes": free, "exit": code, "model": shape_name(training.suite), **story(training, receipt)}
     rows = rows_trained(read_lines(training.folder / "order.jsonl"), training.events)
     result["rows_missing"], result["rows_twice"] = once_each(rows, ROWS)
     result["seconds"] = seconds_to_next_step(training.events)

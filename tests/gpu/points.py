@@ -170,10 +170,9 @@ def select(passes, estimates, free_bytes, features):
 
 # ---- real trainings ----
 
-# What the ballast leaves free on the card, in GiB.
-FREE_GIB = (24, 48, 16, 80)
-# Where memory is made to run out, or a neighbour made to grow, so much is left free at first.
-LATE_FREE_GIB = 48
+# Where memory is made to run out, or a neighbour made to grow, so much is left free at first; on a smaller card this share
+# of it, so that the neighbour holds a good part in any case.
+LATE_FREE_GIB, LATE_FREE_SHARE = 48, 0.6
 
 PROBE = "probe"
 RUN_POINTS = [

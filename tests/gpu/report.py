@@ -222,20 +222,20 @@ def probe_section(line):
 
 def oom_section(lines):
     text = [
-        "Model with random weights, LoRA, 128 rows of which 8 are as long as they may be; a ballast process holds the rest of "
+        "Shapes with random weights, LoRA, 128 rows of which 8 are as long as they may be; a ballast process holds the rest of "
         "the card.",
         "",
-        "| point | free | chosen, predicted | attempts: how they ended, peak on the card | fills | outcome |",
-        "| --- | ---: | --- | --- | ---: | --- |",
+        "| point | model | free | chosen, predicted | attempts: how they ended, peak on the card | fills | outcome |",
+        "| --- | --- | ---: | --- | --- | ---: | --- |",
     ]
     for line in lines:
         if "attempts" not in line:
-            text.append(f"| {line['id']} | - | - | - | - | {line.get('refused') or line.get('why', '')[:300]} |")
+            text.append(f"| {line['id']} | - | - | - | - | - | {line.get('refused') or line.get('why', '')[:300]} |")
             continue
-        attempts = "; ".join(f"{one['tier']}: {one['ended']}{size(one['peak_bytes'])}" for one in line["attempts"])
+        attempts = "; ".join(map(attempt_text, line["attempts"]))
         fills = f"{100 * line['fullness']:.0f} %" if "fullness" in line else "-"
         text.append(
-            f"| {line['id']} | {line['free_bytes'] / GIB:.2f} GiB | {line['chosen']}{size(line['predicted_bytes'])} "
+            f"| {line['id']} | {line['model']} | {line['free_bytes'] / GIB:.2f} GiB | {line['chosen']}{size(line['predicted_bytes'])} "
             f"| {attempts} | {fills} | {line['state']} |"
         )
     for line in lines:
@@ -243,6 +243,14 @@ def oom_section(lines):
             kept = "; ".join(f"{promise}: {'yes' if kept else '**no**'}" for promise, kept in line["promises"].items())
             after = ", ".join(f"{what} {seconds} s" for what, seconds in line["seconds"].items())
             text += ["", f"**{line['id']}**. {kept}. After memory ran out: {after or 'nothing followed'}."]
+    return text
+
+
+def attempt_text(one):
+    """Returns how an attempt ended, what the card showed for it, and the allocator's peaks where the companion told."""
+    text = f"{one['tier']}: {one['ended']}{size(one['peak_bytes'])}"
+    if one["allocated_peak"]:
+        text += f" (allocated {one['allocated_peak'] / GIB:.2f}, reserved {one['reserved_peak'] / GIB:.2f})"
     return text
 
 

@@ -285,7 +285,7 @@ class OnACard(unittest.TestCase):
             memory = ballast.CudaMemory()
         for wish in (24 * GIB, 80 * GIB, 256 << 20):
             ballast.leave(memory, wish)
-            self.assertTrue(0 <= memory.free() - wish < 4 << 20, wish)
+            self.assertTrue(0 <= memory.free() - wish < 32 << 20, wish)
             self.assertEqual(memory.amount() + memory.free(), torch.total)
         memory.give_back()
         self.assertEqual(memory.free(), torch.total)
