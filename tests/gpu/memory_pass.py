@@ -252,6 +252,16 @@ def nbytes(tensors):
     return sum(-(-size // 512) * 512 for size in storages.values())
 
 
+def scales(model):
+    """Yields what bitsandbytes keeps beside packed weights: the scale of each block, packed once more, and both tables."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield state.absmax
+            yield state.code
+            state = state.state2
+
+
 def train(torch, one, config, meter):
     """Trains some steps and returns what was seen."""
     from accelerate.utils import convert_outputs_to_fp32
@@ -285,7 +295,7 @@ def train(torch, one, config, meter):
     return {
         "params": parameters,
         "trainable": sum(parameter.numel() for parameter in trained),
-        "weights_bytes": nbytes([*model.parameters(), *model.buffers()]),
+        "weights_bytes": nbytes([*model.parameters(), *model.buffers(), *scales(model)]),
         "grad_bytes": gradients,
         "optim_bytes": nbytes(state for state in states if state.dim() > 0),
         "resident_before_bytes": resident,
