@@ -35,13 +35,13 @@ def estimates(suite, passes, shapes):
 class Part:
     """The memory points of a call, and the worker that does them."""
 
-    def __init__(self, suite, features):
+    def __init__(self, suite):
         self.suite = suite
         passes = points.tiny_passes() if suite.simulated else points.memory_passes()
         self.shapes = configs(passes)
         self.estimates = estimates(suite, passes, self.shapes)
         free = suite.nvml.memory(suite.device["index"])["free"]
-        taken, self.left_out = points.select(passes, self.estimates, free, features)
+        taken, self.left_out = points.select(passes, self.estimates, free, suite.packages)
         self.passes = {one.id(): one for one in taken}
         self.worker, self.stack, self.forks = None, contextlib.ExitStack(), True
         self.used_at_first = self.used()
@@ -68,6 +68,8 @@ class Part:
         result = {"pass": dataclasses.asdict(one), "group": one.group(), "estimate": self.estimates[point], "seen": seen}
         if seen["status"] == "failed":
             raise Failed(seen["error"])
+        if seen.get("expandable_seen") not in (None, one.expandable):
+            raise Failed(f"the allocator has expandable segments {seen['expandable_seen']}, {one.expandable} was asked for")
         self.say(point, result)
         return result
 

@@ -80,11 +80,14 @@ class CudaMeter:
     def peaks(self):
         self.cuda.synchronize()
         stats = self.cuda.memory_stats()
+        # What the allocator really does, not what it was told; torch before 2.1 does not say.
+        settings = self.cuda.memory._snapshot().get("allocator_settings", {})
         own = self.nvml.processes(self.index).get(os.getpid())
         return {
             "allocated": self.cuda.max_memory_allocated(),
             "reserved": self.cuda.max_memory_reserved(),
             "retries": stats.get("num_alloc_retries", 0),
+            "expandable_seen": settings.get("expandable_segments"),
             "nvml_used": self.nvml.memory(self.index)["used"] - self.before,
             "nvml_process": own,
         }

@@ -9,7 +9,9 @@ from trainings import (
     PLUGINS,
     ROWS,
     Ballast,
+    attempt_of_death,
     finish,
+    late_death,
     new_training,
     once_each,
     rows_trained,
@@ -19,7 +21,7 @@ from trainings import (
 
 # The second one for cards that a pass of the first does not fit on with room to step down.
 SHAPE, SMALL_SHAPE, SMALL_CARD = "Qwen2.5-7B", "Qwen2.5-1.5B", 40 << 30
-LATE_STEP = 3
+LATE_STEP, PACKED_EPOCHS = 3, 3
 EXPECTED_S = {"oom/late-beside-a-steady-neighbour": 150, "oom/late-alone": 140, "oom/growing-neighbour": 150}
 EXPECTED_FIT_S = 100
 CLOCK, RUNS_OUT = PLUGINS / "step_clock.py", PLUGINS / "memory_runs_out.py"
@@ -64,7 +66,9 @@ def plugins(suite, runs_out):
 def first_plan(suite, point, free_gib):
     """A ballast leaves so many GiB; the job is planned by what NVML says, and runs."""
     training = new_training(suite, point, shape(suite))
-    job = training.write_job(plugins(suite, runs_out=False))
+    # Packed, all rows are less than one step.
+    epochs = PACKED_EPOCHS if "flash-attn" in suite.packages else 1
+    job = training.write_job(plugins(suite, runs_out=False), num_train_epochs=epochs)
     with Ballast(suite) as ballast:
         usable = suite.nvml.memory(suite.device["index"])["free"]
         if scaled(suite, free_gib) > usable:
@@ -91,7 +95,7 @@ def first_plan(suite, point, free_gib):
 def late(suite, point, beside):
     """Memory of our own making runs out in a late step: the rung is lowered, and no step is lost."""
     training = new_training(suite, point, shape(suite))
-    job = training.write_job(plugins(suite, runs_out=True))
+    job = training.write_job(plugins(suite, runs_out=True), packing=False)
     once = training.folder / "ran-out"
     with Ballast(suite) as ballast:
         ballast.leave(late_free(suite) if beside else None)
@@ -101,8 +105,8 @@ def late(suite, point, beside):
             code = finish(training, child)
     result = after_a_death(training, code, free)
     promises = {
-        "ours to blame": result["attempts"][0]["ended"] == "device_oom",
-        "a lower rung": len(result["attempts"]) == 2 and is_lower(result["attempts"]),
+        "ours to blame": result["attempts"][result["died"]]["ended"] == "device_oom",
+        "a lower rung": is_lower([attempt["tier"] for attempt in around(result)]),
         **nothing_lost(result),
     }
     return judged(result, promises)
@@ -111,7 +115,7 @@ def late(suite, point, beside):
 def growing_neighbour(suite, point):
     """A neighbour takes what the trainer does not use: the job waits, and goes on at the same rung."""
     training = new_training(suite, point, shape(suite))
-    job = training.write_job(plugins(suite, runs_out=True))
+    job = training.write_job(plugins(suite, runs_out=True), packing=False)
     grown = training.folder / "grown"
     settings = {
         "GPU_SUITE_RUNS_OUT": "neighbour",
@@ -129,13 +133,14 @@ def growing_neighbour(suite, point):
             grown.touch()
             until(training, child, "the wait for memory", lambda: is_waiting(training))
             # A second look must not start anything either.
-            started = card.wait_until(lambda: (training.output / "attempt-2").exists(), LOOK_S)
+            next_one = training.output / f"attempt-{len(list(training.output.glob('attempt-*'))) + 1}"
+            started = card.wait_until(next_one.exists, LOOK_S)
             ballast.leave(at_first)
             code = finish(training, child)
     result = after_a_death(training, code, free)
-    tiers = [attempt["tier"] for attempt in result["attempts"]]
+    tiers = [attempt["tier"] for attempt in around(result)]
     promises = {
-        "the neighbour to blame": result["attempts"][0]["ended"] == "device_oom_by_neighbour",
+        "the neighbour to blame": result["attempts"][result["died"]]["ended"] == "device_oom_by_neighbour",
         "nothing started on a full card": not started,
         "the same rung": len(tiers) == 2 and tiers[0] == tiers[1],
         **nothing_lost(result),
@@ -202,9 +207,17 @@ def short_tier(tier):
     return f"{tier['name']} {tier['micro_batch']}x{tier['accumulation']} @{tier['max_length']} {tier['attn_impl']}{packed}"
 
 
-def is_lower(attempts):
-    """Whether the second rung has a smaller micro-batch, or is of a later profile."""
-    first, second = (attempt["tier"].split()[:3] for attempt in attempts[:2])
+def around(result):
+    """Returns the attempt that died late and the one that followed, which is the last."""
+    died = result["died"]
+    return result["attempts"][died:] if len(result["attempts"]) == died + 2 else []
+
+
+def is_lower(tiers):
+    """Whether the second of two rungs has a smaller micro-batch, or is of a later profile."""
+    if len(tiers) != 2:
+        return False
+    first, second = (tier.split()[:3] for tier in tiers)
     size = [int(words[1].partition("x")[0]) for words in (first, second)]
     return size[1] < size[0] or first[0] != second[0] or first[2] != second[2]
 
@@ -217,15 +230,16 @@ def after_a_death(training, code, free):
     rows = rows_trained(read_lines(training.folder / "order.jsonl"), training.events)
     result["rows_missing"], result["rows_twice"] = once_each(rows, ROWS)
     result["seconds"] = seconds_to_next_step(training.events)
-    result["words"] = next((event["words"] for event in training.events if event["event"] == "out_of_memory"), None)
-    if result["words"] is None:
+    failure = late_death(training.events)
+    if failure is None:
         raise Failed(f"memory did not run out: {tail(training.folder / 'run.log')}")
+    result.update(words=failure["words"], died=attempt_of_death(training.events))
     tell(result)
     return result
 
 
 def nothing_lost(result):
-    second = result["attempts"][1] if len(result["attempts"]) > 1 else {}
+    second = around(result)[1] if around(result) else {}
     return {
         "success is proven": result["state"] == "succeeded" and result["exit"] == 0,
         "resumed exactly": second.get("resume") == "exact" and second.get("from_step") == LATE_STEP - 1,

@@ -15,7 +15,7 @@ EXPECTED_S = 75
 def measure(suite, point):
     training = new_training(suite, point, SHAPE)
     plugins = [PLUGINS / "step_clock.py"]
-    job = training.write_job(plugins, num_train_epochs=EPOCHS[suite.simulated])
+    job = training.write_job(plugins, num_train_epochs=EPOCHS[suite.simulated], packing=False)
     env = training.environment()
     began = time.time()
     with card.Watch(suite.nvml, suite.device["index"], 0.1) as watch:

@@ -39,6 +39,8 @@ class Suite:
     swift: pathlib.Path
     nvml: card.Nvml
     device: dict
+    # {name: version} of what is installed for the trainer.
+    packages: dict
     simulated: bool
     deadline: float
     # Beside this process's own: where NVML is, which card, no network.

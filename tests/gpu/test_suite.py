@@ -186,6 +186,14 @@ class Trainings(unittest.TestCase):
         expected = {"plugins loaded": 7.0, "training begins": 8.0, "next step done": 11.5}
         self.assertEqual(trainings.seconds_to_next_step(self.EVENTS), expected)
         self.assertEqual(trainings.seconds_to_next_step(self.EVENTS[:2]), {})
+        # A pass that was tried before step 1 is a plan that did not fit, and not the late death.
+        tried = {"event": "out_of_memory", "pid": 0, "step": 1, "time": 1.0, "preflight": True}
+        self.assertEqual(trainings.seconds_to_next_step([tried, *self.EVENTS]), expected)
+
+    def test_which_attempt_died_late(self):
+        loaded = [{"event": "loaded", "pid": pid, "time": 0.0} for pid in (0, 1)]
+        self.assertEqual(trainings.attempt_of_death([*loaded, *self.EVENTS]), 1)
+        self.assertIsNone(trainings.attempt_of_death(self.EVENTS[:2]))
 
     def test_a_step_that_died_has_trained_nothing(self):
         order = [
@@ -202,9 +210,8 @@ class Trainings(unittest.TestCase):
 
     def test_which_rung_is_lower(self):
         tiers = ["standard 8x4 @3072 sdpa", "standard 4x8 @3072 sdpa", "emergency 1x32 @2048 sdpa"]
-        attempts = [{"tier": tier} for tier in tiers]
-        self.assertTrue(oom.is_lower(attempts[:2]) and oom.is_lower(attempts[1:]))
-        self.assertFalse(oom.is_lower([attempts[0], attempts[0]]) or oom.is_lower(attempts[1::-1]))
+        self.assertTrue(oom.is_lower(tiers[:2]) and oom.is_lower(tiers[1:]))
+        self.assertFalse(oom.is_lower([tiers[0], tiers[0]]) or oom.is_lower(tiers[1::-1]) or oom.is_lower(tiers[:1]))
 
 
 class Store(unittest.TestCase):
@@ -314,6 +321,7 @@ class OnACard(unittest.TestCase):
         cuda = torch.cuda
         cuda.memory_reserved.return_value, cuda.memory_allocated.side_effect = 2 << 20, [0, 8_585_216]
         cuda.max_memory_allocated.return_value, cuda.max_memory_reserved.return_value = 5 * GIB, 6 * GIB
+        cuda.memory._snapshot.return_value = {"allocator_settings": {"expandable_segments": True}}
         cuda.memory_stats.return_value = {"num_alloc_retries": 1}
         torch.ones.return_value.untyped_storage.return_value.nbytes.return_value = 32768
         nvml = mock.Mock()
@@ -325,8 +333,8 @@ class OnACard(unittest.TestCase):
         self.assertEqual(meter.workspace(), 8_585_216 - 65536)
         meter.reset()
         cuda.reset_peak_memory_stats.assert_called_once_with()
-        expected = {"allocated": 5 * GIB, "reserved": 6 * GIB, "retries": 1, "nvml_used": 7 * GIB, "nvml_process": None}
-        self.assertEqual(meter.peaks(), expected)
+        expected = {"allocated": 5 * GIB, "reserved": 6 * GIB, "retries": 1, "expandable_seen": True}
+        self.assertEqual(meter.peaks(), {**expected, "nvml_used": 7 * GIB, "nvml_process": None})
 
 
 if __name__ == "__main__":

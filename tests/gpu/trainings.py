@@ -203,9 +203,21 @@ def finish(training, child):
 # ---- what the lines of the plugins say: pure ----
 
 
+def late_death(events):
+    """Returns the first out-of-memory error of a step; one of the pass that is tried before step 1 is none."""
+    return next((event for event in events if event["event"] == "out_of_memory" and not event.get("preflight")), None)
+
+
+def attempt_of_death(events):
+    """Returns which attempt, counted from 0, died late; None when none did. Each attempt is one process."""
+    failure = late_death(events)
+    pids = list(dict.fromkeys(event["pid"] for event in events if event["event"] == "loaded"))
+    return pids.index(failure["pid"]) if failure else None
+
+
 def seconds_to_next_step(events):
-    """Returns {what: seconds} from the first out-of-memory error to what follows; without what did not come."""
-    failure = next((event for event in events if event["event"] == "out_of_memory"), None)
+    """Returns {what: seconds} from the late out-of-memory error to what follows; without what did not come."""
+    failure = late_death(events)
     if failure is None:
         return {}
     later = [event for event in events if event["time"] > failure["time"] and event["pid"] != failure["pid"]]
