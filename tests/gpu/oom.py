@@ -3,7 +3,7 @@ memory runs out late, by our own growth or by a neighbour's?"""
 
 import card
 import points
-from suite import ROOT, Failed, read_lines, say, tail
+from suite import ROOT, CutShort, Failed, read_lines, say, tail
 from trainings import (
     EFFECTIVE_BATCH,
     PLUGINS,
@@ -30,6 +30,8 @@ ORDER = ROOT / "tests/trainer/row_order.py"
 GROWN_LEAVES = 256 << 20
 # mhtraind looks at the card once a second while it waits.
 LOOK_S = 3
+# To the late step, and from there to the wait.
+STAGE_S_MAX = 180
 
 
 def expected_s(point):
@@ -152,7 +154,10 @@ def until(training, child, what, condition):
     def is_over():
         return child.poll() is not None or condition()
 
-    if not card.wait_until(is_over, min(180, max(training.suite.left(), 0))) or not condition():
+    came = card.wait_until(is_over, min(STAGE_S_MAX, max(training.suite.left(), 0)))
+    if not came and training.suite.left() <= 0:
+        raise CutShort(what)
+    if not condition():
         raise Failed(f"waited for {what} in vain: {tail(training.folder / 'run.log')}")
 
 
