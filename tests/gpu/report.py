@@ -134,6 +134,12 @@ def by_group(lines):
     return groups
 
 
+def brief(text):
+    """Returns the end of a message on one line: of a traceback that is what counts."""
+    words = " ".join(text.split())
+    return words if len(words) <= 400 else f"… {words[-400:]}"
+
+
 def percent(share):
     return "-" if share is None else f"{100 * share:+.2f} %"
 
@@ -214,7 +220,7 @@ def memory_section(lines):
 
 def probe_section(line):
     if "rows" not in line:
-        return [f"Not measured: {line.get('why', '')}"]
+        return [f"Not measured: {brief(line.get('why', ''))}"]
     text = ["| field | mhtraind probe | nvidia-smi | same |", "| --- | --- | --- | --- |"]
     text += [f"| {field} | {ours} | {theirs} | {'yes' if same else '**no**'} |" for field, ours, theirs, same in line["rows"]]
     return text + ["", *(f"- note of the probe: {note}" for note in line["notes"])]
@@ -230,7 +236,7 @@ def oom_section(lines):
     ]
     for line in lines:
         if "attempts" not in line:
-            text.append(f"| {line['id']} | - | - | - | - | - | {line.get('refused') or line.get('why', '')[:300]} |")
+            text.append(f"| {line['id']} | - | - | - | - | - | {brief(line.get('refused') or line.get('why', ''))} |")
             continue
         attempts = "; ".join(map(attempt_text, line["attempts"]))
         fills = f"{100 * line['fullness']:.0f} %" if "fullness" in line else "-"
@@ -312,7 +318,7 @@ def page(lines, device, simulated):
         "",
     ]
     if failed:
-        text += ["## Failed", "", *(f"- {line['id']}: {line.get('why', '')[:400]}" for line in failed), ""]
+        text += ["## Failed", "", *(f"- {line['id']}: {brief(line.get('why', ''))}" for line in failed), ""]
     if left_out:
         text += ["## Left out", "", *(f"- {line['id']}: {line['why']}" for line in left_out), ""]
     return "\n".join(text)
