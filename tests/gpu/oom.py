@@ -261,7 +261,8 @@ def judged(result, promises):
 
 def tell(result):
     gib = points.GIB
-    say(f"  {result['free_bytes'] / gib:.2f} GiB free, chosen {result['chosen']}, {result['predicted_bytes'] / gib:.2f} GiB predicted")
+    predicted = result["predicted_bytes"] / gib
+    say(f"  {result['free_bytes'] / gib:.2f} GiB free, chosen {result['chosen']}, {predicted:.2f} GiB predicted")
     for attempt in result["attempts"]:
         peak = f", peak {attempt['peak_bytes'] / gib:.2f} GiB" if attempt["peak_bytes"] else ""
         say(f"  {attempt['tier']}: {attempt['ended']}{peak}")

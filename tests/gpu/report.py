@@ -148,6 +148,11 @@ def figure(number, form=".3f"):
     return "-" if number is None else f"{number:{form}}"
 
 
+def spread(numbers, low, high):
+    """Returns the median with two percentiles."""
+    return f"{figure(median(numbers))} ({figure(quantile(numbers, low))} to {figure(quantile(numbers, high))})"
+
+
 def error_table(lines):
     """Returns the table of errors and ratios for each group."""
     text = [
@@ -161,7 +166,7 @@ def error_table(lines):
         share = sum(inside(line) for line in group) / len(group)
         text.append(
             f"| {name} | {len(group)} | {percent(median(errors))} | {percent(max(errors, key=abs))} | {100 * share:.0f} % "
-            f"| {figure(median(near))} | {figure(median(ratios))} ({figure(quantile(ratios, 10))} to {figure(quantile(ratios, 90))}) |"
+            f"| {figure(median(near))} | {spread(ratios, 10, 90)} |"
         )
     return text
 
@@ -169,14 +174,14 @@ def error_table(lines):
 def prior_table(lines):
     """Returns the table that the priors of reserve.rs are corrected from."""
     text = [
-        "| group | points | reserved / predicted of what comes and goes: median (5th to 95th) | prior of it | prior of what is resident |",
+        "| group | points | reserved / predicted of what comes and goes: median (5th to 95th) | prior of it "
+        "| prior of what is resident |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for group, (resident_prior, rest_prior) in PRIORS.items():
         found = [rest_ratio(line) for line in lines if line["group"] == group]
         found = [one for one in found if one is not None]
-        seen = f"{figure(median(found))} ({figure(quantile(found, 5))} to {figure(quantile(found, 95))})"
-        text.append(f"| {group} | {len(found)} | {seen} | {rest_prior} | {resident_prior} |")
+        text.append(f"| {group} | {len(found)} | {spread(found, 5, 95)} | {rest_prior} | {resident_prior} |")
     return text
 
 
@@ -208,8 +213,8 @@ def memory_section(lines):
         seen, said = line["seen"], line["estimate"]
         low, guess, high = (said[name] / GIB for name in ("low_bytes", "device_peak_bytes", "high_bytes"))
         text.append(
-            f"| {line['id'].removeprefix('memory/')} | {seen['allocated'] / GIB:.2f} | {said['allocated_peak_bytes'] / GIB:.2f} "
-            f"| {percent(error(line))} | {seen['reserved'] / GIB:.2f} | {seen['nvml_peak'] / GIB:.2f} "
+            f"| {line['id'].removeprefix('memory/')} | {seen['allocated'] / GIB:.2f} "
+            f"| {said['allocated_peak_bytes'] / GIB:.2f} | {percent(error(line))} | {seen['reserved'] / GIB:.2f} | {seen['nvml_peak'] / GIB:.2f} "
             f"| {guess:.2f} ({low:.2f} to {high:.2f}) |"
         )
     without = [line for line in lines if line.get("seen", {}).get("status") == "out_of_memory"]
@@ -222,7 +227,8 @@ def probe_section(line):
     if "rows" not in line:
         return [f"Not measured: {brief(line.get('why', ''))}"]
     text = ["| field | mhtraind probe | nvidia-smi | same |", "| --- | --- | --- | --- |"]
-    text += [f"| {field} | {ours} | {theirs} | {'yes' if same else '**no**'} |" for field, ours, theirs, same in line["rows"]]
+    for field, ours, theirs, same in line["rows"]:
+        text.append(f"| {field} | {ours} | {theirs} | {'yes' if same else '**no**'} |")
     return text + ["", *(f"- note of the probe: {note}" for note in line["notes"])]
 
 
@@ -297,8 +303,8 @@ def page(lines, device, simulated):
         "",
         *([warning, ""] if simulated else []),
         f"Written by `tests/gpu/run`, {' to '.join(dict.fromkeys([dates[0], dates[-1]])) if dates else 'no date'}. "
-        f"{device['name']}, {device['total'] / GIB:.1f} GiB, compute capability {device['capability']}, driver {device['driver']}, "
-        f"CUDA {device['cuda']}; {said}. How: [tests/gpu/README.md](../../tests/gpu/README.md).",
+        f"{device['name']}, {device['total'] / GIB:.1f} GiB, compute capability {device['capability']}, "
+        f"driver {device['driver']}, CUDA {device['cuda']}; {said}. How: [tests/gpu/README.md](../../tests/gpu/README.md).",
         "",
         "## Memory of a training pass",
         "",
