@@ -193,8 +193,8 @@ def memory_section(lines):
     beside = [line["seen"]["nvml_peak"] - line["seen"]["reserved"] for line in found]
     text = [
         "Error is predicted / measured - 1 of the peak that torch has allocated, less cuBLAS's workspace "
-        f"({found[0]['seen']['workspace_bytes'] / MIB:.1f} MiB), which no estimate has. *Card* is what NVML showed above what it "
-        "showed before. One estimate line knows the shape of a pass and not the allocator's setting.",
+        f"({found[0]['seen']['workspace_bytes'] / MIB:.1f} MiB), which no estimate has. *Card* is what NVML showed above "
+        "what it showed before. One estimate line knows the shape of a pass and not the allocator's setting.",
         "",
         *error_table(found),
         "",
@@ -214,8 +214,8 @@ def memory_section(lines):
         low, guess, high = (said[name] / GIB for name in ("low_bytes", "device_peak_bytes", "high_bytes"))
         text.append(
             f"| {line['id'].removeprefix('memory/')} | {seen['allocated'] / GIB:.2f} "
-            f"| {said['allocated_peak_bytes'] / GIB:.2f} | {percent(error(line))} | {seen['reserved'] / GIB:.2f} | {seen['nvml_peak'] / GIB:.2f} "
-            f"| {guess:.2f} ({low:.2f} to {high:.2f}) |"
+            f"| {said['allocated_peak_bytes'] / GIB:.2f} | {percent(error(line))} | {seen['reserved'] / GIB:.2f} "
+            f"| {seen['nvml_peak'] / GIB:.2f} | {guess:.2f} ({low:.2f} to {high:.2f}) |"
         )
     without = [line for line in lines if line.get("seen", {}).get("status") == "out_of_memory"]
     text += [""] if without else []
@@ -247,8 +247,8 @@ def oom_section(lines):
         attempts = "; ".join(map(attempt_text, line["attempts"]))
         fills = f"{100 * line['fullness']:.0f} %" if "fullness" in line else "-"
         text.append(
-            f"| {line['id']} | {line['model']} | {line['free_bytes'] / GIB:.2f} GiB | {line['chosen']}{size(line['predicted_bytes'])} "
-            f"| {attempts} | {fills} | {line['state']} |"
+            f"| {line['id']} | {line['model']} | {line['free_bytes'] / GIB:.2f} GiB "
+            f"| {line['chosen']}{size(line['predicted_bytes'])} | {attempts} | {fills} | {line['state']} |"
         )
     for line in lines:
         if "promises" in line:
