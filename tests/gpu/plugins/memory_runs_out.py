@@ -56,7 +56,11 @@ class CudaCard:
     def take(self, size):
         while size > 0:
             piece = min(size, PIECE)
-            self.held.append(torch.empty(piece, dtype=torch.uint8, device="cuda"))
+            try:
+                self.held.append(torch.empty(piece, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                # The last piece was rounded up to more than there is. The error is to come from the pass itself.
+                break
             size -= piece
 
     def one_pass(self, trainer, inputs, original):
