@@ -126,6 +126,19 @@ fn what_a_neighbour_took_is_waited_for_and_the_same_rung_goes_on() {
     assert_eq!((&attempts(&receipt)[1]["resume"]["from_step"], attempts(&receipt).len()), (&json!(3), 2));
 }
 
+/// The job was planned beside it: to wait for memory that was never there would end in the same death.
+#[test]
+fn a_neighbour_that_was_there_before_is_not_waited_for() {
+    let host = host();
+    hold(&host, 59 * GIB);
+    let oom = json!({"capacity_gib": 80, "base_gib": 60, "at_step": 5, "kind": "neighbour"});
+    let ran = host.run(&["run", "job.json"], json!({"attempts": {"1": {"oom": oom}}})).expect(0);
+    let receipt = host.receipt();
+    let [ended, next] = [&attempts(&receipt)[0], &attempts(&receipt)[1]];
+    assert_eq!(ended["diagnosis"]["kind"], "device_oom", "{}", ran.stdout);
+    assert_ne!(ended["tier"], next["tier"], "a lower rung: {}", ran.stdout);
+}
+
 #[test]
 fn a_neighbour_that_stays_ends_the_job_with_both_numbers() {
     let host = host();

@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mhtrain_job::diagnosis::{Answer, Diagnosis, Evidence, Kind, Phase};
+use mhtrain_sizing::units::Bytes;
 
 use self::lines::{Level, Line};
 use self::metrics::{Meaning, Metrics};
@@ -44,6 +45,8 @@ pub struct ExitFacts {
     pub expandable_segments: Option<bool>,
     /// The file that the trainer printed into, when there was no room for it to grow at the end.
     pub full_log: Option<PathBuf>,
+    /// What others held on the card when the trainer was started; `None` where nobody looked.
+    pub others_before: Option<Bytes>,
 }
 
 /// Longest line that is looked at as a whole; of a longer one the beginning and the end are.
@@ -938,7 +941,7 @@ fn by_cause(read: &Diagnoser, cause: &Cause, exit: &ExitFacts, fatal: bool) -> D
         amounts = cause.amounts.as_ref().filter(|own| own.tried.is_some()).or(read.first_amounts.as_ref());
         if let Some(amounts) = amounts {
             amounts.fill(&mut evidence);
-            if amounts.neighbour_is_to_blame() {
+            if amounts.neighbour_is_to_blame(exit.others_before) {
                 kind = Kind::DeviceOomByNeighbour;
             }
         }

@@ -21,8 +21,13 @@ const CONTEXT: Bytes = Bytes::from_mib(400);
 /// A request may fail although so much more was free: the driver rounds up, and the amounts are read afterwards.
 const BOOKKEEPING: Bytes = Bytes::from_mib(512);
 
-/// Others are to blame when they hold at least this share of the card, our context already taken off.
+/// Others are to blame when they hold at least this share of the card, our context already taken off; where it is not
+/// known what they held before.
 const NEIGHBOUR_SHARE: f64 = 0.20;
+
+/// Where it is known: when they hold so much more. The two figures come from two sources, and a rung is lowered for what
+/// is less.
+const NEIGHBOUR_GROWTH: f64 = 0.05;
 
 /// The amounts of one message, as far as it names them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -146,9 +151,10 @@ impl OomMessage {
         }
     }
 
-    /// Returns whether others are the reason: without them the request would have fitted, and they hold a good
-    /// part of the card.
-    pub fn neighbour_is_to_blame(&self) -> bool {
+    /// Returns whether others are the reason: without what they took the request would have fitted, and that is a good
+    /// part of the card. `before` is what they held when the trainer started: it was planned beside that, so to wait
+    /// for it would be to wait for nothing. `None`: nobody looked.
+    pub fn neighbour_is_to_blame(&self, before: Option<Bytes>) -> bool {
         let (Some(tried), Some(total), Some(others)) = (self.tried, self.total, self.others()) else {
             return false;
         };
@@ -160,8 +166,10 @@ impl OomMessage {
             return false;
         }
         let ours = if self.before_start { Bytes::ZERO } else { self.ours().unwrap_or_default() };
-        let fits_alone = ours.saturating_add(tried) <= total;
-        fits_alone && others.as_f64() >= NEIGHBOUR_SHARE * total.as_f64()
+        let least = if before.is_some() { NEIGHBOUR_GROWTH } else { NEIGHBOUR_SHARE };
+        let before = before.unwrap_or(Bytes::ZERO);
+        let would_have_fitted = ours.saturating_add(tried).saturating_add(before) <= total;
+        would_have_fitted && others.saturating_sub(before).as_f64() >= least * total.as_f64()
     }
 
     /// Returns whether memory that torch holds but cannot use would have covered the request.
@@ -308,7 +316,7 @@ mod tests {
         assert_eq!(message.allocated, mib(13.0 * 1024.0));
         assert_eq!(message.reserved_unallocated, mib(0.5));
         assert_eq!(message.processes, vec![Bytes::from_gib(9)]);
-        assert!(message.neighbour_is_to_blame());
+        assert!(message.neighbour_is_to_blame(None));
     }
 
     #[test]
@@ -445,10 +453,10 @@ mod tests {
     fn a_little_more_free_than_asked_does_not_acquit_the_neighbour() {
         let text = "Tried to allocate 20.00 MiB (GPU 0; 8.00 GiB total capacity; 2.50 GiB already allocated; 22.00 MiB \
                     free; 3.00 GiB reserved in total by PyTorch)";
-        assert!(parse(text).unwrap().neighbour_is_to_blame());
+        assert!(parse(text).unwrap().neighbour_is_to_blame(None));
         let text = "Tried to allocate 20.00 MiB (GPU 0; 8.00 GiB total capacity; 8.50 MiB already allocated; 5.00 GiB \
                     free; 4.00 MiB cached)";
-        assert!(!parse(text).unwrap().neighbour_is_to_blame());
+        assert!(!parse(text).unwrap().neighbour_is_to_blame(None));
     }
 
     #[test]
@@ -460,7 +468,7 @@ mod tests {
         let message = parse(text).unwrap();
         assert_eq!(message.this_process, None);
         assert!(message.processes.is_empty());
-        assert!(!message.neighbour_is_to_blame());
+        assert!(!message.neighbour_is_to_blame(None));
     }
 
     #[test]
@@ -470,7 +478,7 @@ mod tests {
                     PyTorch, and 900.00 MiB is reserved by PyTorch but unallocated.";
         let message = parse(text).unwrap();
         assert_eq!(message.others(), Some(Bytes::ZERO));
-        assert!(!message.neighbour_is_to_blame());
+        assert!(!message.neighbour_is_to_blame(None));
         assert!(message.is_fragmented());
     }
 
@@ -479,7 +487,20 @@ mod tests {
         let text = "Tried to allocate 64.00 MiB. GPU 0 has a total capacity of 80.00 GiB of which 20.00 MiB is free. \
                     Process 4242 has 70.00 GiB memory in use. Of the allocated memory 9.00 GiB is allocated by \
                     PyTorch, and 10.00 MiB is reserved by PyTorch but unallocated.";
-        assert!(parse(text).unwrap().neighbour_is_to_blame());
+        assert!(parse(text).unwrap().neighbour_is_to_blame(None));
+    }
+
+    #[test]
+    fn a_neighbour_that_holds_what_it_held_before_is_not_to_blame() {
+        let text = "Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 80.00 GiB of which 100.00 MiB is free. \
+                    Process 4242 has 50.00 GiB memory in use. Including non-PyTorch memory, this process has \
+                    29.90 GiB memory in use.";
+        let message = parse(text).unwrap();
+        let blamed = |gib| message.neighbour_is_to_blame(Some(Bytes::from_gib(gib)));
+        assert!(message.neighbour_is_to_blame(None), "nobody looked before");
+        assert!(!blamed(50) && !blamed(49), "it grew by nothing, or by less than counts");
+        assert!(blamed(10) && blamed(0), "it took what the request would have fitted in");
+        assert!(!message.neighbour_is_to_blame(Some(Bytes::from_gib(60))), "it even gave some back");
     }
 
     #[test]
@@ -487,7 +508,7 @@ mod tests {
         let text = "Tried to allocate 100.00 GiB. GPU 0 has a total capacity of 80.00 GiB of which 20.00 GiB is \
                     free. Process 4242 has 50.00 GiB memory in use. Including non-PyTorch memory, this process has \
                     10.00 GiB memory in use.";
-        assert!(!parse(text).unwrap().neighbour_is_to_blame());
+        assert!(!parse(text).unwrap().neighbour_is_to_blame(None));
     }
 
     #[test]
@@ -500,7 +521,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn any_text_is_read_without_a_panic(text in ".{0,400}") {
-            let _ = parse(&text).map(|message| (message.others(), message.neighbour_is_to_blame()));
+            let _ = parse(&text).map(|message| (message.others(), message.neighbour_is_to_blame(None)));
         }
     }
 }

@@ -619,6 +619,7 @@ impl JobLoop {
                     || start.adjustments.contains(&Adjustment::ExpandableSegments),
             ),
             full_log: None,
+            others_before: None,
         };
         let last_step = follower.last_step();
         let loop_ended = follower.log.end_of_training().is_some();

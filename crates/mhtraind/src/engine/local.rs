@@ -259,6 +259,8 @@ struct Job<'a> {
     ended: Vec<Attempt>,
     /// Processes of the last attempt that were seen with the card.
     last_pids: Vec<u32>,
+    /// What others held on the card when the running attempt was started; `None` for one that was taken over.
+    others_before: Option<Bytes>,
 }
 
 impl<'a> Job<'a> {
@@ -326,6 +328,7 @@ impl<'a> Job<'a> {
             earlier,
             ended: Vec::new(),
             last_pids: Vec::new(),
+            others_before: None,
             prepared,
         })
     }
@@ -684,6 +687,7 @@ impl<'a> Job<'a> {
         if let Some(index) = self.card.index() {
             self.prepared.candidate.card.index = Some(index);
         }
+        self.others_before = self.card.used();
         let new_port = start.adjustments.contains(&Adjustment::NewPort);
         let flags = AttemptFlags {
             output_dir,
@@ -882,6 +886,7 @@ impl<'a> Job<'a> {
                     || start.adjustments.contains(&Adjustment::ExpandableSegments),
             ),
             full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
+            others_before: self.others_before,
         };
         Ok(Gone { start, exit, facts, follower, pids, ended })
     }

@@ -52,6 +52,11 @@ impl WatchedCard {
         Some(self.gpus.memory(self.uuid.as_deref()?).ok()?.free)
     }
 
+    /// Returns what all processes hold, or `None` where it cannot be read now.
+    pub fn used(&mut self) -> Option<Bytes> {
+        Some(self.gpus.memory(self.uuid.as_deref()?).ok()?.used)
+    }
+
     /// Returns what these processes hold.
     pub fn used_by(&mut self, pids: &[u32]) -> Option<Bytes> {
         self.gpus.used_by(self.uuid.as_deref()?, pids).ok().flatten()
