@@ -49,6 +49,9 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let mut points = cargo();
     points.args(["run", "--quiet", "--package", "xtask", "--", "chaos", "--failpoints"]).current_dir(&root);
     stage(&mut stages, "a kill at every durable step", &mut points)?;
+    let mut pure = Command::new("python3");
+    pure.args(["-m", "unittest", "discover", "--start-directory", "tests/gpu"]).current_dir(&root);
+    stage(&mut stages, "the GPU suite's own functions", &mut pure)?;
     if args.no_trainer {
         println!("the tests on real ms-swift are left out, as asked");
     } else {
@@ -57,6 +60,13 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
             let start = Instant::now();
             let trainer = install_trainer(&binary, line)?;
             stages.push((format!("ms-swift {line} environment"), start.elapsed().as_secs_f64()));
+            if line == LINES[0] {
+                stage(
+                    &mut stages,
+                    "GPU suite, dry: memory and probe",
+                    &mut dry_suite(&root, &binary, &trainer),
+                )?;
+            }
             let mut test = cargo();
             test.args(["test", "--package", "mhtraind", "--test", "trainer", "--", "--test-threads", "1"]);
             test.env("MHTRAIND_TEST_MS_SWIFT", line).env("MHTRAIND_TEST_TRAINER", trainer);
@@ -74,6 +84,15 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     }
     println!("{:<40} {total:>8.1}", "all");
     Ok(())
+}
+
+/// Returns the parts of the GPU suite's dry run that take no minute. The others train for five minutes, on CPU as the
+/// tests on real ms-swift do.
+fn dry_suite(root: &Path, binary: &Path, trainer: &str) -> Command {
+    let mut suite = Command::new(root.join("tests/gpu/run"));
+    suite.args(["--dry-run", "--only", "memory/,probe", "--mhtraind"]).arg(binary);
+    suite.arg("--python").arg(Path::new(trainer).join("bin/python")).current_dir(root);
+    suite
 }
 
 /// Runs one stage and notes its seconds.
