@@ -259,7 +259,7 @@ struct Job<'a> {
     ended: Vec<Attempt>,
     /// Processes of the last attempt that were seen with the card.
     last_pids: Vec<u32>,
-    /// What others held on the card when the running attempt was started; `None` for one that was taken over.
+    /// What others held on the card when the running attempt was started; of one that was taken over, when it was planned.
     others_before: Option<Bytes>,
 }
 
@@ -328,7 +328,7 @@ impl<'a> Job<'a> {
             earlier,
             ended: Vec::new(),
             last_pids: Vec::new(),
-            others_before: None,
+            others_before: Some(prepared.candidate.held_by_others),
             prepared,
         })
     }
@@ -687,7 +687,7 @@ impl<'a> Job<'a> {
         if let Some(index) = self.card.index() {
             self.prepared.candidate.card.index = Some(index);
         }
-        self.others_before = self.card.used();
+        self.others_before = self.card.used().or(self.others_before);
         let new_port = start.adjustments.contains(&Adjustment::NewPort);
         let flags = AttemptFlags {
             output_dir,
