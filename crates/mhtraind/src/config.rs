@@ -140,7 +140,11 @@ impl Config {
         }
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Config, Failure> {
+    /// Reads the text of a site's configuration over the reference.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Config, Failure> {
         let bad = |message: String| {
             Failure::bad_input("bad_config", format!("{}: {message}", path.display()))
                 .help("config/mhtraind.toml lists every setting with its default".to_owned())
