@@ -269,7 +269,7 @@ impl Telemetry {
             "preflight_skipped" => self.preflight = Some(Preflight::Skipped { why: text("why")? }),
             "step" => {
                 self.times.step = step()?;
-                self.times.steps += value["steps"].as_u64()?;
+                self.times.steps = self.times.steps.saturating_add(value["steps"].as_u64()?);
                 let seconds = value["seconds"].as_f64()?;
                 self.times.seconds += seconds;
                 self.keep_pace(value["steps"].as_u64()?, seconds);

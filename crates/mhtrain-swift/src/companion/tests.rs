@@ -192,3 +192,12 @@ fn the_time_of_a_step_is_the_median_and_leaves_the_first_line_out() {
     let text = first + &line(4, 8.0) + &line(1, 40.0) + &line(2, 6.0) + &line(4, 8.0);
     assert_eq!(telemetry(&text).median_step_seconds(), Some(2.0));
 }
+
+#[test]
+fn counts_that_no_trainer_can_have_are_no_panic() {
+    let line =
+        "{\"v\": 1, \"kind\": \"step\", \"step\": 1, \"steps\": 18446744073709551615, \"seconds\": 1e308}\n";
+    let mut telemetry = Telemetry::new();
+    telemetry.push_bytes(line.repeat(3).as_bytes());
+    assert_eq!(telemetry.times().steps, u64::MAX);
+}
