@@ -65,6 +65,43 @@ fn the_same_files_are_counted_once() {
 }
 
 #[test]
+fn a_list_that_is_cut_off_is_not_looked_at_and_the_error_is_told() {
+    let env = TestEnv::new();
+    job(&env, 1, 0);
+    let rows: Vec<Value> =
+        (0..1000).map(|id| json!({"query": "q", "response": format!("w {id} ").repeat(40)})).collect();
+    let list = json!(rows).to_string();
+    env.write("train.json", &list[..list.len() - 40]);
+    env.write("job.json", json!({"model": "./Qwen2.5-0.5B", "dataset": "train.json"}).to_string());
+    let plan = plan(&env);
+    assert_eq!(plan["data"], Value::Null, "{}", plan["data"]);
+    let notes = plan["notes"].to_string();
+    assert!(notes.contains("were not looked at: cannot read") && notes.contains("EOF"), "{notes}");
+}
+
+#[test]
+fn rows_that_are_no_text_stop_the_trainer_and_are_not_said_to_be_left_out() {
+    let env = TestEnv::new();
+    job(&env, 1, 0);
+    env.write(
+        "train.csv",
+        [&b"query,response\n"[..], &b"q,\xff\xfe\n".repeat(20), &b"q,fine\n".repeat(80)].concat(),
+    );
+    env.write("job.json", json!({"model": "./Qwen2.5-0.5B", "dataset": "train.csv"}).to_string());
+    let plan = plan(&env);
+    let data = &plan["data"];
+    assert_eq!(
+        (&data["rows"], &data["faulty"], &data["unreadable"]),
+        (&json!(80), &json!(0), &json!(20)),
+        "{data}"
+    );
+    let first = data["warnings"][0].as_str().unwrap();
+    assert!(first.starts_with("the trainer will stop at 20 rows that cannot be read"), "{first}");
+    assert!(first.contains("train.csv"), "{first}");
+    assert!(!data["warnings"].to_string().contains("leaves them out"), "{data}");
+}
+
+#[test]
 fn where_nobody_could_look_a_note_says_why() {
     let env = TestEnv::new();
     job(&env, 10, 0);

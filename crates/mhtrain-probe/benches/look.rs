@@ -46,7 +46,7 @@ fn look(c: &mut Criterion) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let files = DataFiles::open(std::slice::from_ref(&path)).unwrap();
-                let counted = count_rows(&files, &counter, Duration::from_secs(600));
+                let counted = count_rows(&files, &counter, Duration::from_secs(600)).unwrap();
                 assert_eq!(counted.profile.rows(), ROWS);
                 black_box(counted)
             });

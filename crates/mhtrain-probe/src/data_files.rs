@@ -105,8 +105,6 @@ pub struct Progress {
     pub rows: u64,
     /// Whether `rows` is counted.
     pub rows_known: bool,
-    /// The first thing that could not be read.
-    pub problem: Option<String>,
 }
 
 /// Returns the data files of a path: itself, or those in a directory and its sub-directories.
@@ -186,17 +184,21 @@ impl DataFiles {
 
     /// Hands rows to `each`, on `threads` threads, until all were handed out or `each` breaks.
     ///
-    /// `each` is given a row, or why it could not be read.
+    /// `each` is given a row, or why the trainer could not read it and would stop.
+    ///
+    /// # Errors
+    /// A file is damaged in a way that leaves nothing to count behind that place: how many rows there would have been
+    /// cannot be said.
     pub fn read(
         &self,
         threads: usize,
         each: &(dyn Fn(Result<Value, String>) -> ControlFlow<()> + Sync),
-    ) -> Progress {
+    ) -> Result<Progress, DataError> {
         let portions = self.portions();
         let order = spread(portions.len());
         let (next, rows, bytes) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let unfinished = AtomicUsize::new(portions.len());
-        let problem: Mutex<Option<String>> = Mutex::new(None);
+        let damage: Mutex<Option<DataError>> = Mutex::new(None);
         let work = || {
             while let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let portion = portions[index];
@@ -204,14 +206,14 @@ impl DataFiles {
                 let mut handed = 0;
                 let mut give = |row: Result<Value, String>| {
                     handed += 1;
-                    each(row)
+                    each(row.map_err(|what| format!("{}: {what}", file.path.display())))
                 };
                 let (read, whole) = match file.read(portion.kind, &mut give) {
                     Ok(read) => read,
                     Err(what) => {
-                        let mut problem = problem.lock().unwrap_or_else(PoisonError::into_inner);
-                        problem.get_or_insert(file.unreadable(what).to_string());
-                        (0, false)
+                        let mut damage = damage.lock().unwrap_or_else(PoisonError::into_inner);
+                        damage.get_or_insert(file.unreadable(what));
+                        break;
                     }
                 };
                 rows.fetch_add(handed, Ordering::Relaxed);
@@ -228,6 +230,9 @@ impl DataFiles {
             }
             work();
         });
+        if let Some(damage) = damage.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(damage);
+        }
         let (rows_read, bytes_read) = (rows.into_inner(), bytes.into_inner());
         let all = self.files.iter().map(|file| file.bytes).sum();
         let counted = self.rows_by_metadata();
@@ -237,8 +242,7 @@ impl DataFiles {
             None if rows_known => rows_read,
             None => estimate(rows_read, all, bytes_read),
         };
-        let problem = problem.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Progress { rows_read, bytes_read, bytes: all, rows, rows_known, problem }
+        Ok(Progress { rows_read, bytes_read, bytes: all, rows, rows_known })
     }
 
     /// Returns the number of rows where every file says it.
@@ -339,10 +343,12 @@ impl DataFile {
         if self.format == Format::Text {
             return Ok(BTreeSet::from(["text".to_owned()]));
         }
-        let mut rows = 0;
+        let (mut rows, mut problems) = (0, Vec::new());
         let mut look = |row: Result<Value, String>| {
-            if let Ok(Value::Object(row)) = row {
-                columns.extend(row.into_iter().map(|(name, _)| name));
+            match row {
+                Ok(Value::Object(row)) => columns.extend(row.into_iter().map(|(name, _)| name)),
+                Ok(_) => {}
+                Err(problem) => problems.push(problem),
             }
             rows += 1;
             if rows < COLUMN_ROWS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -354,7 +360,11 @@ impl DataFile {
             Format::Json | Format::Csv => PortionKind::Whole,
         };
         self.read(first, &mut look)?;
-        Ok(columns)
+        match problems.into_iter().next() {
+            // Objects over several lines, or none at all: some such files the trainer reads all the same.
+            Some(problem) if self.format == Format::JsonLines && columns.is_empty() => Err(problem),
+            Some(_) | None => Ok(columns),
+        }
     }
 
     fn read(&self, portion: PortionKind, give: Give<'_>) -> PortionRead {
@@ -388,15 +398,18 @@ impl DataFile {
             if read == ROW_BYTES_MAX {
                 return Err(format!("a row is longer than {} MiB", ROW_BYTES_MAX >> 20));
             }
+            let start = at;
             at += read;
-            let content = line.trim_ascii();
+            let mark: &[u8] = if start == 0 { b"\xef\xbb\xbf" } else { b"" };
+            let content = line.strip_prefix(mark).unwrap_or(&line).trim_ascii();
             if content.is_empty() {
                 continue;
             }
             let row = match self.format {
-                Format::Text => Ok(text_row(content)),
-                _ => serde_json::from_slice(content).map_err(|e| format!("a line is no JSON: {e}")),
+                Format::Text => text_row(content),
+                _ => json_row(content),
             };
+            let row = row.map_err(|what| format!("the line at byte {start} {what}"));
             if give(row).is_break() {
                 return Ok((at.saturating_sub(from), false));
             }
@@ -409,19 +422,55 @@ impl DataFile {
             csv::ReaderBuilder::new().flexible(true).from_path(&self.path).map_err(|e| e.to_string())?;
         let names = reader.headers().map_err(|e| e.to_string())?.clone();
         let mut record = csv::StringRecord::new();
+        let mut last = 0;
+        // pandas takes the cells that the first row has more than the header for an index, and then no more than those.
+        let mut cells_max = None;
         loop {
+            let start = reader.position().byte();
             let row = match reader.read_record(&mut record) {
-                Ok(false) => return Ok((self.bytes, true)),
+                Ok(false) => {
+                    return if self.ends_in_quotes(last).map_err(|e| e.to_string())? {
+                        Err("a quoted cell has no end".to_owned())
+                    } else {
+                        Ok((self.bytes, true))
+                    };
+                }
+                Ok(true) if record.len() > *cells_max.get_or_insert(names.len().max(record.len())) => {
+                    Err(format!("the row at byte {start} has {} cells, the first has fewer", record.len()))
+                }
                 Ok(true) => {
                     let cells = names.iter().zip(&record);
                     Ok(cells.map(|(name, cell)| (name.to_owned(), cell.into())).collect::<Map<_, _>>().into())
                 }
+                Err(error) if error.is_io_error() => return Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
+            last = start;
             if give(row).is_break() {
                 return Ok((reader.position().byte(), false));
             }
         }
+    }
+
+    /// Returns whether the text from `from` on ends inside of a quoted cell: the file was cut off. The parser takes the end of
+    /// the file for the end of the cell, and pandas does not.
+    fn ends_in_quotes(&self, from: u64) -> std::io::Result<bool> {
+        let mut file = File::open(&self.path)?;
+        file.seek(SeekFrom::Start(from))?;
+        let mut text = Vec::new();
+        file.take(ROW_BYTES_MAX).read_to_end(&mut text)?;
+        let (mut is_quoted, mut may_open) = (false, true);
+        for byte in text {
+            match (byte, is_quoted) {
+                // The end of the cell, or the first of two that stand for one.
+                (b'"', true) => (is_quoted, may_open) = (false, true),
+                (b'"', false) if may_open => is_quoted = true,
+                (b',' | b'\n' | b'\r', false) => may_open = true,
+                (_, false) => may_open = false,
+                (_, true) => {}
+            }
+        }
+        Ok(is_quoted)
     }
 
     fn read_list(&self, give: Give<'_>) -> PortionRead {
@@ -448,8 +497,8 @@ impl DataFile {
         let mut done = 0;
         for row in group.get_row_iter(None).map_err(text)? {
             done += 1;
-            let row = row.map(|row| row.to_json_value()).map_err(text);
-            if give(row).is_break() {
+            let row = row.map_err(text)?.to_json_value();
+            if give(Ok(row)).is_break() {
                 return Ok((bytes * done / rows.max(1), false));
             }
         }
@@ -457,9 +506,18 @@ impl DataFile {
     }
 }
 
-fn text_row(line: &[u8]) -> Value {
-    let text = String::from_utf8_lossy(line).into_owned();
-    Value::Object(Map::from_iter([("text".to_owned(), Value::String(text))]))
+fn text_row(line: &[u8]) -> Result<Value, String> {
+    let text = std::str::from_utf8(line).map_err(|e| format!("is no text: {e}"))?.to_owned();
+    Ok(Value::Object(Map::from_iter([("text".to_owned(), Value::String(text))])))
+}
+
+/// Returns a line as a row: what is no object is none for the library that ms-swift reads lines with, either.
+fn json_row(line: &[u8]) -> Result<Value, String> {
+    match serde_json::from_slice(line) {
+        Ok(row @ Value::Object(_)) => Ok(row),
+        Ok(_) => Err("is no JSON object".to_owned()),
+        Err(error) => Err(format!("is no JSON: {error}")),
+    }
 }
 
 /// Returns the first byte that is no blank, and no byte order mark.
@@ -564,7 +622,7 @@ mod tests {
         });
         let mut seen = seen.into_inner().unwrap();
         seen.sort_unstable();
-        (seen, progress)
+        (seen, progress.unwrap())
     }
 
     fn lines(rows: u64) -> String {
@@ -643,10 +701,11 @@ mod tests {
             assert_eq!(seen, (0..1000).collect::<Vec<_>>());
             assert!(progress.rows_known && progress.rows == 1000, "{progress:?}");
             let rows = Mutex::new(Vec::new());
-            files.read(1, &|row| {
+            let read = files.read(1, &|row| {
                 rows.lock().unwrap().push(row.unwrap());
                 ControlFlow::Continue(())
             });
+            assert!(read.is_ok());
             let rows = rows.into_inner().unwrap();
             let seventh = rows.iter().find(|row| row["id"] == 7).unwrap();
             let messages = serde_json::json!([
@@ -697,21 +756,78 @@ mod tests {
 
     #[test]
     fn what_is_damaged_is_named() {
-        let files: [(&str, &[u8]); 3] = [
+        let files: [(&str, &[u8]); 4] = [
+            ("d.json", b"{\n  \"id\": 1\n}\n{\n  \"id\": 2\n}\n"),
             ("a.parquet", b"no parquet"),
             ("b.json", b"[{\"id\": 1}, {\"id\""),
             ("c.jsonl", b"{\"id\": 1}\n{oops\n"),
         ];
         let directory = directory(&files);
         let open = |name: &str| DataFiles::open(&[directory.path().join(name)]);
+        assert!(open("d.json").unwrap_err().to_string().contains("line at byte 0 is no JSON"));
         assert!(open("a.parquet").unwrap_err().to_string().contains("a.parquet"));
         assert!(open("b.json").unwrap_err().to_string().contains("EOF"));
-        let errors = Mutex::new(0);
-        open("c.jsonl").unwrap().read(1, &|row| {
-            *errors.lock().unwrap() += u32::from(row.is_err());
+        let errors = unreadable(&open("c.jsonl").unwrap()).unwrap();
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(errors[0].contains("c.jsonl: the line at byte 10 is no JSON"), "{errors:?}");
+    }
+
+    /// Reads everything, and returns what is said about the rows that the trainer would stop at.
+    fn unreadable(files: &DataFiles) -> Result<Vec<String>, DataError> {
+        let errors = Mutex::new(Vec::new());
+        files.read(2, &|row| {
+            errors.lock().unwrap().extend(row.err());
             ControlFlow::Continue(())
-        });
-        assert_eq!(errors.into_inner().unwrap(), 1);
+        })?;
+        Ok(errors.into_inner().unwrap())
+    }
+
+    #[test]
+    fn a_file_that_ends_too_early_says_so_and_guesses_no_rows() {
+        let list = format!("[{}]", lines(1000).trim_end().replace('\n', ", "));
+        let cells: String = (0..1000).map(|id| format!("{id},\"some text\"\n")).collect();
+        let csv = format!("id,text\n{cells}");
+        // A list in the middle of a row; a table in the middle of a quoted cell.
+        let files: [(&str, &[u8]); 2] = [
+            ("cut.json", &list.as_bytes()[..list.len() - 40]),
+            ("cut.csv", &csv.as_bytes()[..csv.len() - 4]),
+        ];
+        let directory = directory(&files);
+        for (name, what) in [("cut.json", "EOF"), ("cut.csv", "a quoted cell has no end")] {
+            // The first rows are sound, so their columns are known.
+            let files = DataFiles::open(&[directory.path().join(name)]).unwrap();
+            let error = unreadable(&files).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_row_group_is_an_error_and_no_rows() {
+        let mut file = parquet_file(&[300, 300], Compression::SNAPPY);
+        let middle = file.len() / 2;
+        file[middle - 600..middle].fill(0xff);
+        let directory = directory(&[("a.parquet", &file)]);
+        let error =
+            DataFiles::open(&[directory.path().join("a.parquet")]).and_then(|files| unreadable(&files));
+        assert!(error.unwrap_err().to_string().contains("a.parquet"));
+    }
+
+    #[test]
+    fn rows_at_which_the_trainer_stops_are_told_from_the_others() {
+        let rows: [(&str, &[u8], usize); 5] = [
+            ("text.csv", b"id,text\n1,ok\n2,\xff\xfe\n3,ok\n4,\xff\n", 2),
+            ("more.csv", b"id,text\n1,ok\n2,ok,more\n3\n", 1),
+            ("index.csv", b"id,text\n1,ok,more\n2,ok,more\n", 0),
+            ("a.jsonl", b"\xef\xbb\xbf{\"id\": 1}\n3\n{\"id\": 2}\n[1]\n", 2),
+            ("a.txt", b"one\n\xff\xfe\ntwo\n", 1),
+        ];
+        for (name, content, expected) in rows {
+            let directory = directory(&[(name, content)]);
+            let files = DataFiles::open(&[directory.path().join(name)]).unwrap();
+            let errors = unreadable(&files).unwrap();
+            assert_eq!(errors.len(), expected, "{name}: {errors:?}");
+            assert!(errors.iter().all(|error| error.contains(name)), "{errors:?}");
+        }
     }
 
     #[test]

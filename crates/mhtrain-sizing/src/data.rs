@@ -18,6 +18,9 @@ pub struct LengthProfile {
     measured: u64,
     /// Rows that the trainer cannot encode, and leaves out; estimated where not every row was measured.
     faulty: u64,
+    /// Rows that are none, at the first of which the trainer stops; estimated as `faulty` is.
+    #[serde(default)]
+    unreadable: u64,
     /// Whether every row was measured.
     complete: bool,
     /// Whether the rows are a random part of those that were measured, or repeat some.
@@ -41,13 +44,21 @@ impl LengthProfile {
         let measured = usable + faulty;
         let complete = rows_known && measured == rows;
         let longest = counts.last().map_or(0, |(length, _)| *length);
-        let mut profile = LengthProfile { counts, longest, measured, faulty, complete, drawn: false };
+        let mut profile =
+            LengthProfile { counts, longest, measured, faulty, unreadable: 0, complete, drawn: false };
         if !complete && measured > 0 {
             let usable_of_all = share_of(rows.max(measured), usable, measured);
             profile.faulty = rows.max(measured) - usable_of_all;
             profile.counts = scaled(&profile.counts, usable_of_all);
         }
         profile
+    }
+
+    /// Returns the profile where `unreadable` of the `faulty` rows that were measured are rows at which the trainer stops.
+    #[must_use]
+    pub fn with_unreadable(self, unreadable: u64, faulty: u64) -> LengthProfile {
+        let unreadable = share_of(self.faulty, unreadable, faulty).min(self.faulty);
+        LengthProfile { unreadable, faulty: self.faulty - unreadable, ..self }
     }
 
     /// Returns the profile of several data sets together.
@@ -61,6 +72,7 @@ impl LengthProfile {
             all.longest = all.longest.max(part.longest);
             all.measured += part.measured;
             all.faulty += part.faulty;
+            all.unreadable += part.unreadable;
             all.complete &= part.complete;
             all.drawn |= part.drawn;
         }
@@ -85,6 +97,11 @@ impl LengthProfile {
     /// Returns how many rows cannot be encoded.
     pub fn faulty(&self) -> u64 {
         self.faulty
+    }
+
+    /// Returns how many rows are none, so that the trainer stops at the first of them.
+    pub fn unreadable(&self) -> u64 {
+        self.unreadable
     }
 
     /// Returns how many rows were measured.
@@ -194,6 +211,12 @@ mod tests {
         assert!(!profile.is_complete() && !profile.is_exact());
         assert_eq!((profile.rows(), profile.faulty()), (800, 200));
         assert_eq!(profile.rows_over(100), 200);
+    }
+
+    #[test]
+    fn rows_at_which_the_trainer_stops_are_a_part_of_those_that_were_not_counted() {
+        let profile = LengthProfile::from_measured(&[100, 100], 2, 1000, false).with_unreadable(1, 2);
+        assert_eq!((profile.rows(), profile.faulty(), profile.unreadable()), (500, 250, 250));
     }
 
     #[test]

@@ -62,8 +62,11 @@ pub struct DataUse {
     pub exact: bool,
     /// Rows whose tokens were counted.
     pub measured: u64,
-    /// Rows that ms-swift cannot read, and leaves out.
+    /// Rows that ms-swift's template refuses: it leaves them out.
     pub faulty: u64,
+    /// Rows that are none, no JSON or no UTF-8: the trainer stops at the first of them.
+    #[serde(default)]
+    pub unreadable: u64,
     /// Tokens of all rows.
     pub tokens: u64,
     /// Tokens of the median row.
@@ -123,6 +126,7 @@ pub fn data_use(profile: &LengthProfile, tier: &Tier, run: &RunFacts) -> DataUse
         exact: profile.is_exact(),
         measured: profile.measured(),
         faulty: profile.faulty(),
+        unreadable: profile.unreadable(),
         tokens: profile.tokens(),
         p50: profile.quantile(0.5),
         p95: profile.quantile(0.95),
@@ -214,7 +218,7 @@ fn warnings(data: &DataUse, tier: &Tier, run: &RunFacts) -> Vec<String> {
     if data.rows_trained == 0 {
         warnings.push(format!(
             "no row is left to train: all of {} are longer than {} tokens or cannot be read",
-            data.rows + data.faulty,
+            data.rows + data.faulty + data.unreadable,
             data.max_length
         ));
         return warnings;
@@ -233,7 +237,7 @@ fn warnings(data: &DataUse, tier: &Tier, run: &RunFacts) -> Vec<String> {
         ));
     }
     if data.faulty > 0 {
-        warnings.push(format!("ms-swift cannot read {exactly}{} rows, and leaves them out", data.faulty));
+        warnings.push(format!("ms-swift cannot encode {exactly}{} rows, and leaves them out", data.faulty));
     }
     let never = |every: Steps| matches!(every, Steps::Count(every) if u64::from(every) > steps);
     if never(tier.save_steps) {

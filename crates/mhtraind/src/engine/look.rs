@@ -72,7 +72,7 @@ pub struct Look {
     pub seconds: f64,
     /// Whether the answer was in the cache.
     pub cached: bool,
-    /// The first thing that could not be read.
+    /// What is wrong with the first row that the trainer would stop at.
     pub problem: Option<String>,
 }
 
@@ -111,7 +111,15 @@ impl Look {
             ));
         }
         if let Some(problem) = &self.problem {
-            data.warnings.push(format!("a part of the data could not be read: {problem}"));
+            // First: nothing else about the run matters before this is mended.
+            let about = if data.exact { "" } else { "about " };
+            data.warnings.insert(
+                0,
+                format!(
+                    "the trainer will stop at {about}{} rows that cannot be read, not leave them out: {problem}",
+                    data.unreadable
+                ),
+            );
         }
         DataReport { data, template: self.template.clone(), look_s: self.seconds, cached: self.cached }
     }
@@ -382,7 +390,7 @@ fn answer(question: &Question) -> Looked {
     for files in &files {
         let files = DataFiles::open(files).map_err(|e| e.to_string())?;
         let part = deadline.saturating_duration_since(Instant::now()) / left.max(1);
-        counted.push(count_rows(&files, &counter, part));
+        counted.push(count_rows(&files, &counter, part).map_err(|e| e.to_string())?);
         left -= 1;
     }
     let look = together(question, &counter, counted, started.elapsed());
