@@ -278,6 +278,28 @@ fn the_table_for_people_ends_in_a_block_that_can_be_pasted() {
 }
 
 #[test]
+fn what_is_assumed_about_a_described_card_is_said_and_what_would_change_the_answer_is_in_the_json() {
+    let env = TestEnv::new();
+    env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());
+    let card = ["--gpu-free", "30GiB", "--gpu-total", "80GiB"];
+    let assumed = plan(&env, "job.json", &card).expect(0).json();
+    for tool in ["flash-attn", "bitsandbytes", "liger-kernel", "compute capability"] {
+        assert!(assumed["notes"].to_string().contains(tool), "{tool}: {}", assumed["notes"]);
+    }
+    let changes = assumed["would_change"].as_array().unwrap();
+    assert!(changes[0].as_str().unwrap().contains(" free -> standard "), "{changes:?}");
+    assert!(changes.iter().any(|line| line.as_str().unwrap().contains("qlora")), "{changes:?}");
+    let told = [&card[..], &["--bitsandbytes", "no"]].concat();
+    let told = plan(&env, "job.json", &told).expect(0).json();
+    assert!(
+        !told["notes"].to_string().contains("bitsandbytes is installed was not given"),
+        "{}",
+        told["notes"]
+    );
+    assert!(!told["would_change"].to_string().contains("qlora"), "{}", told["would_change"]);
+}
+
+#[test]
 fn the_plan_for_people_shows_what_the_rung_needs_and_what_would_take_a_higher_one() {
     let env = TestEnv::new();
     env.write("job.json", json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data"}).to_string());

@@ -45,6 +45,7 @@ pub(crate) fn rung(tier: Tier, gib: u64) -> Rung {
         predicted_peak_bytes: peak,
         admission_bytes: peak.saturating_add(Bytes::from_gib(1)),
         fits: true,
+        worth_it: true,
         why: format!("needs {peak}"),
         estimate: Estimate {
             allocated_peak_bytes: peak,
@@ -52,6 +53,7 @@ pub(crate) fn rung(tier: Tier, gib: u64) -> Rung {
             low_bytes: peak,
             high_bytes: peak,
             terms: Terms { weights: Bytes::from_gib(gib.min(14)), ..Terms::default() },
+            reserve_bytes: Bytes::ZERO,
         },
         relative_time: 1.0,
         row_tokens: None,

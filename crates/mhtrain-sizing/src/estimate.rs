@@ -74,6 +74,10 @@ pub struct Estimate {
     pub high_bytes: Bytes,
     /// What the peak is made of.
     pub terms: Terms,
+    /// The part of `terms.context` that the allocator keeps beyond what it has handed out; the rest is the CUDA context. 0
+    /// in estimates that were stored before it was told apart.
+    #[serde(default)]
+    pub reserve_bytes: Bytes,
 }
 
 impl Estimate {
@@ -424,5 +428,6 @@ fn on_device(peak: &Peak, work: &Workload, model: &Model, reserve: &Reserve<'_>)
             logits,
             context: guess.saturating_sub(allocated),
         },
+        reserve_bytes: Bytes::from_f64(middle).saturating_sub(allocated),
     }
 }

@@ -35,6 +35,9 @@ pub struct Rung {
     pub admission_bytes: Bytes,
     /// Whether the rung is admitted.
     pub fits: bool,
+    /// Whether the rung is taken where it fits: a larger pass that is hardly faster is not, on any card.
+    #[serde(default = "always")]
+    pub worth_it: bool,
     /// Why it is, or is not, taken, with both numbers.
     pub why: String,
     /// The prediction in full.
@@ -46,6 +49,11 @@ pub struct Rung {
     /// Tokens of a row of a pass, its padding among them; `None` where nobody looked at the rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub row_tokens: Option<f64>,
+}
+
+/// Returns what is taken for true of plans that were stored before `worth_it` was in them.
+fn always() -> bool {
+    true
 }
 
 /// A sized job: every rung in order, and the one to start at.
@@ -73,6 +81,13 @@ impl Plan {
     /// Returns the rung that the first attempt takes.
     pub fn chosen_rung(&self) -> &Rung {
         &self.rungs[self.chosen]
+    }
+
+    /// Returns the rung that the same job takes with `free` free memory; `None` where none is admitted.
+    ///
+    /// What a rung has to fit by depends on the ladder alone, so this needs no second plan.
+    pub fn taken_at(&self, free: Bytes) -> Option<usize> {
+        self.rungs.iter().position(|rung| rung.worth_it && rung.admission_bytes <= free)
     }
 
     /// Returns what an attempt of a rung leaves behind for later predictions.
@@ -424,14 +439,19 @@ impl<'a> Sizing<'a> {
             if !is_larger && guess < candidate.needed && below.is_none_or(|below| guess < below) {
                 (candidate.basis, candidate.needed) = (Basis::NothingSafer, guess);
             }
-            let worth_it = match candidate.rule {
-                Rule::Larger { gain } => gain >= self.book.ladder.throughput_gain_min,
-                Rule::Presumed | Rule::LongerForData | Rule::Careful => true,
-            };
+            let worth_it = self.is_worth_it(candidate.rule);
             candidate.admitted = worth_it && candidate.needed <= self.request.card.free;
             if worth_it {
                 below = Some(below.map_or(candidate.needed, |below| below.min(candidate.needed)));
             }
+        }
+    }
+
+    /// Returns whether a rung is taken where it fits.
+    fn is_worth_it(&self, rule: Rule) -> bool {
+        match rule {
+            Rule::Larger { gain } => gain >= self.book.ladder.throughput_gain_min,
+            Rule::Presumed | Rule::LongerForData | Rule::Careful => true,
         }
     }
 
@@ -713,6 +733,7 @@ impl<'a> Sizing<'a> {
             predicted_peak_bytes: candidate.estimate.device_peak_bytes,
             admission_bytes: candidate.needed,
             fits: candidate.admitted,
+            worth_it: self.is_worth_it(candidate.rule),
             relative_time: candidate.relative_time,
             row_tokens: self.timing().row_tokens(&candidate.tier),
             why: self.why(candidate, index.cmp(&chosen)),
@@ -739,8 +760,9 @@ impl<'a> Sizing<'a> {
             (Ordering::Greater, false, _) if emergency => {
                 format!("in reserve, as the last resort: {numbers}")
             }
-            (_, false, Rule::Larger { gain }) if candidate.needed <= free => format!(
-                "not worth it: {} than {}; {numbers}",
+            // Whatever is free: to say "refused: needs …" would send people to look for memory that changes nothing.
+            (_, false, Rule::Larger { gain }) if !self.is_worth_it(candidate.rule) => format!(
+                "not worth it on any card: {} than {}; {numbers}",
                 faster(gain),
                 if candidate.tier.gradient_checkpointing {
                     "the next smaller micro-batch"

@@ -5,7 +5,7 @@
 mod recipe;
 
 use mhtrain_sizing::data::LengthProfile;
-use mhtrain_sizing::explain::{bar, what_would_change};
+use mhtrain_sizing::explain::{bars, what_would_change};
 use mhtrain_sizing::gpu::ComputeCapability;
 use mhtrain_sizing::ladder::TierBook;
 use mhtrain_sizing::observation::Seen;
@@ -436,14 +436,44 @@ fn a_full_card_says_what_would_take_a_higher_rung() {
 }
 
 #[test]
-fn a_bar_longer_than_what_is_free_shows_where_that_ends() {
-    let free = Bytes::from_gib(23);
+fn bars_of_neighbours_have_one_scale_and_one_line_where_the_free_memory_ends() {
+    let (free, total) = (Bytes::from_gib(35), Bytes::from_gib(80));
     let plan = planned(&request("Qwen/Qwen2.5-7B", free));
-    let text = bar(&plan.rungs[0].estimate, free, 60);
-    let (drawn, _) = text.split_once("  ").unwrap();
-    assert_eq!(drawn.chars().count(), 61, "{text}");
-    let limit = drawn.find('|').unwrap();
-    assert!(limit > 0 && limit < 10, "{text}");
+    let lines = bars(&plan, free, total);
+    assert!(lines.iter().all(|line| line.is_ascii() && line.len() <= 100), "{lines:#?}");
+    let drawn: Vec<&String> = lines.iter().filter(|line| line.contains('[')).collect();
+    assert_eq!(drawn.len(), 3, "{lines:#?}");
+    assert!(
+        drawn[1].starts_with('>') && drawn[0].starts_with(' ') && drawn[2].starts_with(' '),
+        "{lines:#?}"
+    );
+    let columns = |letter: char| drawn.iter().map(|line| line.find(letter).unwrap()).collect::<Vec<_>>();
+    for letter in ['[', '|'] {
+        assert!(columns(letter).windows(2).all(|pair| pair[0] == pair[1]), "{lines:#?}");
+    }
+    let behind: Vec<&str> = drawn.iter().map(|line| line.split_once('|').unwrap().1).collect();
+    // The rung above reaches over the line, the others leave what others hold alone.
+    assert!(
+        behind[0].starts_with('L') && behind[1].starts_with('#') && behind[2].starts_with('#'),
+        "{lines:#?}"
+    );
+    let legend = lines[3..].join("");
+    for part in ["weights", "reserve", "context", "held by others 45.00 GiB", "end of the free 35.00 GiB"] {
+        assert!(legend.contains(part), "{part}: {lines:#?}");
+    }
+}
+
+#[test]
+fn memory_for_a_rung_that_is_not_worth_it_is_not_asked_for() {
+    let mut request = request("Qwen/Qwen2.5-1.5B", Bytes::from_gib(30));
+    request.card.total = Bytes::from_gib(80);
+    request.length = Length::Tokens(1024);
+    let plan = planned(&request);
+    let lines = what_would_change(&request, &TierBook::builtin(), &History::default(), &plan);
+    assert!(lines.iter().all(|line| !line.contains("16x2")), "{lines:?}");
+    let larger = plan.rungs.iter().find(|rung| rung.tier.micro_batch == 16).unwrap();
+    assert!(!larger.worth_it && larger.why.starts_with("not worth it"), "{}", larger.why);
+    assert!(larger.why.contains("30.00 GiB are free"), "{}", larger.why);
 }
 
 #[test]
@@ -632,6 +662,59 @@ fn any_request() -> impl Strategy<Value = Request> {
             request
         },
     )
+}
+
+proptest! {
+    // Each case plans some ten times.
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// "+N free -> rung" is what the plan takes with that memory, and no refusal sends people to look for memory that would
+    /// change nothing.
+    #[test]
+    fn what_is_said_to_change_the_plan_changes_it(
+        model in prop::sample::select(vec![
+            "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-8B", "internlm/internlm2-chat-20b",
+            "openai/gpt-oss-20b", "Qwen/Qwen2.5-32B",
+        ]),
+        total in prop::sample::select(vec![16_u64, 24, 40, 48, 80, 141]),
+        share in 0.05_f64..1.0,
+        length in prop::sample::select(vec![None, Some(512_u32), Some(1024), Some(2048)]),
+        no_checkpointing in any::<bool>(),
+    ) {
+        let total = Bytes::from_gib(total);
+        let mut asked = request(model, Bytes::from_f64(share * total.as_f64()));
+        asked.card.total = total;
+        asked.allow.no_checkpointing = no_checkpointing;
+        if let Some(tokens) = length {
+            asked.length = Length::Tokens(tokens);
+        }
+        let book = TierBook::builtin();
+        if let Ok(first) = plan(&asked, &book) {
+            let at = |free: Bytes| {
+                let mut richer = asked.clone();
+                (richer.card.free, richer.card.total) = (free, total.max(free));
+                planned(&richer)
+            };
+            let idle = at(Bytes::from_gib(100_000));
+            for line in what_would_change(&asked, &book, &History::default(), &first) {
+                let Some((more, rung)) = line.strip_prefix('+').and_then(|line| line.split_once(" free -> ")) else {
+                    continue;
+                };
+                let more: Bytes = more.replace(' ', "").parse().unwrap();
+                let richer = at(asked.card.free.saturating_add(more));
+                prop_assert_eq!(richer.chosen_rung().tier.to_string(), rung, "{}", line);
+                prop_assert!(richer.chosen_rung().fits, "{}", line);
+            }
+            for (index, rung) in first.rungs.iter().enumerate() {
+                prop_assert!(rung.why.contains(&rung.admission_bytes.to_string()), "{}", rung.why);
+                prop_assert!(rung.why.contains(&format!("{} are free", asked.card.free)), "{}", rung.why);
+                if rung.why.starts_with("refused: ") {
+                    prop_assert!(at(rung.admission_bytes).chosen <= index, "{}", rung.why);
+                }
+                prop_assert!(!rung.why.starts_with("not worth it") || idle.chosen != index, "{}", rung.why);
+            }
+        }
+    }
 }
 
 proptest! {

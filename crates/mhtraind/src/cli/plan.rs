@@ -7,11 +7,12 @@ use clap::{Args, ValueEnum};
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_probe::probe::{ProbeQuery, probe};
 use mhtrain_probe::trainer_environment::TrainerQuery;
-use mhtrain_sizing::explain::bar;
+use mhtrain_sizing::explain::bars;
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::plan::Rung;
 use mhtrain_sizing::request::TrainerFeatures;
 use mhtrain_sizing::units::{Bytes, card_memory};
+use mhtrain_sizing::workload::TrainType;
 use mhtrain_swift::command::{
     AttemptFlags, Invocation, TRAINER_COMMAND, TrainerStart, exact_command, shell_block, user_command,
 };
@@ -70,6 +71,9 @@ pub struct PlanArgs {
     /// Whether liger-kernel is installed [default: as found; no for a described card]
     #[arg(long, value_name = "yes|no")]
     liger: Option<YesNo>,
+    /// Whether bitsandbytes is installed [default: as found; yes for a described card]
+    #[arg(long, value_name = "yes|no")]
+    bitsandbytes: Option<YesNo>,
 }
 
 /// An answer on the command line.
@@ -138,6 +142,17 @@ impl PlanArgs {
             },
             |answer| answer == YesNo::Yes,
         );
+        if self.bitsandbytes.is_none() && spec.train_type != TrainType::Full {
+            notes.push(
+                "whether bitsandbytes is installed was not given: yes is assumed (--bitsandbytes no)"
+                    .to_owned(),
+            );
+        }
+        if self.liger.is_none() {
+            notes.push(
+                "whether liger-kernel is installed was not given: no is assumed (--liger yes)".to_owned(),
+            );
+        }
         let version = self.ms_swift.clone();
         let (dialect, warnings) = Dialect::for_versions(version.as_deref(), None);
         notes.extend(warnings);
@@ -162,7 +177,7 @@ impl PlanArgs {
             features: TrainerFeatures {
                 flash_attn,
                 liger: self.liger == Some(YesNo::Yes),
-                bitsandbytes: true,
+                bitsandbytes: self.bitsandbytes != Some(YesNo::No),
             },
             dialect,
             cores: cores(),
@@ -189,6 +204,9 @@ impl PlanArgs {
         }
         if let Some(answer) = self.liger {
             host.features.liger = answer == YesNo::Yes;
+        }
+        if let Some(answer) = self.bitsandbytes {
+            host.features.bitsandbytes = answer == YesNo::Yes;
         }
         Ok(host)
     }
@@ -231,6 +249,7 @@ fn plan_json(prepared: &Prepared, invocation: &Invocation) -> Value {
         "chosen_index": plan.chosen,
         "rungs": rungs,
         "effective_batch": plan.effective_batch,
+        "would_change": prepared.would_change,
         "data": prepared.data,
         "eta": eta_json(prepared),
         "device": {
@@ -257,7 +276,9 @@ fn rung_json(rung: &Rung) -> Value {
         "high_bytes": rung.estimate.high_bytes,
         "admission_bytes": rung.admission_bytes,
         "terms": rung.estimate.terms,
+        "reserve_bytes": rung.estimate.reserve_bytes,
         "fits": rung.fits,
+        "worth_it": rung.worth_it,
         "relative_time": rung.relative_time,
         "why": rung.why,
     })
@@ -277,11 +298,8 @@ fn all_notes(prepared: &Prepared, invocation: &Invocation) -> Vec<String> {
         .collect()
 }
 
-/// Letters of the bar that shows what a rung needs.
-const BAR_WIDTH: u32 = 60;
-
-/// Returns the plan for people: card, rungs with their reasons, the bar of the one that is taken, what would change it, notes, and
-/// the command as a block that can be pasted.
+/// Returns the plan for people: card, rungs with their reasons, bars of the one that is taken and its neighbours, what would
+/// change the answer, notes, and the command as a block that can be pasted.
 pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
     let mut lines = vec![card_line(&prepared.candidate)];
     lines.extend(prepared.data.iter().flat_map(DataReport::lines));
@@ -294,13 +312,16 @@ pub fn plan_text(prepared: &Prepared, invocation: &Invocation) -> String {
         let mark = if index == prepared.plan.chosen { '>' } else { ' ' };
         lines.push(format!("{mark} {tier:<width$} {:>11}  {}", rung.predicted_peak_bytes, rung.why));
     }
-    let taken = prepared.plan.chosen_rung();
+    let card = &prepared.candidate.card;
     lines.push(String::new());
-    lines.push(format!("what {} needs, and where the free memory ends (|):", taken.tier));
-    lines.push(format!("  {}", bar(&taken.estimate, prepared.candidate.card.free, BAR_WIDTH)));
+    lines.push(format!(
+        "the rung that is taken (>) and its neighbours on the card of {}; amounts are of the one that is taken:",
+        card.total.max(card.free)
+    ));
+    lines.extend(bars(&prepared.plan, card.free, card.total));
     if !prepared.would_change.is_empty() {
         lines.push(String::new());
-        lines.push("what would take a higher rung:".to_owned());
+        lines.push("what would change the answer:".to_owned());
         lines.extend(prepared.would_change.iter().map(|line| format!("  {line}")));
     }
     let warnings = prepared.data.iter().flat_map(|report| &report.data.warnings);

@@ -246,7 +246,10 @@ pub fn probed_host(spec: &JobSpec, report: &ProbeReport, ours: &[u32]) -> Result
     };
     let features = report.trainer.environment().map_or_else(
         || {
-            notes.push("no trainer environment was found; flash-attn is taken for installed".to_owned());
+            notes.push(
+                "no trainer environment was found; flash-attn and bitsandbytes are taken for installed"
+                    .to_owned(),
+            );
             TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true }
         },
         |environment| environment.features(),
