@@ -404,7 +404,7 @@ impl<'a> Lists<'a> {
                 rows,
                 masked: true,
                 sinks: self.shape.attention_sinks,
-                capped: self.shape.block == BlockKind::Gemma && self.shape.model_type == "gemma2",
+                capped: self.shape.soft_capped_scores,
                 lifts: !self.shape.attention_sinks,
                 contiguous_query: self.rotation() == Rotation::Halves,
             };

@@ -5,6 +5,7 @@ mod quantised;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::block::float;
 use crate::catalogue::{Catalogue, Entry};
 use crate::units::Bytes;
 use crate::workload::{AttnImpl, Targets};
@@ -231,10 +232,14 @@ pub struct ModelShape {
     pub norms_per_block: u64,
     /// The MLP has a gate (three matrices) or not (two).
     pub gated_mlp: bool,
+    /// The matrices of the MLP have biases.
+    pub mlp_bias: bool,
     /// Which list of allocations a block follows.
     pub block: BlockKind,
     /// Logits are squeezed through tanh before the loss (Gemma 2).
     pub soft_capped_logits: bool,
+    /// Attention scores are, too, where they are computed by plain products (Gemma 2).
+    pub soft_capped_scores: bool,
     /// Each head has a learned sink (gpt-oss).
     pub attention_sinks: bool,
     /// Mixture of experts; `None` for a dense model.
@@ -283,8 +288,8 @@ pub struct Experts {
     pub intermediate: u64,
     /// Width of the experts that every token visits, all together; 0 when there are none.
     pub shared_intermediate: u64,
-    /// Blocks that are dense all the same (they use the dense width).
-    pub dense_layers: u64,
+    /// Indices of the blocks that are dense all the same (they use the dense width), smallest first.
+    pub dense_layers: Vec<u64>,
     /// Experts carry biases (gpt-oss).
     pub biases: bool,
     /// The weights of a token's experts are made to sum to one.
@@ -358,12 +363,8 @@ impl Fields<'_> {
                 None | Some(Value::Null) => continue,
                 Some(value) => {
                     let number = value.as_u64().filter(|n| (1..=max).contains(n));
-                    let unusable = || ShapeError::Unusable {
-                        key: (*key).to_owned(),
-                        found: brief(value),
-                        expected: format!("a whole number from 1 to {max}"),
-                    };
-                    return number.map(Some).ok_or_else(unusable);
+                    let expected = || format!("a whole number from 1 to {max}");
+                    return number.map(Some).ok_or_else(|| unusable(key, value, expected()));
                 }
             }
         }
@@ -374,23 +375,66 @@ impl Fields<'_> {
         self.number(keys, max)?.ok_or(ShapeError::Missing { key: keys[0] })
     }
 
+    /// Returns a count that may be zero.
+    fn count(&self, key: &'static str, max: u64) -> Result<Option<u64>, ShapeError> {
+        match self.object.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_u64().filter(|n| *n <= max) {
+                Some(count) => Ok(Some(count)),
+                None => Err(unusable(key, value, format!("a whole number from 0 to {max}"))),
+            },
+        }
+    }
+
+    /// Returns a list of indices of layers, each once and in order.
+    fn layer_list(&self, key: &'static str, layers: u64) -> Result<Vec<u64>, ShapeError> {
+        let Some(value) = self.object.get(key).filter(|value| !value.is_null()) else {
+            return Ok(Vec::new());
+        };
+        let expected = || format!("a list of layers from 0 to {}", layers - 1);
+        let list = value.as_array().ok_or_else(|| unusable(key, value, expected()))?;
+        let index = |item: &Value| {
+            let index = item.as_u64().filter(|index| *index < layers);
+            index.ok_or_else(|| unusable(key, item, expected()))
+        };
+        let mut indices = list.iter().map(index).collect::<Result<Vec<_>, _>>()?;
+        indices.sort_unstable();
+        indices.dedup();
+        Ok(indices)
+    }
+
+    /// Returns the positive number under a key; `None` when it is absent, and `Some(None)` when it is null.
+    #[expect(clippy::option_option, reason = "null switches off what a class has without the key")]
+    fn positive(&self, key: &'static str) -> Result<Option<Option<f64>>, ShapeError> {
+        match self.object.get(key) {
+            None => Ok(None),
+            Some(Value::Null) => Ok(Some(None)),
+            Some(value) => match value.as_f64().filter(|number| *number > 0.0) {
+                Some(number) => Ok(Some(Some(number))),
+                None => Err(unusable(key, value, "a number above 0, or null".to_owned())),
+            },
+        }
+    }
+
     fn flag(&self, key: &'static str) -> Result<Option<bool>, ShapeError> {
         match self.object.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Bool(flag)) => Ok(Some(*flag)),
-            Some(value) => Err(ShapeError::Unusable {
-                key: key.to_owned(),
-                found: brief(value),
-                expected: "true or false".to_owned(),
-            }),
+            Some(value) => Err(unusable(key, value, "true or false".to_owned())),
         }
     }
 }
 
+fn unusable(key: &str, value: &Value, expected: String) -> ShapeError {
+    ShapeError::Unusable { key: key.to_owned(), found: brief(value), expected }
+}
+
+/// Keys under which a multimodal model has its language model.
+const INNER: [&str; 4] = ["text_config", "llm_config", "language_config", "thinker_config"];
+
 /// Returns the objects of a config.json from the outermost to the one that describes the language model: multimodal
 /// models have it inside, some of them (Omni) two levels deep. Empty when the value is no object.
 fn levels(config: &Value) -> Vec<&serde_json::Map<String, Value>> {
-    const INNER: [&str; 4] = ["text_config", "llm_config", "language_config", "thinker_config"];
     let mut levels: Vec<_> = config.as_object().into_iter().collect();
     while let Some(level) = levels.last().filter(|level| !level.contains_key("hidden_size")) {
         match INNER.iter().find_map(|key| level.get(*key).and_then(Value::as_object)) {
@@ -433,6 +477,13 @@ impl ModelShape {
         let Some(object) = levels.last().copied() else {
             return Err(ShapeError::NotAnObject { found: brief(config) });
         };
+        if !object.contains_key("hidden_size") {
+            for (key, value) in INNER.iter().filter_map(|key| object.get(*key).map(|value| (key, value))) {
+                if !value.is_null() {
+                    return Err(unusable(key, value, "an object".to_owned()));
+                }
+            }
+        }
         // A level that says nothing has what the one around it says.
         let stated =
             |key: &str| levels.iter().rev().find_map(|level| level.get(key).filter(|v| !v.is_null()));
@@ -493,8 +544,7 @@ impl ModelShape {
         }
         let mut total = linears + layers * per_layer + hidden + u128::from(self.vocab_parameters());
         if let Some(experts) = &self.experts {
-            let sparse = layers.saturating_sub(u128::from(experts.dense_layers));
-            total += sparse * experts.parameters(hidden);
+            total += u128::from(self.sparse_layers(experts)) * experts.parameters(hidden);
         }
         u64::try_from(total).unwrap_or(u64::MAX)
     }
@@ -509,10 +559,15 @@ impl ModelShape {
         u64::try_from(total).unwrap_or(u64::MAX)
     }
 
+    /// Returns how many blocks have experts.
+    fn sparse_layers(&self, experts: &Experts) -> u64 {
+        self.layers.saturating_sub(u64::try_from(experts.dense_layers.len()).unwrap_or(u64::MAX))
+    }
+
     /// Returns the parameters of the matrices of all experts; 0 for a dense model.
     pub(crate) fn expert_weights(&self) -> u64 {
         let Some(experts) = &self.experts else { return 0 };
-        let sparse = self.layers.saturating_sub(experts.dense_layers);
+        let sparse = self.sparse_layers(experts);
         let each = self.hidden.saturating_mul(experts.intermediate).saturating_mul(3);
         each.saturating_mul(experts.count).saturating_mul(sparse)
     }
@@ -536,7 +591,6 @@ impl ModelShape {
 
     /// Returns the parameters that are no linear modules of the blocks: elements of one, and how many there are.
     pub(crate) fn other_parameters(&self) -> impl Iterator<Item = (f64, f64)> {
-        let float = crate::block::float;
         let (h, layers) = (float(self.hidden), float(self.layers));
         let tables = if self.tied_embeddings { 1.0 } else { 2.0 };
         let head_norms = if self.qk_norm { 2.0 * layers } else { 0.0 };
@@ -548,7 +602,7 @@ impl ModelShape {
             (float(self.heads), sinks),
         ];
         if let Some(experts) = &self.experts {
-            let sparse = float(self.layers.saturating_sub(experts.dense_layers));
+            let sparse = float(self.sparse_layers(experts));
             let (count, width) = (float(experts.count), float(experts.intermediate));
             all.extend([(count * 2.0 * width * h, sparse), (count * width * h, sparse), (count * h, sparse)]);
             if experts.biases {
@@ -565,7 +619,7 @@ impl ModelShape {
     pub(crate) fn rotary_buffers(&self) -> impl Iterator<Item = (f64, f64)> {
         let partial = if self.block == BlockKind::Glm { 0.5 } else { 1.0 };
         let kinds = if self.model_type.starts_with("gemma3") { 2.0 } else { 1.0 };
-        [(crate::block::float(self.head_dim) * partial / 2.0, 2.0 * kinds)].into_iter()
+        [(float(self.head_dim) * partial / 2.0, 2.0 * kinds)].into_iter()
     }
 
     /// Returns the linear modules of the blocks. Fused experts and routers are none.
@@ -603,12 +657,9 @@ impl ModelShape {
             Some(experts) => {
                 // An adapter on "all linears" of a mixture meets attention only, as in the memory harness: with
                 // transformers 5 the experts are fused tensors. A shared expert is adapted by name.
-                all.extend(self.mlp(
-                    experts.shared_intermediate,
-                    self.layers.saturating_sub(experts.dense_layers),
-                    false,
-                ));
-                all.extend(self.mlp(self.intermediate, experts.dense_layers, false));
+                let sparse = self.sparse_layers(experts);
+                all.extend(self.mlp(experts.shared_intermediate, sparse, false));
+                all.extend(self.mlp(self.intermediate, self.layers.saturating_sub(sparse), false));
             }
         }
         all
@@ -625,7 +676,7 @@ impl ModelShape {
             part,
             input,
             output,
-            bias: !self.gated_mlp,
+            bias: self.mlp_bias,
             layers,
             adapted_by_all,
         };
@@ -785,7 +836,8 @@ impl Traits {
         };
         let moe = Traits { mixture: true, ..llama };
         match model_type {
-            "llama" | "mistral" | "yi" | "ministral" | "ministral3" | "smollm3" => llama,
+            "llama" | "mistral" | "yi" | "ministral" | "ministral3" => llama,
+            "smollm3" => Traits { tied: true, ..llama },
             "internlm" => Traits { bias: AttentionBias::All, ..llama },
             "internlm2" | "baichuan" => Traits { fused_qkv: true, ..llama },
             "qwen2" => Traits { bias: AttentionBias::Qkv, ..llama },
@@ -915,10 +967,16 @@ fn read_shape(
             _ => traits.bias,
         },
     };
-    let capped = match fields.object.get("final_logit_softcapping") {
-        Some(Value::Number(_)) => true,
-        Some(_) => false,
-        None => model_type == "gemma2",
+    // Gemma 2 caps both unless its config says null; Gemma 3 has the keys, and caps the logits alone when told to.
+    let capped =
+        |key| fields.positive(key).map(|stated| stated.map_or(model_type == "gemma2", |cap| cap.is_some()));
+    let capped_logits = capped("final_logit_softcapping")?;
+    let capped_scores = capped("attn_logit_softcapping")?;
+    let gated_mlp =
+        !matches!(model_type.as_str(), "arcee" | "nemotron" | "starcoder2" | "phi" | "gpt_neox" | "falcon");
+    let mlp_bias = match fields.flag("mlp_bias")? {
+        Some(flag) if !traits.known || matches!(model_type.as_str(), "llama" | "smollm3") => flag,
+        Some(_) | None => !gated_mlp,
     };
     let window = read_window(fields, &model_type)?;
     Ok(ModelShape {
@@ -935,12 +993,11 @@ fn read_shape(
         fused_gate_up: traits.fused_gate_up,
         attention_bias: bias,
         norms_per_block: traits.norms,
-        gated_mlp: !matches!(
-            model_type.as_str(),
-            "arcee" | "nemotron" | "starcoder2" | "phi" | "gpt_neox" | "falcon"
-        ),
+        gated_mlp,
+        mlp_bias,
         block: traits.block,
-        soft_capped_logits: traits.block == BlockKind::Gemma && capped,
+        soft_capped_logits: traits.block == BlockKind::Gemma && capped_logits,
+        soft_capped_scores: model_type == "gemma2" && capped_scores,
         attention_sinks: traits.block == BlockKind::GptOss,
         experts,
         window: window.map(|(window, _)| window),
@@ -991,22 +1048,28 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
     let count = fields.needed(&COUNT, EXPERTS_MAX)?;
-    let top_k = fields.needed(&TOP_K, EXPERTS_MAX)?;
+    // More than there are would end the trainer.
+    let top_k = fields.needed(&TOP_K, count)?;
     let intermediate = fields.needed(&["moe_intermediate_size", "intermediate_size"], WIDTH_MAX)?;
-    let shared = match fields.number(&["shared_expert_intermediate_size"], WIDTH_MAX)? {
+    let shared_experts = fields.count("n_shared_experts", EXPERTS_MAX)?.filter(|_| !traits.known);
+    let shared = match fields.count("shared_expert_intermediate_size", WIDTH_MAX)? {
         Some(width) => width,
-        None if traits.known => 0,
-        None => fields.number(&["n_shared_experts"], EXPERTS_MAX)?.unwrap_or(0).saturating_mul(intermediate),
+        None => shared_experts.unwrap_or(0).saturating_mul(intermediate),
     };
-    let listed = fields.object.get("mlp_only_layers").and_then(Value::as_array).map_or(0, Vec::len);
-    let leading = fields.object.get("first_k_dense_replace").and_then(Value::as_u64).unwrap_or(0);
-    let listed = u64::try_from(listed).unwrap_or(u64::MAX);
+    // `*MoeDecoderLayer.__init__` of Qwen: experts where (i + 1) % decoder_sparse_step is 0 and i is not listed.
+    // DeepSeek and GLM: from the layer first_k_dense_replace on.
+    let listed = fields.layer_list("mlp_only_layers", layers)?;
+    let leading = fields.count("first_k_dense_replace", layers)?.unwrap_or(0);
+    let step = fields.number(&["decoder_sparse_step"], LAYERS_MAX)?.unwrap_or(1);
+    let is_dense = |index: &u64| {
+        *index < leading || !(index + 1).is_multiple_of(step) || listed.binary_search(index).is_ok()
+    };
     Ok(Some(Experts {
         count,
-        top_k: top_k.min(count),
+        top_k,
         intermediate,
         shared_intermediate: shared,
-        dense_layers: listed.saturating_add(leading).min(layers),
+        dense_layers: (0..layers).filter(is_dense).collect(),
         biases: gpt_oss,
         normalises: match fields.flag("norm_topk_prob")? {
             Some(flag) => flag,
@@ -1080,27 +1143,150 @@ mod tests {
         assert!(model.notes[0].contains("novel"), "{:?}", model.notes);
     }
 
+    /// A config of that type with everything that a shape needs.
+    fn whole(model_type: &str) -> Value {
+        json!({"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 1000, "num_experts": 8,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32})
+    }
+
     #[test]
     fn unusable_keys_are_errors_that_name_them() {
-        let good = json!({"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 1000});
-        for key in
-            ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"]
-        {
-            for bad in
-                [json!(0), json!(-1), json!(1u64 << 63), json!("64"), json!(1.5), json!([64]), json!({})]
-            {
-                let mut config = good.clone();
-                config[key] = bad.clone();
+        let count = [json!(0), json!(-1), json!(1u64 << 63), json!("64"), json!(1.5), json!([64]), json!({})];
+        let from_zero = [json!(-3), json!(1u64 << 63), json!("3"), json!(1.5), json!([1]), json!(true)];
+        let flag = [json!(0), json!("true"), json!([true]), json!({})];
+        let cap = [json!(0), json!(-30.0), json!("30"), json!(true), json!([30.0])];
+        let list =
+            [json!("abc"), json!(3), json!([-1]), json!(["x"]), json!([9999]), json!([1, 2.5]), json!({})];
+        let inner = [json!("abc"), json!([]), json!(3)];
+        let cases: [(&str, &[&str], &[Value]); 15] = [
+            (
+                "qwen2",
+                &[
+                    "hidden_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "num_key_value_heads",
+                    "head_dim",
+                ],
+                &count,
+            ),
+            ("qwen2", &["vocab_size", "intermediate_size"], &count),
+            (
+                "chatglm",
+                &["multi_query_group_num", "kv_channels", "padded_vocab_size", "ffn_hidden_size"],
+                &count,
+            ),
+            ("chatglm", &["num_layers", "n_head", "n_embd"], &count),
+            ("chatglm", &["multi_query_attention", "add_qkv_bias"], &flag),
+            ("internlm2", &["bias", "attention_bias", "tie_word_embeddings", "mlp_bias"], &flag),
+            ("qwen3_moe", &["num_experts", "num_experts_per_tok", "moe_intermediate_size"], &count),
+            ("qwen3_moe", &["decoder_sparse_step"], &count),
+            ("qwen3_moe", &["shared_expert_intermediate_size", "first_k_dense_replace"], &from_zero),
+            ("novel", &["n_shared_experts"], &from_zero),
+            ("qwen3_moe", &["norm_topk_prob"], &flag),
+            ("qwen3_moe", &["mlp_only_layers"], &list),
+            ("gemma2", &["final_logit_softcapping", "attn_logit_softcapping"], &cap),
+            ("mistral", &["sliding_window", "sliding_window_pattern"], &count),
+            ("mistral", &["use_sliding_window"], &flag),
+        ];
+        for (model_type, keys, values) in cases {
+            for (key, bad) in keys.iter().flat_map(|key| values.iter().map(move |bad| (key, bad))) {
+                let mut config = whole(model_type);
+                for other in [
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "hidden_size",
+                    "vocab_size",
+                    "intermediate_size",
+                ] {
+                    // Of several names for one thing the first is read.
+                    if model_type == "chatglm" && other != "num_hidden_layers" || *key == "num_layers" {
+                        config.as_object_mut().unwrap().remove(other);
+                    }
+                }
+                for (name, value) in [
+                    ("num_layers", 4),
+                    ("n_head", 4),
+                    ("n_embd", 64),
+                    ("padded_vocab_size", 1000),
+                    ("ffn_hidden_size", 128),
+                    ("multi_query_group_num", 2),
+                ] {
+                    config[name] = json!(value);
+                }
+                ModelShape::from_config(&config).unwrap();
+                config[*key] = bad.clone();
                 let error = ModelShape::from_config(&config).unwrap_err();
-                assert!(error.to_string().contains(key), "{key} {bad}: {error}");
+                assert!(error.to_string().contains(&format!("`{key}`")), "{key} {bad}: {error}");
             }
         }
+        for (key, bad) in INNER.iter().flat_map(|key| inner.iter().map(move |bad| (key, bad))) {
+            let error = ModelShape::from_config(&json!({"model_type": "x", *key: bad})).unwrap_err();
+            assert!(error.to_string().contains(&format!("`{key}`")), "{key} {bad}: {error}");
+        }
+        let more = json!({"num_experts_per_tok": 9});
+        let mut config = whole("qwen3_moe");
+        config["num_experts_per_tok"] = more["num_experts_per_tok"].clone();
+        let error = ModelShape::from_config(&config).unwrap_err().to_string();
+        assert!(error.contains("`num_experts_per_tok` is 9") && error.contains("from 1 to 8"), "{error}");
         let error = ModelShape::from_config(&json!({"hidden_size": 64})).unwrap_err();
         assert_eq!(error, ShapeError::Missing { key: "num_hidden_layers" });
         for config in [json!(null), json!(3), json!("x"), json!([]), json!(true)] {
             assert!(matches!(ModelShape::from_config(&config), Err(ShapeError::NotAnObject { .. })));
         }
+    }
+
+    /// Parameters of the real models with that config, on transformers 5.19.
+    #[test]
+    fn which_blocks_of_a_mixture_are_dense_is_read() {
+        let dense = |extra: Value| {
+            let mut config = whole("qwen3_moe");
+            for (key, value) in extra.as_object().unwrap() {
+                config[key] = value.clone();
+            }
+            shape(config).experts.unwrap().dense_layers
+        };
+        assert_eq!(dense(json!({})), Vec::<u64>::new());
+        assert_eq!(dense(json!({"decoder_sparse_step": 2})), [0, 2]);
+        assert_eq!(dense(json!({"decoder_sparse_step": 2, "mlp_only_layers": [3, 3, 0]})), [0, 2, 3]);
+        assert_eq!(dense(json!({"decoder_sparse_step": 9})), [0, 1, 2, 3]);
+        assert_eq!(dense(json!({"mlp_only_layers": null, "first_k_dense_replace": 1})), [0]);
+        let mut half = whole("qwen3_moe");
+        half["decoder_sparse_step"] = json!(2);
+        let (all, half) = (shape(whole("qwen3_moe")), shape(half));
+        let expert_block = 8 * (3 * 64 * 32 + 64);
+        assert_eq!(all.parameters() - half.parameters(), 2 * (expert_block - 3 * 64 * 128));
+    }
+
+    #[test]
+    fn smollm_ties_its_tables_and_llama_can_have_biases_in_its_mlp() {
+        assert!(shape(whole("smollm3")).tied_embeddings);
+        for kind in ["llama", "smollm3", "novel"] {
+            let mut config = whole(kind);
+            if kind == "novel" {
+                config.as_object_mut().unwrap().remove("num_experts");
+            }
+            let without = shape(config.clone()).parameters();
+            config["mlp_bias"] = json!(true);
+            assert_eq!(shape(config).parameters() - without, 4 * (128 + 128 + 64), "{kind}");
+        }
+        let mut config = whole("mistral");
+        config["mlp_bias"] = json!(true);
+        assert_eq!(shape(config).parameters(), shape(whole("mistral")).parameters());
+    }
+
+    #[test]
+    fn soft_caps_that_are_null_are_off() {
+        let capped = |key: &str, value: Value| {
+            let mut config = whole("gemma2");
+            config[key] = value;
+            let shape = shape(config);
+            (shape.soft_capped_logits, shape.soft_capped_scores)
+        };
+        assert_eq!(capped("model_type", json!("gemma2")), (true, true));
+        assert_eq!(capped("attn_logit_softcapping", json!(null)), (true, false));
+        assert_eq!(capped("final_logit_softcapping", json!(null)), (false, true));
     }
 
     #[test]
@@ -1183,6 +1369,12 @@ mod tests {
             "tie_word_embeddings",
             "attention_bias",
             "mlp_only_layers",
+            "decoder_sparse_step",
+            "first_k_dense_replace",
+            "final_logit_softcapping",
+            "attn_logit_softcapping",
+            "mlp_bias",
+            "vision_config",
         ]);
         leaf.prop_recursive(2, 40, 16, move |inner| {
             prop_oneof![

@@ -110,10 +110,12 @@ struct Pass<'a> {
 
 /// The order of a model's layers: `sliding` and `dense` of each.
 fn layers(shape: &ModelShape) -> impl DoubleEndedIterator<Item = Layer> + '_ {
-    let dense = shape.experts.as_ref().map_or(0, |experts| experts.dense_layers);
+    let dense = |index| {
+        shape.experts.as_ref().is_none_or(|experts| experts.dense_layers.binary_search(&index).is_ok())
+    };
     (0..shape.layers).map(move |index| Layer {
         sliding: shape.window.is_some() && (shape.full_every == 0 || (index + 1) % shape.full_every != 0),
-        dense: shape.experts.is_none() || index < dense,
+        dense: dense(index),
     })
 }
 

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use recipe::any_workload;
 use serde_json::{Map, Value, json};
 
-const KEYS: [&str; 30] = [
+const KEYS: [&str; 38] = [
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -39,10 +39,18 @@ const KEYS: [&str; 30] = [
     "padded_vocab_size",
     "num_layers",
     "add_qkv_bias",
+    "bias",
+    "mlp_bias",
+    "attn_logit_softcapping",
+    "decoder_sparse_step",
+    "n_shared_experts",
+    "quantization_config",
+    "vision_config",
+    "model_type",
     "text_config",
 ];
 
-const TYPES: [&str; 18] = [
+const TYPES: [&str; 19] = [
     "llama",
     "mistral",
     "qwen",
@@ -60,6 +68,7 @@ const TYPES: [&str; 18] = [
     "qwen2_moe",
     "mixtral",
     "gpt_oss",
+    "smollm3",
     "novel",
 ];
 

@@ -3,7 +3,10 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Fields, ShapeError, brief, levels};
+use super::{Fields, ShapeError, levels, unusable};
+
+/// Largest group that is read: a whole column of the widest matrix.
+const GROUP_MAX: u64 = 1 << 24;
 
 /// Weights that are stored in fewer bits than a training takes them in.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -27,14 +30,14 @@ impl Quantised {
             None | Some(Value::Null) => return Ok(None),
             Some(Value::Object(stated)) => Fields { object: stated },
             Some(other) => {
-                return Err(ShapeError::Unusable {
-                    key: "quantization_config".to_owned(),
-                    found: brief(other),
-                    expected: "an object".to_owned(),
-                });
+                return Err(unusable("quantization_config", other, "an object".to_owned()));
             }
         };
-        let method = stated.object.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+        let method = match stated.object.get("quant_method") {
+            None | Some(Value::Null) => "unknown",
+            Some(Value::String(method)) => method,
+            Some(other) => return Err(unusable("quant_method", other, "a text".to_owned())),
+        };
         let method: String = method.to_ascii_lowercase().chars().take(40).collect();
         let is_set = |key| stated.flag(key).map(|flag| flag == Some(true));
         let bits = match method.as_str() {
@@ -45,7 +48,10 @@ impl Quantised {
         };
         let group = match method.as_str() {
             // -1 is one scale for a whole column.
-            "gptq" | "awq" => stated.object.get("group_size").map_or(Some(128), Value::as_u64),
+            "gptq" | "awq" => match stated.object.get("group_size") {
+                Some(Value::Number(size)) if size.as_i64() == Some(-1) => None,
+                None | Some(_) => Some(stated.number(&["group_size"], GROUP_MAX)?.unwrap_or(128)),
+            },
             _ => None,
         };
         let small = |n: u64| u32::try_from(n).ok().filter(|n| *n > 0);
@@ -124,6 +130,19 @@ mod tests {
             assert_eq!(of(quantization.clone()), Ok(Some((bits, group))), "{quantization}");
         }
         assert_eq!(of(json!(null)), Ok(None));
+        for (key, bad) in [
+            ("quant_method", json!(4)),
+            ("bits", json!("4")),
+            ("bits", json!(64)),
+            ("group_size", json!("128")),
+            ("group_size", json!(-2)),
+            ("group_size", json!(0)),
+        ] {
+            let mut quantization = json!({"quant_method": "gptq", "bits": 4, "group_size": 128});
+            quantization[key] = bad.clone();
+            let error = of(quantization).unwrap_err();
+            assert!(error.help().unwrap().contains(&format!("`{key}`")), "{key} {bad}: {error}");
+        }
         assert!(of(json!("gptq")).unwrap_err().to_string().contains("its config.json"));
         for (name, bits) in [
             ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", Some(4)),
