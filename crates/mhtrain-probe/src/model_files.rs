@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
+use mhtrain_sizing::model::WeightFiles;
 use mhtrain_sizing::units::Bytes;
 use serde::Serialize;
 use serde_json::Value;
@@ -97,6 +98,29 @@ pub struct ModelFiles {
     pub config: Value,
     /// The weights; `None` when no weight file is there.
     pub weights: Option<LocalWeights>,
+}
+
+impl ModelFiles {
+    /// Returns what sizing wants to know about the weights; `None` when no weight file is there.
+    ///
+    /// Older files say nothing about their types: they have the one of config.json, where it states one.
+    pub fn weight_files(&self) -> Option<WeightFiles> {
+        let weights = self.weights.as_ref()?;
+        let bytes = weights.bytes();
+        let parameters = match weights {
+            LocalWeights::Safetensors(weights) => weights.parameters(),
+            LocalWeights::FileSizes { .. } => {
+                let stated = ["torch_dtype", "dtype"].iter().find_map(|key| self.config.get(*key)?.as_str());
+                let width = match stated {
+                    Some("bfloat16" | "float16") => Some(2),
+                    Some("float32") => Some(4),
+                    Some(_) | None => None,
+                };
+                width.map(|width| bytes.get() / width)
+            }
+        };
+        Some(WeightFiles { bytes, parameters })
+    }
 }
 
 /// What a directory of model files is.
@@ -695,7 +719,7 @@ mod tests {
     #[test]
     fn old_weight_files_count_by_size_and_no_weights_are_none() {
         let machine = Machine::new();
-        let directory = machine.model_at("model");
+        let mut directory = machine.model_at("model");
         let weights = |machine: &Machine| match find_model("model", &machine.places()) {
             Ok(FoundModel::Here(files)) => files.weights,
             other => panic!("{other:?}"),
@@ -704,6 +728,13 @@ mod tests {
         std::fs::write(directory.join("pytorch_model-1.bin"), [0; 10]).unwrap();
         std::fs::write(directory.join("training_args.bin"), [0; 10]).unwrap();
         assert_eq!(weights(&machine), Some(LocalWeights::FileSizes { bytes: Bytes::new(10) }));
+        for (stated, parameters) in [("bfloat16", Some(5)), ("float32", Some(2)), ("int8", None)] {
+            let config = serde_json::json!({"torch_dtype": stated});
+            let weights = Some(LocalWeights::FileSizes { bytes: Bytes::new(10) });
+            let files = ModelFiles { directory, origin: Origin::Directory, config, weights };
+            assert_eq!(files.weight_files().map(|files| files.parameters), Some(parameters), "{stated}");
+            directory = files.directory;
+        }
     }
 
     #[test]

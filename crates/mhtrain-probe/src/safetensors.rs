@@ -29,6 +29,22 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// Returns the number of parameters; `None` where more than a hundredth of the bytes is of a type that packs several
+    /// into one element, or may. Small tensors of such types are buffers: positions, masks.
+    pub fn parameters(&self) -> Option<u64> {
+        let mut parameters = 0u64;
+        let mut others = Bytes::ZERO;
+        for (dtype, bytes) in &self.bytes_by_dtype {
+            match dtype.as_str() {
+                "BF16" | "F16" => parameters = parameters.saturating_add(bytes.get() / 2),
+                "F32" => parameters = parameters.saturating_add(bytes.get() / 4),
+                "F64" => parameters = parameters.saturating_add(bytes.get() / 8),
+                _ => others = others.saturating_add(*bytes),
+            }
+        }
+        (others.get() <= self.bytes.get() / 100).then_some(parameters)
+    }
+
     /// Adds another file's.
     pub fn add(&mut self, other: &Weights) {
         self.bytes = self.bytes.saturating_add(other.bytes);
@@ -197,6 +213,22 @@ pub(crate) mod tests {
         let weights = read_header(&path).unwrap();
         assert_eq!((weights.bytes, weights.elements), (Bytes::new(32), 14));
         assert_eq!(weights.bytes_by_dtype["BF16"], Bytes::new(24));
+        assert_eq!(weights.parameters(), Some(14));
+    }
+
+    #[test]
+    fn types_that_pack_several_weights_say_nothing_about_their_number() {
+        let of = |types: &[(&str, u64)]| {
+            let bytes_by_dtype: BTreeMap<String, Bytes> =
+                types.iter().map(|(dtype, bytes)| ((*dtype).to_owned(), Bytes::new(*bytes))).collect();
+            Weights { bytes: bytes_by_dtype.values().copied().sum(), elements: 0, bytes_by_dtype }
+                .parameters()
+        };
+        assert_eq!(of(&[("F64", 800), ("F32", 4000), ("F16", 20), ("BF16", 20)]), Some(1120));
+        assert_eq!(of(&[("BF16", 10_000), ("I64", 96)]), Some(5000), "a buffer of positions");
+        assert_eq!(of(&[("BF16", 10_000), ("U8", 10_000)]), None);
+        assert_eq!(of(&[("BF16", 10_000), ("I32", 10_000)]), None);
+        assert_eq!(of(&[("BF16", 10_000), ("F8_E4M3", 10_000)]), None);
     }
 
     #[test]

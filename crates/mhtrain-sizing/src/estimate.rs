@@ -340,23 +340,21 @@ fn resident(model: &Model, work: &Workload) -> Peak {
         weights -= width * experts;
         packed += bytes * experts;
     }
-    let counted = width * float(shape.parameters());
-    let file_bytes = model.weight_file_bytes.map(Bytes::as_f64);
-    if let Some(bytes) = file_bytes.filter(|_| model.quantised.is_some()) {
+    let mut frozen = 0.0;
+    if let Some(files) = model.weight_files.filter(|_| model.quantised.is_some()) {
         // Quantised weights are loaded as the files hold them.
-        (weights, packed) = (0.0, bytes);
-    } else if let Some(bytes) =
-        // The headers of the weight files know better than any count, if they hold two-byte weights.
-        file_bytes.filter(|bytes| *bytes >= 1.6 * counted / width)
-    {
-        let stated = bytes.min(2.2 * counted / width) * width / 2.0;
-        weights = (weights + stated - counted).max(0.0);
+        (weights, packed) = (0.0, files.bytes.as_f64());
+    } else {
+        // The headers of the weight files know better than any count, whatever type they hold the weights in: they are
+        // loaded in that of the training. What sees or hears is frozen (`freeze_vit` and `freeze_aligner` of ms-swift).
+        weights = (weights + width * model.miscounted).max(0.0);
+        frozen = width * model.frozen_beside;
     }
     let trained = if work.train_type == TrainType::Full { weights } else { adapter };
     // Frequencies of the rotary embedding, kept twice.
     let buffers = shape.rotary_buffers().map(|(n, count)| count * requested(4.0 * n)).sum::<f64>();
     Peak {
-        weights: weights + packed + buffers,
+        weights: weights + packed + frozen + buffers,
         adapter,
         optimizer: 2.0 * trained,
         gradients: trained,

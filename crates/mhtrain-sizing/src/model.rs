@@ -21,8 +21,14 @@ pub struct Model {
     pub shape: ModelShape,
     /// Where the dimensions come from; a worse source widens the interval of the estimate.
     pub source: ShapeSource,
-    /// Bytes of the weight files as their headers state them; `None` when no file was seen.
-    pub weight_file_bytes: Option<Bytes>,
+    /// The model sees or hears beside reading: only its language model is in `shape`.
+    pub multimodal: bool,
+    /// What its weight files hold; `None` when no file was seen.
+    pub weight_files: Option<WeightFiles>,
+    /// Parameters of the weight files beyond those of the shape: loaded, and never trained.
+    pub frozen_beside: f64,
+    /// Parameters by which an unknown kind of block has more, or fewer, than the shape says.
+    pub miscounted: f64,
     /// How its files hold the weights, where that is not as they are trained.
     pub quantised: Option<Quantised>,
     /// Attention implementations that the model class supports in transformers, best first.
@@ -31,6 +37,15 @@ pub struct Model {
     pub class: Option<String>,
     /// What a reader of the plan should know about the shape or the class; a sentence each.
     pub notes: Vec<String>,
+}
+
+/// What the weight files of a model hold.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct WeightFiles {
+    /// Bytes of all tensors.
+    pub bytes: Bytes,
+    /// Parameters, whatever their type in the files; `None` where nothing says how many, or where some are packed.
+    pub parameters: Option<u64>,
 }
 
 /// Why a model has no known shape.
@@ -77,7 +92,7 @@ impl Model {
     pub fn resolve(
         name: &str,
         config: Option<&Value>,
-        weight_file_bytes: Option<Bytes>,
+        weight_files: Option<WeightFiles>,
     ) -> Result<Model, ResolveError> {
         let known = Catalogue::builtin().find(name);
         let mut model = match (config, known) {
@@ -89,6 +104,7 @@ impl Model {
                 if let Some(known) = known {
                     model.adopt(known);
                 }
+                model.multimodal = is_multimodal(config);
                 if !known_block {
                     model.source = ShapeSource::UnknownBlock;
                     model.notes.push(format!(
@@ -96,6 +112,9 @@ impl Model {
                          and the interval is wider",
                         model.shape.model_type
                     ));
+                } else if model.multimodal {
+                    // Its own blocks are known, and those beside it are not.
+                    model.source = ShapeSource::UnknownBlock;
                 }
                 model
             }
@@ -108,14 +127,66 @@ impl Model {
             }
             (None, None) => Model::from_name(name)?,
         };
-        model.weight_file_bytes = weight_file_bytes;
         if config.is_none() {
             model.quantised = Quantised::of_name(name);
         }
         // The 4-bit experts of gpt-oss are unpacked for training; `gpt_oss_note` says so.
         model.quantised = model.quantised.filter(|_| model.shape.block != BlockKind::GptOss);
         model.notes.extend(model.quantised.as_ref().map(Quantised::note));
+        model.see_weight_files(weight_files);
         Ok(model)
+    }
+
+    /// Compares what the weight files hold with what config.json explains, and says where they differ.
+    fn see_weight_files(&mut self, files: Option<WeightFiles>) {
+        self.weight_files = files;
+        let known = self.source == ShapeSource::Config || self.multimodal;
+        let counted = float(self.parameters());
+        let mut beside = match files.and_then(|files| files.parameters) {
+            // Quantised weights are sized by the bytes of their files.
+            Some(stored) if self.quantised.is_none() => float(stored) - counted,
+            Some(_) | None => 0.0,
+        };
+        let table = float(self.shape.vocab.saturating_mul(self.shape.hidden));
+        if self.shape.tied_embeddings && !self.multimodal && beside >= table {
+            // A head that is tied to the embedding is not loaded, though some files hold it. What a multimodal model has
+            // more may as well be something else, which is.
+            beside -= table;
+        }
+        if known {
+            // What a known kind has and the files lack is made when the model is built.
+            self.frozen_beside = beside.max(0.0);
+        } else if -2.0 * beside <= counted {
+            // Files of less than half of a model do not hold all of it.
+            self.miscounted = beside;
+        }
+        let much = self.frozen_beside > WORTH_A_NOTE * counted;
+        let held = format!("{:.2} billion parameters of its weight files", self.frozen_beside / 1e9);
+        if self.multimodal {
+            let counted = match files {
+                Some(_) if self.quantised.is_some() => "its weight files are sized as they are".to_owned(),
+                Some(_) if much => format!("{held} beside it are sized as frozen weights"),
+                Some(WeightFiles { parameters: Some(_), .. }) => {
+                    "its weight files hold next to nothing beside it".to_owned()
+                }
+                Some(WeightFiles { parameters: None, .. }) | None => {
+                    "the weights of what sees or hears are not in the figure, because no weight file says how many \
+                     there are"
+                        .to_owned()
+                }
+            };
+            self.notes.push(format!(
+                "a multimodal model: its language model (`{}`) is sized; {counted}; what pictures or sounds take in a \
+                 pass is not in the figure, and the interval is wider",
+                self.shape.model_type
+            ));
+        } else if much {
+            self.source = ShapeSource::UnknownBlock;
+            self.notes.push(format!(
+                "{held} are more than its config.json explains: they are sized as frozen weights, and the interval is \
+                 wider"
+            ));
+        }
     }
 
     /// Returns whether bitsandbytes can pack its weights into 4 bits: not those that are packed already, and not
@@ -138,7 +209,10 @@ impl Model {
             notes: gpt_oss_note(&shape.model_type).into_iter().collect(),
             shape,
             source: ShapeSource::Config,
-            weight_file_bytes: None,
+            multimodal: false,
+            weight_files: None,
+            frozen_beside: 0.0,
+            miscounted: 0.0,
             quantised: None,
         }
     }
@@ -164,6 +238,29 @@ impl Model {
             ..Model::of_shape(name, shape)
         })
     }
+}
+
+/// Share of the parameters from which on a difference is said: above the buffers that old files hold.
+const WORTH_A_NOTE: f64 = 0.005;
+
+/// Returns whether a config.json is that of a model that has more than a language model: it has one inside, or something
+/// that sees or hears beside it.
+fn is_multimodal(config: &Value) -> bool {
+    const BESIDE: [&str; 8] = [
+        "vision_config",
+        "audio_config",
+        "visual",
+        "vision_tower",
+        "mm_vision_tower",
+        "talker_config",
+        "speech_config",
+        "img_processor",
+    ];
+    let levels = levels(config);
+    let sees = |level: &&serde_json::Map<String, Value>| {
+        BESIDE.iter().any(|key| level.get(*key).is_some_and(|value| !value.is_null()))
+    };
+    levels.len() > 1 || levels.iter().any(sees)
 }
 
 /// Returns what a `model_type` supports in transformers, best first.
@@ -468,7 +565,7 @@ const LENGTH_MAX: u64 = 1 << 40;
 impl ModelShape {
     /// Reads the dimensions from a config.json, and whether its block kind is known to the estimate.
     ///
-    /// Multimodal models are read by their text part; what sees images is not counted.
+    /// Multimodal models are read by their text part; what sees images is not in the shape, see [`Model::resolve`].
     ///
     /// # Errors
     /// A key that is missing, of the wrong type or out of bounds is an error that names it.
@@ -1121,6 +1218,8 @@ mod tests {
             "intermediate_size": 10240, "vocab_size": 262208}, "vision_config": {"hidden_size": 1152}});
         let (shape, known) = ModelShape::from_config(&config).unwrap();
         assert_eq!((shape.hidden, shape.model_type.as_str(), known), (2560, "gemma3_text", true));
+        let model = Model::resolve("a/b", Some(&config), None).unwrap();
+        assert_eq!((model.source, model.multimodal), (ShapeSource::UnknownBlock, true));
     }
 
     #[test]
@@ -1287,6 +1386,51 @@ mod tests {
         assert_eq!(capped("model_type", json!("gemma2")), (true, true));
         assert_eq!(capped("attn_logit_softcapping", json!(null)), (true, false));
         assert_eq!(capped("final_logit_softcapping", json!(null)), (false, true));
+    }
+
+    /// The language model of InternVL-Chat-1.2 with 13.0 GiB of weight files in bf16.
+    #[test]
+    fn what_sees_is_counted_from_the_weight_files() {
+        let llama = json!({"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "intermediate_size": 5632, "vocab_size": 32000});
+        let inside = json!({"model_type": "internvl_chat", "llm_config": llama, "vision_config": {"hidden_size": 3200}});
+        let mut beside = llama.clone();
+        beside["vision_config"] = json!({"hidden_size": 3200});
+        let text = shape(llama.clone()).parameters();
+        let files = |parameters| Some(WeightFiles { bytes: Bytes::from_gib(13), parameters });
+        for config in [inside, beside] {
+            let seen = Model::resolve("a/b", Some(&config), files(Some(6_979_321_856))).unwrap();
+            assert_eq!((seen.source, seen.multimodal), (ShapeSource::UnknownBlock, true));
+            assert_eq!(seen.frozen_beside, float(6_979_321_856 - text));
+            assert!(
+                seen.notes.iter().any(|note| note.contains("5.88 billion parameters")),
+                "{:?}",
+                seen.notes
+            );
+            let unseen = Model::resolve("a/b", Some(&config), None).unwrap();
+            assert_eq!((unseen.source, unseen.frozen_beside), (ShapeSource::UnknownBlock, 0.0));
+            assert!(unseen.notes.iter().any(|note| note.contains("not in the figure")), "{:?}", unseen.notes);
+        }
+        let known = Model::resolve("a/b", Some(&llama), files(Some(text))).unwrap();
+        assert_eq!((known.source, known.frozen_beside, known.notes.len()), (ShapeSource::Config, 0.0, 0));
+        let more = Model::resolve("a/b", Some(&llama), files(Some(2 * text))).unwrap();
+        assert_eq!((more.source, more.frozen_beside), (ShapeSource::UnknownBlock, float(text)));
+        assert!(more.notes[0].contains("more than its config.json explains"), "{:?}", more.notes);
+        let fewer = Model::resolve("a/b", Some(&llama), files(Some(text - 1000))).unwrap();
+        assert_eq!((fewer.source, fewer.frozen_beside, fewer.miscounted), (ShapeSource::Config, 0.0, 0.0));
+        // A head that is tied, and stored all the same.
+        let mut tied = llama;
+        tied["tie_word_embeddings"] = json!(true);
+        let tied = Model::resolve("a/b", Some(&tied), files(Some(text))).unwrap();
+        assert_eq!((tied.source, tied.frozen_beside), (ShapeSource::Config, 0.0));
+        // Of an unknown kind the files know better in both directions, unless they hold next to nothing.
+        let mut novel = whole("novel");
+        novel.as_object_mut().unwrap().remove("num_experts");
+        let counted = shape(novel.clone()).parameters();
+        for (stored, miscounted) in [(counted + 500, 500.0), (counted - 500, -500.0), (counted / 3, 0.0)] {
+            let model = Model::resolve("a/b", Some(&novel), files(Some(stored))).unwrap();
+            assert_eq!((model.miscounted, model.frozen_beside), (miscounted, 0.0));
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@
 mod recipe;
 
 use mhtrain_sizing::estimate::{Estimate, estimate};
-use mhtrain_sizing::model::{Model, Quantised, ShapeSource};
+use mhtrain_sizing::model::{Model, Quantised, ShapeSource, WeightFiles};
 use mhtrain_sizing::reserve::Group;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
@@ -131,7 +131,7 @@ fn quantised_weights_are_sized_by_their_bits_in_a_wider_interval() {
     assert_eq!(unknown.terms.weights, plain.terms.weights);
     assert!(width(&unknown) > 2.0 * width(&plain) / 1.5);
     let files = Model {
-        weight_file_bytes: Some(Bytes::from_gib(5)),
+        weight_files: Some(WeightFiles { bytes: Bytes::from_gib(5), parameters: None }),
         ..Model::resolve("Qwen2.5-7B-AWQ", None, None).unwrap()
     };
     assert!((estimate(&files, &workload()).unwrap().terms.weights.gib() - 5.0).abs() < 0.001);

@@ -196,8 +196,7 @@ pub fn look_for_files(spec: &JobSpec, datasets: Datasets, origin: &Origin) -> Re
     let unknown = |e: ResolveError| Failure::bad_input("unknown_model", chain(&e)).help(e.help());
     let model = match &found {
         FoundModel::Here(files) => {
-            Ok(Model::resolve(&spec.model, Some(&files.config), files.weights.as_ref().map(|w| w.bytes()))
-                .map_err(unknown)?)
+            Ok(Model::resolve(&spec.model, Some(&files.config), files.weight_files()).map_err(unknown)?)
         }
         FoundModel::NotLocal { id } => {
             missing.model = Some(id.clone());
