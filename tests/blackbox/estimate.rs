@@ -33,6 +33,7 @@ fn good_and_bad_lines_are_answered_in_order() {
             assert!(good["terms"][term].is_u64(), "{term}");
         }
     }
+    assert_eq!((&answers[0]["source"], &answers[0]["notes"]), (&json!("config"), &json!([])));
     for bad in [&answers[1], &answers[3], &answers[4]] {
         assert!(bad["error"]["code"].is_string() && bad["error"]["message"].is_string(), "{bad}");
     }
@@ -48,6 +49,9 @@ fn only_good_lines_end_with_0() {
     env.run_with_input(&["estimate", "--json"], text.as_bytes()).expect(0);
     let table = env.run_with_input(&["estimate"], text.as_bytes()).expect(0).stdout;
     assert!(table.contains("GiB"), "{table}");
+    let novel = text.replace("qwen2", "novel");
+    let table = env.run_with_input(&["estimate"], novel.as_bytes()).expect(0).stdout;
+    assert!(table.contains("the blocks of `novel` are not among those"), "{table}");
 }
 
 #[test]

@@ -185,7 +185,27 @@ pub fn estimate_with(
     reserve: &Reserve<'_>,
 ) -> Result<Estimate, EstimateError> {
     check(model, work)?;
-    Ok(on_device(&peak(model, work), work, model, reserve))
+    let peak = peak(model, work);
+    let whole = peak.resident() + peak.dynamic() + peak.forward_excess;
+    if whole.is_nan() || whole >= SIZED_MAX {
+        return Err(too_large(work));
+    }
+    Ok(on_device(&peak, work, model, reserve))
+}
+
+/// Peaks from here on are refused: 1 EiB, above any machine, and a factor of 16 below what the bytes of an estimate can
+/// hold, whatever its interval.
+const SIZED_MAX: f64 = 1_152_921_504_606_846_976.0;
+
+fn too_large(work: &Workload) -> EstimateError {
+    let counts =
+        [("lora_rank", work.lora_rank), ("max_length", work.max_length), ("micro_batch", work.micro_batch)];
+    let (what, value) = counts.into_iter().max_by_key(|(_, value)| *value).unwrap_or(("micro_batch", 0));
+    EstimateError::OutOfRange {
+        what,
+        value: value.to_string(),
+        bounds: "small enough for a pass below 1 EiB",
+    }
 }
 
 fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {

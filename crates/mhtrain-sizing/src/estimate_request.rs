@@ -1,9 +1,10 @@
 //! What does one line of `mhtraind estimate --json` ask?
 
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::estimate::{Estimate, EstimateError, estimate};
-use crate::model::{Model, ResolveError};
+use crate::model::{Model, ResolveError, ShapeSource};
 use crate::unique_json::Unique;
 use crate::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
 
@@ -14,6 +15,18 @@ pub struct EstimateRequest {
     pub config: ConfigRef,
     /// The pass.
     pub workload: Workload,
+}
+
+/// What a line is answered with; the keys of the JSON interface.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Answer {
+    /// The predicted peak.
+    #[serde(flatten)]
+    pub estimate: Estimate,
+    /// How well the model is known; `unknown_block` is a wider interval.
+    pub source: ShapeSource,
+    /// What a reader should know about it; a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// Where the model's shape is to be found.
@@ -125,7 +138,8 @@ const KEYS: [&str; 15] = [
     "logit_share",
 ];
 
-/// Largest micro-batch, length or rank that is taken: beyond any trainer, and far from any overflow.
+/// Largest micro-batch, length or rank that is read: beyond any trainer. Several of that size in one pass are refused by
+/// the estimate, because nobody has so much memory.
 const COUNT_MAX: u32 = 1 << 24;
 
 impl EstimateRequest {
@@ -156,13 +170,13 @@ impl EstimateRequest {
     ///
     /// # Errors
     /// A config without a usable shape, or a workload that cannot be.
-    pub fn answer(&self, loaded: Option<&Value>) -> Result<Estimate, EstimateRequestError> {
+    pub fn answer(&self, loaded: Option<&Value>) -> Result<Answer, EstimateRequestError> {
         let (name, config) = match &self.config {
             ConfigRef::Path(path) => (path.as_str(), loaded),
             ConfigRef::Object(object) => ("config_object", Some(object)),
         };
         let model = Model::resolve(name, config, None)?;
-        Ok(estimate(&model, &self.workload)?)
+        Ok(Answer { estimate: estimate(&model, &self.workload)?, source: model.source, notes: model.notes })
     }
 }
 
@@ -282,6 +296,8 @@ fn nearest_key(key: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     const OBJECT: &str = r#""config_object": {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24,
@@ -289,7 +305,33 @@ mod tests {
         "tie_word_embeddings": true}"#;
 
     fn with(rest: &str) -> Result<Estimate, EstimateRequestError> {
-        EstimateRequest::parse(&format!("{{{OBJECT}{rest}}}"))?.answer(None)
+        Ok(EstimateRequest::parse(&format!("{{{OBJECT}{rest}}}"))?.answer(None)?.estimate)
+    }
+
+    #[test]
+    fn an_answer_says_how_well_the_model_is_known_beside_the_keys_of_the_interface() {
+        let answer = |model_type: &str| {
+            let line = format!("{{{}}}", OBJECT.replace("qwen2", model_type));
+            serde_json::to_value(EstimateRequest::parse(&line).unwrap().answer(None).unwrap()).unwrap()
+        };
+        let known = answer("qwen2");
+        assert_eq!((&known["source"], &known["notes"]), (&json!("config"), &json!([])));
+        assert!(known["terms"]["weights"].as_u64().unwrap() > 0 && known["low_bytes"].is_u64());
+        let unknown = answer("novel");
+        assert_eq!(unknown["source"], "unknown_block");
+        assert!(unknown["notes"][0].as_str().unwrap().contains("`novel`"), "{unknown}");
+    }
+
+    #[test]
+    fn counts_that_nobody_has_memory_for_are_errors_that_name_the_largest() {
+        for (line, key) in [
+            (r#", "micro_batch": 16777216, "max_length": 16777215, "attn_impl": "sdpa""#, "micro_batch"),
+            (r#", "micro_batch": 4000000, "max_length": 16777216, "lora_rank": 16777215"#, "max_length"),
+        ] {
+            let error = with(line).unwrap_err();
+            assert!(error.to_string().starts_with(&format!("`{key}` is 16777216")), "{error}");
+            assert!(error.help().is_some());
+        }
     }
 
     #[test]

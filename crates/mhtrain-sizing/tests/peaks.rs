@@ -224,7 +224,8 @@ fn any_work() -> impl Strategy<Value = (Model, Workload)> {
 proptest! {
     #[test]
     fn the_parts_add_up_and_the_guess_is_inside_its_interval((model, work) in any_work()) {
-        let estimate = estimate(&model, &work).unwrap();
+        // What nobody has memory for is refused.
+        let Ok(estimate) = estimate(&model, &work) else { return Ok(()) };
         let terms = &estimate.terms;
         let parts = [terms.weights, terms.adapter, terms.gradients, terms.optimizer, terms.activations, terms.logits];
         prop_assert_eq!(parts.into_iter().sum::<Bytes>(), estimate.allocated_peak_bytes);
@@ -235,14 +236,14 @@ proptest! {
 
     #[test]
     fn the_peak_never_falls_when_rows_length_or_rank_grow((model, work) in any_work(), more in 1u32..100) {
-        let peak = |work: &Workload| estimate(&model, work).unwrap();
-        let base = peak(&work);
+        let peak = |work: &Workload| estimate(&model, work);
+        let Ok(base) = peak(&work) else { return Ok(()) };
         for grown in [
             Workload { micro_batch: work.micro_batch + more, ..work.clone() },
             Workload { max_length: work.max_length + more, ..work.clone() },
             Workload { lora_rank: work.lora_rank + more, ..work.clone() },
         ] {
-            let grown = peak(&grown);
+            let Ok(grown) = peak(&grown) else { continue };
             prop_assert!(grown.device_peak_bytes >= base.device_peak_bytes);
             prop_assert!(grown.high_bytes >= base.high_bytes);
         }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use mhtrain_sizing::estimate::Estimate;
-use mhtrain_sizing::estimate_request::{ConfigRef, EstimateRequest, EstimateRequestError};
+use mhtrain_sizing::estimate_request::{Answer, ConfigRef, EstimateRequest, EstimateRequestError};
 use serde_json::Value;
 
 use super::output;
@@ -21,6 +21,7 @@ Example:
 
 Keys: config (path of a config.json) or config_object, train_type, lora_rank, target_modules, torch_dtype,
 micro_batch, accumulation, max_length, packing, padded, attn_impl, gradient_checkpointing, liger_kernel, logit_share.
+`source` and `notes` of an answer say how well the model is known.
 A line that cannot be answered gives {\"error\": …} in its place, and the exit code is 2 after the last line.")]
 pub struct EstimateArgs {
     /// File of JSON lines; `-` reads standard input
@@ -71,8 +72,13 @@ pub fn run(args: &EstimateArgs) -> Result<Status, Failure> {
             continue;
         }
         match answer(line, &mut configs) {
-            Ok(estimate) if args.json => output::json_line(&estimate)?,
-            Ok(estimate) => output::line(row(number, &estimate))?,
+            Ok(answer) if args.json => output::json_line(&answer)?,
+            Ok(answer) => {
+                output::line(row(number, &answer.estimate))?;
+                for note in &answer.notes {
+                    output::line(format!("{:>5} {note}", ""))?;
+                }
+            }
             Err(failure) => {
                 bad_lines += 1;
                 if args.json {
@@ -86,7 +92,7 @@ pub fn run(args: &EstimateArgs) -> Result<Status, Failure> {
     Ok(if bad_lines == 0 { Status::Done } else { Status::BadInput })
 }
 
-fn answer(line: &[u8], configs: &mut Configs) -> Result<Estimate, Failure> {
+fn answer(line: &[u8], configs: &mut Configs) -> Result<Answer, Failure> {
     let line = std::str::from_utf8(line).map_err(|e| {
         Failure::bad_input("not_utf8", format!("the line is no UTF-8 text: {e}"))
             .help("save the file as UTF-8".to_owned())
