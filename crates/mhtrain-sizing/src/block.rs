@@ -10,7 +10,7 @@
 
 use crate::model::{AttentionBias, BlockKind, ModelShape, Part};
 use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};
-use crate::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
+use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
 
 /// Returns a dimension as a number to calculate with; exact below 2^53, and every dimension is below 2^27.
 #[expect(clippy::cast_precision_loss, reason = "dimensions are bounded far below 2^53")]
@@ -30,6 +30,8 @@ struct Adapted {
     up: bool,
     gate_up: bool,
     down: bool,
+    router: bool,
+    shared_gate: bool,
 }
 
 /// What one block is beside its dimensions.
@@ -71,6 +73,8 @@ pub(crate) struct Lists<'a> {
     adapted: Adapted,
     attention: AttnImpl,
     padded: bool,
+    /// Experts are linear modules.
+    expert_modules: bool,
 }
 
 impl<'a> Lists<'a> {
@@ -102,9 +106,10 @@ impl<'a> Lists<'a> {
             stream_width: width,
             autocast: (work.dtype != Dtype::Float32).then_some(2.0),
             rank: f64::from(work.lora_rank),
-            adapted: if full { Adapted::default() } else { Adapted::of(shape, &work.targets) },
+            adapted: if full { Adapted::default() } else { Adapted::of(shape, work) },
             attention: work.attn_impl,
             padded: work.padded,
+            expert_modules: shape.has_expert_modules(work.experts),
         }
     }
 
@@ -123,21 +128,36 @@ impl<'a> Lists<'a> {
         bias: bool,
         adapted: bool,
     ) -> Tensor {
+        self.linears(tape, x, sizes, bias, adapted, 1.0)
+    }
+
+    /// As many linear modules as `times` that share the rows: those of experts.
+    fn linears(
+        &self,
+        tape: &mut Tape,
+        x: Tensor,
+        sizes: [f64; 2],
+        bias: bool,
+        adapted: bool,
+        times: f64,
+    ) -> Tensor {
         let [input, output] = sizes;
-        let rows = x.n / input;
         let base = if self.four_bit {
-            tape.four_bit(x, rows, input, output, self.weight_width)
+            tape.four_bit(x, x.n / input, input, output, self.weight_width)
         } else {
-            self.product(tape, x, sizes, bias, self.full)
+            self.products(tape, x, sizes, bias, self.full, times)
         };
-        if !adapted {
-            return base;
-        }
+        if adapted { self.adapter(tape, x, base, sizes, times) } else { base }
+    }
+
+    /// What an adapter adds to `base`, the product of `x`.
+    fn adapter(&self, tape: &mut Tape, x: Tensor, base: Tensor, sizes: [f64; 2], times: f64) -> Tensor {
+        let [input, output] = sizes;
         let lifted = tape.cast(x, 4.0);
         let dropped = tape.dropout(lifted);
-        let narrow = self.factor(tape, dropped, [input, self.rank]);
+        let narrow = self.factor(tape, dropped, [input, self.rank], times);
         tape.drop(dropped);
-        let product = self.factor(tape, narrow, [self.rank, output]);
+        let product = self.factor(tape, narrow, [self.rank, output], times);
         tape.drop(narrow);
         let scaled = tape.scale(product);
         tape.drop(product);
@@ -157,12 +177,24 @@ impl<'a> Lists<'a> {
         bias: bool,
         trains: bool,
     ) -> Tensor {
+        self.products(tape, x, sizes, bias, trains, 1.0)
+    }
+
+    fn products(
+        &self,
+        tape: &mut Tape,
+        x: Tensor,
+        sizes: [f64; 2],
+        bias: bool,
+        trains: bool,
+        times: f64,
+    ) -> Tensor {
         let [input, output] = sizes;
         let width = self.autocast.unwrap_or(self.weight_width);
         let copy = (width < self.weight_width)
-            .then(|| tape.weight_copy(input * output, self.weight_width, width, trains));
+            .then(|| tape.weight_copy(times * input * output, self.weight_width, width, trains));
         let narrow = tape.cast(x, width);
-        let weight = Weight { input, output, width, trains, copy, bias };
+        let weight = Weight { input, output, width, trains, copy, bias, times };
         let out = tape.matrix(narrow, x.n / input, weight);
         tape.drop(narrow);
         if let Some(copy) = copy {
@@ -172,12 +204,12 @@ impl<'a> Lists<'a> {
     }
 
     /// One factor of an adapter: fp32, copied to half by autocast.
-    fn factor(&self, tape: &mut Tape, x: Tensor, sizes: [f64; 2]) -> Tensor {
+    fn factor(&self, tape: &mut Tape, x: Tensor, sizes: [f64; 2], times: f64) -> Tensor {
         let [input, output] = sizes;
         let width = self.autocast.unwrap_or(4.0);
-        let copy = (width < 4.0).then(|| tape.weight_copy(input * output, 4.0, width, true));
+        let copy = (width < 4.0).then(|| tape.weight_copy(times * input * output, 4.0, width, true));
         let narrow = tape.cast(x, width);
-        let weight = Weight { input, output, width, trains: true, copy, bias: false };
+        let weight = Weight { input, output, width, trains: true, copy, bias: false, times };
         let out = tape.matrix(narrow, x.n / input, weight);
         tape.drop(narrow);
         if let Some(copy) = copy {
@@ -252,7 +284,7 @@ impl<'a> Lists<'a> {
         let normal = self.norm(tape, middle, self.h);
         let mut expanded = match &self.shape.experts {
             Some(_) if !layer.dense => self.mixture(tape, normal),
-            Some(_) | None => self.mlp(tape, normal, float(self.shape.intermediate), self.adapted),
+            Some(_) | None => self.mlp(tape, normal, float(self.shape.intermediate), 1.0),
         };
         tape.drop(normal);
         if four_norms {
@@ -439,74 +471,60 @@ impl<'a> Lists<'a> {
         tape.attention(q, k, v, kernel)
     }
 
-    /// `*MLP.forward`: gate, activation, up, product, down; with a fused first product when the model has one.
-    fn mlp(&self, tape: &mut Tape, x: Tensor, width: f64, adapted: Adapted) -> Tensor {
+    /// `*MLP.forward`: gate, activation, up, product, down; with a fused first product when the model has one. `times` MLPs that share
+    /// the rows: experts.
+    fn mlp(&self, tape: &mut Tape, x: Tensor, width: f64, times: f64) -> Tensor {
+        let adapted = self.adapted;
+        let bias = self.shape.mlp_bias;
         let product = if self.shape.fused_gate_up {
-            let fused = self.linear(tape, x, [self.h, 2.0 * width], false, adapted.gate_up);
+            let fused = self.linears(tape, x, [self.h, 2.0 * width], bias, adapted.gate_up, times);
             let [gate, up] = tape.halves(fused);
             let active = tape.unary(gate, Saved::Input);
             let product = tape.multiply(up, active);
             tape.drop(active);
             tape.drop(gate);
             tape.drop(up);
-            let out = self.linear(tape, product, [width, self.h], false, adapted.down);
+            let out = self.linears(tape, product, [width, self.h], bias, adapted.down, times);
             tape.drop(product);
             tape.drop(fused);
             return out;
         } else if !self.shape.gated_mlp {
             // No list was recorded for these: up, an activation that keeps its input, down.
-            let wide = self.linear(tape, x, [self.h, width], true, adapted.up);
+            let wide = self.linears(tape, x, [self.h, width], bias, adapted.up, times);
             let active = tape.unary(wide, Saved::Input);
             tape.drop(wide);
             active
         } else {
-            let gate = self.linear(tape, x, [self.h, width], false, adapted.gate);
+            let gate = self.linears(tape, x, [self.h, width], bias, adapted.gate, times);
             let active = tape.unary(gate, Saved::Input);
             tape.drop(gate);
-            let up = self.linear(tape, x, [self.h, width], false, adapted.up);
+            let up = self.linears(tape, x, [self.h, width], bias, adapted.up, times);
             let product = tape.multiply(active, up);
             tape.drop(active);
             tape.drop(up);
             product
         };
-        let out = self.linear(tape, product, [width, self.h], false, adapted.down);
+        let out = self.linears(tape, product, [width, self.h], bias, adapted.down, times);
         tape.drop(product);
         out
     }
 
-    /// A mixture of experts: router, sorted rows through grouped products, back in order, summed; the shared expert.
+    /// A product of the router: never packed, and adapted where it is a linear module.
+    fn router(&self, tape: &mut Tape, x: Tensor, output: f64, bias: bool, adapted: bool) -> Tensor {
+        let sizes = [self.h, output];
+        let base = self.product(tape, x, sizes, bias, self.full);
+        if adapted { self.adapter(tape, x, base, sizes, 1.0) } else { base }
+    }
+
+    /// Rows sorted by expert through grouped products, back in order, summed.
     ///
-    /// Source: `grouped_mm_experts_forward` in `integrations/moe.py`, `*TopKRouter.forward` of Qwen and gpt-oss.
-    fn mixture(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+    /// Source: `grouped_mm_experts_forward` in `integrations/moe.py` of transformers 5.19.
+    fn fused_experts(&self, tape: &mut Tape, x: Tensor, scores: Tensor) -> Tensor {
         let Some(experts) = &self.shape.experts else { return x };
-        let shared_width = float(experts.shared_intermediate);
-        let shared = (shared_width > 0.0).then(|| self.mlp(tape, x, shared_width, self.adapted));
         let count = float(experts.count);
         let top_k = float(experts.top_k);
         let routes = self.tokens * top_k;
         let gpt_oss = self.shape.block == BlockKind::GptOss;
-        // Router.
-        let logits = self.product(tape, x, [self.h, count], gpt_oss, self.full);
-        let (scores, places);
-        if gpt_oss {
-            let [values, indices] = tape.top(logits, routes);
-            scores = tape.unary(values, Saved::Output);
-            tape.drop(values);
-            places = indices;
-        } else {
-            let lifted = tape.cast(logits, 4.0);
-            let probabilities = tape.unary(lifted, Saved::Output);
-            tape.drop(lifted);
-            let [mut values, indices] = tape.top(probabilities, routes);
-            if experts.normalises {
-                values = tape.normalised(values, self.tokens);
-            }
-            scores = tape.cast(values, logits.width);
-            tape.drop(values);
-            tape.drop(probabilities);
-            places = indices;
-        }
-        // Experts.
         let sorted = tape.plain(routes, 8.0);
         let order = tape.plain(routes, 8.0);
         let token = tape.plain(routes, 8.0);
@@ -553,10 +571,79 @@ impl<'a> Lists<'a> {
         if let Some(bias) = bias {
             tape.drop(bias);
         }
+        out
+    }
+
+    /// Each expert takes its rows, and adds what it makes of them to the sum.
+    ///
+    /// All experts are put on the tape as one that takes all rows: what is kept for the way back is the same, and what
+    /// comes and goes is more, because really one expert follows the other.
+    ///
+    /// Source: `Qwen3MoeSparseMoeBlock.forward` of transformers 4.57; those of Qwen 2 and Mixtral are alike.
+    fn experts_one_by_one(&self, tape: &mut Tape, x: Tensor, scores: Tensor) -> Tensor {
+        let Some(experts) = &self.shape.experts else { return x };
+        let count = float(experts.count);
+        let top_k = float(experts.top_k);
+        let routes = self.tokens * top_k;
+        // Which expert has which row: one-hot, a number of eight bytes each.
+        let mask = tape.plain(routes * count, 8.0);
+        let places = tape.plain(routes, 8.0);
+        let rows = tape.plain(routes, 8.0);
+        let inputs = tape.index(x, routes * self.h, rows);
+        let expanded = self.mlp(tape, inputs, float(experts.intermediate), count);
+        tape.drop(inputs);
+        let weights = tape.index(scores, routes, places);
+        let weighted = tape.multiply(expanded, weights);
+        tape.drop(expanded);
+        tape.drop(weights);
+        let out = tape.sum_over(weighted, top_k);
+        for tensor in [weighted, mask, places, rows] {
+            tape.drop(tensor);
+        }
+        out
+    }
+
+    /// A mixture of experts: router, sorted rows through grouped products, back in order, summed; the shared expert.
+    ///
+    /// Source: `grouped_mm_experts_forward` in `integrations/moe.py`, `*TopKRouter.forward` of Qwen and gpt-oss.
+    fn mixture(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+        let Some(experts) = &self.shape.experts else { return x };
+        let shared_width = float(experts.shared_intermediate);
+        let shared = (shared_width > 0.0).then(|| self.mlp(tape, x, shared_width, 1.0));
+        let count = float(experts.count);
+        let top_k = float(experts.top_k);
+        let routes = self.tokens * top_k;
+        let gpt_oss = self.shape.block == BlockKind::GptOss;
+        // Router.
+        let logits = self.router(tape, x, count, gpt_oss, self.adapted.router);
+        let (scores, places);
+        if gpt_oss {
+            let [values, indices] = tape.top(logits, routes);
+            scores = tape.unary(values, Saved::Output);
+            tape.drop(values);
+            places = indices;
+        } else {
+            let lifted = tape.cast(logits, 4.0);
+            let probabilities = tape.unary(lifted, Saved::Output);
+            tape.drop(lifted);
+            let [mut values, indices] = tape.top(probabilities, routes);
+            if experts.normalises {
+                values = tape.normalised(values, self.tokens);
+            }
+            scores = tape.cast(values, logits.width);
+            tape.drop(values);
+            tape.drop(probabilities);
+            places = indices;
+        }
+        let out = if self.expert_modules {
+            self.experts_one_by_one(tape, x, scores)
+        } else {
+            self.fused_experts(tape, x, scores)
+        };
         let out = match shared {
             None => out,
             Some(shared) => {
-                let gate = self.product(tape, x, [self.h, 1.0], false, self.full);
+                let gate = self.router(tape, x, 1.0, false, self.adapted.shared_gate);
                 let open = tape.unary(gate, Saved::Output);
                 tape.drop(gate);
                 let gated = tape.multiply(open, shared);
@@ -581,9 +668,10 @@ fn up(n: f64, multiple: f64) -> f64 {
 }
 
 impl Adapted {
-    fn of(shape: &ModelShape, targets: &Targets) -> Adapted {
+    fn of(shape: &ModelShape, work: &Workload) -> Adapted {
         let mut adapted = Adapted::default();
-        for linear in shape.adapted(targets) {
+        let modules = shape.modules(work.experts);
+        for linear in modules.iter().filter(|linear| linear.is_adapted_by(&work.targets)) {
             let place = match linear.part {
                 Part::Query => &mut adapted.q,
                 Part::Key => &mut adapted.k,
@@ -594,6 +682,8 @@ impl Adapted {
                 Part::Up => &mut adapted.up,
                 Part::GateUp => &mut adapted.gate_up,
                 Part::Down => &mut adapted.down,
+                Part::Router => &mut adapted.router,
+                Part::SharedGate => &mut adapted.shared_gate,
             };
             *place = true;
         }

@@ -6,11 +6,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::block::float;
-use crate::model::{Model, Quantised, ShapeSource};
+use crate::model::{Linear, Model, Quantised, ShapeSource};
 use crate::pass::highest;
 use crate::reserve::{Group, Ratio, Reserve};
 use crate::units::Bytes;
-use crate::workload::{Dtype, Targets, TrainType, Workload};
+use crate::workload::{Dtype, ExpertForm, Targets, TrainType, Workload};
 
 /// Why a workload cannot be estimated.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -166,6 +166,15 @@ fn normal_quantile(p: f64) -> f64 {
     }
 }
 
+/// Returns what is said about a mixture whose experts are modules of their own; `None` for any other model.
+pub(crate) fn experts_note(model: &Model, form: ExpertForm) -> Option<String> {
+    model.shape.has_expert_modules(form).then(|| {
+        "with transformers 4 each expert has linear modules of its own: `all-linear` adapts all of them, and \
+         bitsandbytes packs them; a pass through them was measured on small shapes alone, and the interval is wider"
+            .to_owned()
+    })
+}
+
 /// Returns the predicted peak of one training pass.
 ///
 /// # Errors
@@ -244,21 +253,26 @@ fn check(model: &Model, work: &Workload) -> Result<(), EstimateError> {
         });
     }
     let sure = matches!(model.source, ShapeSource::Config | ShapeSource::Catalogue);
-    if sure && model.shape.adapted(&work.targets).next().is_none() {
-        return Err(no_such_target(model, &work.targets));
+    let modules = model.shape.modules(work.experts);
+    if sure && !modules.iter().any(|linear| linear.is_adapted_by(&work.targets)) {
+        return Err(no_such_target(model, &work.targets, &modules));
     }
     Ok(())
 }
 
-fn no_such_target(model: &Model, targets: &Targets) -> EstimateError {
+fn no_such_target(model: &Model, targets: &Targets, modules: &[Linear]) -> EstimateError {
     let targets = match targets {
         Targets::AllLinear => "all-linear".to_owned(),
         Targets::Names(names) => {
             names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" or ")
         }
     };
-    let mut layers: Vec<&str> = model.shape.linears().iter().map(|linear| linear.name).collect();
-    layers.dedup();
+    let mut layers: Vec<&str> = Vec::new();
+    for linear in modules {
+        if !layers.contains(&linear.name) {
+            layers.push(linear.name);
+        }
+    }
     EstimateError::NoSuchTarget { model: model.name.clone(), targets, layers: layers.join(", ") }
 }
 
@@ -333,12 +347,12 @@ fn resident(model: &Model, work: &Workload) -> Peak {
     let mut packed = 0.0;
     let mut adapter = 0.0;
     let rank = float(u64::from(work.lora_rank));
-    for linear in shape.linears() {
+    for linear in shape.modules(work.experts) {
         let (input, output, layers) = (float(linear.input), float(linear.output), float(linear.layers));
         let n = input * output;
-        if let Some(bytes) = stored {
+        if let Some(bytes) = stored.filter(|_| linear.packed) {
             packed += layers * requested(bytes * n);
-        } else if four_bit {
+        } else if four_bit && linear.packed {
             let parts = requested((n / 2.0).ceil())
                 + requested((n / 64.0).ceil())
                 + requested(4.0 * (n / 16384.0).ceil());
@@ -353,8 +367,9 @@ fn resident(model: &Model, work: &Workload) -> Peak {
             adapter += layers * (requested(4.0 * rank * input) + requested(4.0 * rank * output));
         }
     }
-    weights += shape.other_parameters().map(|(n, count)| count * requested(width * n)).sum::<f64>();
-    if let Some(bytes) = stored {
+    weights +=
+        shape.other_parameters(work.experts).map(|(n, count)| count * requested(width * n)).sum::<f64>();
+    if let Some(bytes) = stored.filter(|_| !shape.has_expert_modules(work.experts)) {
         // Experts are packed like other linear modules, whatever transformers makes of them.
         let experts = float(shape.expert_weights());
         weights -= width * experts;
@@ -415,6 +430,10 @@ fn on_device(peak: &Peak, work: &Workload, model: &Model, reserve: &Reserve<'_>)
         let low = if quantised.bits.is_some() { 0.97 } else { 0.3 };
         of_resident = Ratio { low: low * of_resident.low, high: 1.1 * of_resident.high, ..of_resident };
         of_dynamic = Ratio { low: 0.9 * of_dynamic.low, high: 1.3 * of_dynamic.high, ..of_dynamic };
+    }
+    if model.shape.has_expert_modules(work.experts) && !known && model.source < ShapeSource::UnknownBlock {
+        // The pass through experts one by one is not the one that was measured: as an unknown kind of block.
+        [_, of_dynamic] = doubt(ShapeSource::UnknownBlock);
     }
     if work.liger_kernel && !known {
         // No peak with Liger's loss was measured.

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::estimate::{Estimate, EstimateError, estimate};
 use crate::model::{Model, ResolveError, ShapeSource};
 use crate::unique_json::Unique;
-use crate::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
+use crate::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
 
 /// One line, parsed. The path of a config is for the caller to load: this crate reads no file.
 #[derive(Clone, Debug, PartialEq)]
@@ -221,6 +221,9 @@ fn workload_of(object: &Map<String, Value>) -> Result<Workload, EstimateRequestE
         gradient_checkpointing: flag(object, "gradient_checkpointing", true)?,
         liger_kernel: flag(object, "liger_kernel", false)?,
         logit_share: share(object, "logit_share")?,
+        // The line says nothing about versions: transformers 5, as the measured peaks.
+        experts: ExpertForm::Fused,
+        router_loss: false,
     })
 }
 

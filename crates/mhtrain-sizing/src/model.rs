@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::block::float;
 use crate::catalogue::{Catalogue, Entry};
 use crate::units::Bytes;
-use crate::workload::{AttnImpl, Targets};
+use crate::workload::{AttnImpl, ExpertForm, Targets};
 
 pub use quantised::Quantised;
 
@@ -680,14 +680,53 @@ impl ModelShape {
         u64::try_from(total).unwrap_or(u64::MAX)
     }
 
-    /// Returns the linear modules that get an adapter.
+    /// Returns the linear modules that get an adapter where experts are fused.
     pub fn adapted(&self, targets: &Targets) -> impl Iterator<Item = Linear> {
         let targets = targets.clone();
         self.linears().into_iter().filter(move |linear| linear.is_adapted_by(&targets))
     }
 
+    /// Returns whether the experts are linear modules. Those of gpt-oss never are.
+    pub fn has_expert_modules(&self, form: ExpertForm) -> bool {
+        form == ExpertForm::Modules && self.experts.is_some() && self.block != BlockKind::GptOss
+    }
+
+    /// Returns the linear modules of the blocks where experts are held in that form.
+    ///
+    /// Source: `*SparseMoeBlock` of transformers 4.57: a list of MLPs, and linear modules for the router and the gate of
+    /// the shared expert. `find_all_linears` of ms-swift 3.12.6 takes them all; `get_modules_to_not_convert` there keeps
+    /// router and gate out of bitsandbytes.
+    pub(crate) fn modules(&self, form: ExpertForm) -> Vec<Linear> {
+        let mut all = self.linears();
+        let Some(experts) = self.experts.as_ref().filter(|_| self.has_expert_modules(form)) else {
+            return all;
+        };
+        for linear in &mut all {
+            linear.adapted_by_all = true;
+        }
+        let sparse = self.sparse_layers(experts);
+        all.extend(self.mlp(experts.intermediate, sparse.saturating_mul(experts.count), true));
+        let mut router = |name, part, output| {
+            all.push(Linear {
+                name,
+                part,
+                input: self.hidden,
+                output,
+                bias: false,
+                layers: sparse,
+                adapted_by_all: true,
+                packed: false,
+            });
+        };
+        router("gate", Part::Router, experts.count);
+        if experts.shared_intermediate > 0 {
+            router("shared_expert_gate", Part::SharedGate, 1);
+        }
+        all
+    }
+
     /// Returns the parameters that are no linear modules of the blocks: elements of one, and how many there are.
-    pub(crate) fn other_parameters(&self) -> impl Iterator<Item = (f64, f64)> {
+    pub(crate) fn other_parameters(&self, form: ExpertForm) -> impl Iterator<Item = (f64, f64)> {
         let (h, layers) = (float(self.hidden), float(self.layers));
         let tables = if self.tied_embeddings { 1.0 } else { 2.0 };
         let head_norms = if self.qk_norm { 2.0 * layers } else { 0.0 };
@@ -698,7 +737,7 @@ impl ModelShape {
             (float(self.head_dim), head_norms),
             (float(self.heads), sinks),
         ];
-        if let Some(experts) = &self.experts {
+        if let Some(experts) = self.experts.as_ref().filter(|_| !self.has_expert_modules(form)) {
             let sparse = float(self.sparse_layers(experts));
             let (count, width) = (float(experts.count), float(experts.intermediate));
             all.extend([(count * 2.0 * width * h, sparse), (count * width * h, sparse), (count * h, sparse)]);
@@ -733,6 +772,7 @@ impl ModelShape {
             bias,
             layers: self.layers,
             adapted_by_all: true,
+            packed: true,
         };
         let mut all = Vec::with_capacity(8);
         if self.fused_qkv {
@@ -776,6 +816,7 @@ impl ModelShape {
             bias: self.mlp_bias,
             layers,
             adapted_by_all,
+            packed: true,
         };
         let h = self.hidden;
         let mut all = Vec::with_capacity(3);
@@ -815,10 +856,12 @@ pub struct Linear {
     pub output: u64,
     /// It has a bias.
     pub bias: bool,
-    /// Blocks that have it.
+    /// How many there are: blocks that have it, times the experts of each.
     pub layers: u64,
     /// `all-linear` adapts it.
     pub adapted_by_all: bool,
+    /// bitsandbytes packs it.
+    pub packed: bool,
 }
 
 /// Where a linear module sits.
@@ -842,6 +885,10 @@ pub enum Part {
     GateUp,
     /// Down projection of the MLP.
     Down,
+    /// What chooses the experts.
+    Router,
+    /// Gate of the shared expert.
+    SharedGate,
 }
 
 impl Linear {
@@ -891,6 +938,7 @@ impl LinearNames {
                 LinearNames { qkv: "wqkv", output: "wo", gate: "w1", up: "w3", down: "w2", ..usual }
             }
             "baichuan" => LinearNames { qkv: "W_pack", ..usual },
+            "mixtral" => LinearNames { gate: "w1", up: "w3", down: "w2", ..usual },
             "chatglm" => LinearNames {
                 qkv: "query_key_value",
                 output: "dense",

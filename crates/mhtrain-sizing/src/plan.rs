@@ -13,7 +13,7 @@ use settle::{
 
 pub use crate::correct::after_oom;
 use crate::cost::Cost;
-use crate::estimate::{Estimate, EstimateError, estimate_with};
+use crate::estimate::{Estimate, EstimateError, estimate_with, experts_note};
 use crate::ladder::{Class, TierBook, Values};
 use crate::learn::{Learned, learn};
 use crate::observation::{Fingerprint, Observation, Seen, Versions};
@@ -22,7 +22,7 @@ use crate::request::{Learning, Length, Request};
 use crate::reserve::{Group, Reserve};
 use crate::tier::{Adapters, Profile, Tier};
 use crate::units::Bytes;
-use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
+use crate::workload::{AttnImpl, Dtype, ExpertForm, TrainType, Workload};
 
 /// One rung of the ladder with the engine's verdict.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -261,7 +261,7 @@ fn method(train_type: TrainType, tier: &Tier) -> TrainType {
 }
 
 /// Returns the pass that a rung of a job means for the card.
-pub fn workload(train_type: TrainType, tier: &Tier) -> Workload {
+pub fn workload(train_type: TrainType, experts: ExpertForm, tier: &Tier) -> Workload {
     let adapters = tier.adapters.clone().unwrap_or_default();
     Workload {
         train_type: method(train_type, tier),
@@ -280,6 +280,8 @@ pub fn workload(train_type: TrainType, tier: &Tier) -> Workload {
         gradient_checkpointing: tier.gradient_checkpointing,
         liger_kernel: tier.liger_kernel,
         logit_share: 1.0,
+        experts,
+        router_loss: tier.router_aux_loss_coef.is_some_and(|coefficient| coefficient > 0.0),
     }
 }
 
@@ -362,6 +364,7 @@ impl<'a> Sizing<'a> {
         let (adapters, fewest) = settle_adapters(request, book, &mut notes);
         let liger = settle_liger(request, &mut notes);
         note_environment(request, &mut notes);
+        notes.extend(experts_note(&request.model, request.features.experts));
         if request.learning == Learning::Fast {
             notes.extend(book.learning.fast.note.clone());
         }
@@ -501,7 +504,8 @@ impl<'a> Sizing<'a> {
     }
 
     fn estimate(&self, tier: &Tier) -> Result<Estimate, EstimateError> {
-        estimate_with(&self.request.model, &workload(self.request.train_type, tier), &self.reserve(tier))
+        let Request { model, train_type, features, .. } = self.request;
+        estimate_with(model, &workload(*train_type, features.experts, tier), &self.reserve(tier))
     }
 
     fn reserve(&self, tier: &Tier) -> Reserve<'_> {

@@ -8,7 +8,7 @@ use crate::gpu::Card;
 use crate::model::Model;
 use crate::tier::Steps;
 use crate::units::Bytes;
-use crate::workload::{AttnImpl, Dtype, Targets, TrainType};
+use crate::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType};
 
 /// How long a row may be.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
@@ -140,6 +140,9 @@ pub struct TrainerFeatures {
     pub liger: bool,
     /// bitsandbytes is installed; qlora needs it.
     pub bitsandbytes: bool,
+    /// How its transformers holds the experts of a mixture.
+    #[serde(default)]
+    pub experts: ExpertForm,
 }
 
 /// A question to the sizing engine.

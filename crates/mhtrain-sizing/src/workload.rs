@@ -161,6 +161,18 @@ impl fmt::Display for Targets {
     }
 }
 
+/// How transformers holds the experts of a mixture.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertForm {
+    /// All experts of a block are one parameter, which neither adapters nor bitsandbytes take for a linear module
+    /// (transformers 5).
+    #[default]
+    Fused,
+    /// Each expert has linear modules of its own: each gets an adapter, and each is packed (transformers 4).
+    Modules,
+}
+
 /// The shape of one training pass: everything but the model that decides how much memory it takes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Workload {
@@ -190,4 +202,8 @@ pub struct Workload {
     pub liger_kernel: bool,
     /// Share of positions that get logits, 0 to 1; 1 is the safe assumption.
     pub logit_share: f64,
+    /// How the experts of a mixture are held, and thereby which transformers it is; means nothing for a dense model.
+    pub experts: ExpertForm,
+    /// The load balancing loss of a mixture is on (`router_aux_loss_coef` above 0).
+    pub router_loss: bool,
 }

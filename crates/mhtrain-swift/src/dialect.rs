@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use mhtrain_sizing::workload::AttnImpl;
+use mhtrain_sizing::workload::{AttnImpl, ExpertForm};
 
 use crate::environment::TrainerEnvironment;
 use crate::parameters::Parameters;
@@ -84,6 +84,18 @@ impl Dialect {
     /// Returns the line of ms-swift whose names are used.
     pub fn line(&self) -> Line {
         self.line
+    }
+
+    /// Returns how the installed transformers holds the experts of a mixture: a module each up to 4.57, one parameter for
+    /// all in 5.x. Where its version is not known, ms-swift 3.x takes 4.x alone and 4.x comes with 5.x.
+    ///
+    /// Source: `*SparseMoeBlock` in `modeling_*.py` of transformers 4.57 and 5.19.
+    pub fn experts(&self) -> ExpertForm {
+        match (&self.transformers, self.line) {
+            (Some(version), _) if version.major < 5 => ExpertForm::Modules,
+            (None, Line::V3) => ExpertForm::Modules,
+            (Some(_), _) | (None, Line::V4) => ExpertForm::Fused,
+        }
     }
 
     /// Returns whether the installed version is the very one whose parameters are listed, so that a name that is
@@ -250,6 +262,16 @@ mod tests {
 
     fn dialect(ms_swift: &str, transformers: &str) -> Dialect {
         Dialect::for_versions(Some(ms_swift), Some(transformers)).0
+    }
+
+    #[test]
+    fn experts_are_modules_with_transformers_4() {
+        assert_eq!(dialect("3.12.6", "4.57.6").experts(), ExpertForm::Modules);
+        assert_eq!(dialect("4.6.0", "4.57.6").experts(), ExpertForm::Modules);
+        assert_eq!(dialect("4.6.0", "5.19.0").experts(), ExpertForm::Fused);
+        let of = |ms_swift| Dialect::for_versions(ms_swift, None).0.experts();
+        assert_eq!(of(Some("3.12.6")), ExpertForm::Modules);
+        assert_eq!((of(Some("4.6.0")), of(None)), (ExpertForm::Fused, ExpertForm::Fused));
     }
 
     #[test]

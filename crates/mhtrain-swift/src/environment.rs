@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use mhtrain_sizing::request::TrainerFeatures;
 use serde::{Deserialize, Serialize};
 
+use crate::dialect::Dialect;
+
 /// One Python environment that ms-swift runs in, read without importing torch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrainerEnvironment {
@@ -34,6 +36,7 @@ impl TrainerEnvironment {
             flash_attn: self.version("flash-attn").is_some(),
             liger: self.version("liger-kernel").is_some(),
             bitsandbytes: self.version("bitsandbytes").is_some(),
+            experts: Dialect::for_environment(self).0.experts(),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use mhtrain_sizing::estimate::estimate;
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
+use mhtrain_sizing::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
 use serde::Deserialize;
 
 /// Arguments of `cargo xtask score-memory`.
@@ -261,6 +261,8 @@ fn workload(row: &Row) -> Workload {
         gradient_checkpointing: row.gc == 1,
         liger_kernel: false,
         logit_share: row.kept,
+        experts: ExpertForm::Fused,
+        router_loss: false,
     }
 }
 

@@ -23,7 +23,7 @@ use mhtrain_sizing::plan::{History, Plan, after_oom, plan, plan_learned, workloa
 use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
-use mhtrain_sizing::workload::TrainType;
+use mhtrain_sizing::workload::{ExpertForm, TrainType};
 
 use crate::draws::Draws;
 
@@ -98,7 +98,12 @@ impl Case {
             min_effective_batch: 32,
             allow: Allow::default(),
             pins: Pins { lora_rank: Some(draws.pick(&[8, 16, 64])), ..pins },
-            features: TrainerFeatures { flash_attn: draws.uniform() < 0.8, liger: false, bitsandbytes: true },
+            features: TrainerFeatures {
+                flash_attn: draws.uniform() < 0.8,
+                liger: false,
+                bitsandbytes: true,
+                experts: ExpertForm::Fused,
+            },
             oom_risk: 0.10,
             data: None,
         };
@@ -319,7 +324,7 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
             let first = tier.clone();
             let mut deaths = 0;
             while tier.micro_batch > 0 {
-                let said = estimate(&case.request.model, &workload(case.request.train_type, &tier))?;
+                let said = estimate(&case.request.model, &workload(case.request.train_type, case.request.features.experts, &tier))?;
                 if case.need(said.allocated_peak_bytes, &tier, noise) <= case.request.card.free.as_f64() {
                     break;
                 }

@@ -12,7 +12,7 @@ use anyhow::Context;
 use mhtrain_sizing::estimate::{Estimate, estimate};
 use mhtrain_sizing::model::{Model, ShapeSource};
 use mhtrain_sizing::reserve::Group;
-use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
+use mhtrain_sizing::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -208,6 +208,8 @@ fn figure(row: Row) -> Result<Figure, &'static str> {
         gradient_checkpointing: row.gc != "0",
         liger_kernel: row.fused_loss == "1",
         logit_share: 1.0,
+        experts: ExpertForm::Fused,
+        router_loss: false,
     };
     let group = if equal || packed { Group::Equal } else { Group::Unequal };
     let said: Estimate = estimate(&model, &work).map_err(|_| "that cannot be estimated")?;

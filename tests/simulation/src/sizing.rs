@@ -15,6 +15,7 @@ use mhtrain_sizing::plan::{Plan, plan, workload};
 use mhtrain_sizing::request::TrainerFeatures;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
+use mhtrain_sizing::workload::ExpertForm;
 
 use crate::script::Wish;
 
@@ -51,7 +52,8 @@ fn ask(spec: &JobSpec, total_gib: u64, free_gib: u64) -> Answer {
         free: Bytes::from_gib(free_gib),
         compute_capability: Some(ComputeCapability::AMPERE),
     };
-    let features = TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true };
+    let features =
+        TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true, experts: ExpertForm::Fused };
     let held = Bytes::from_gib(total_gib.saturating_sub(free_gib));
     let request = spec
         .sizing_request(model, card, held, features, 0.10)
@@ -71,7 +73,7 @@ pub(crate) fn policy(spec: &JobSpec, other_device: bool) -> Option<Policy> {
 /// different questions come to the engine.
 pub(crate) fn needs(wish: &Wish, tier: &Tier, percent: u64) -> u64 {
     let Ok(model) = Model::resolve(wish.model, None, None) else { return 1 };
-    let predicted = estimate(&model, &workload(wish.method(), tier))
+    let predicted = estimate(&model, &workload(wish.method(), ExpertForm::Fused, tier))
         .map_or(1.0, |estimate| estimate.device_peak_bytes.gib());
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some GiB")]
     let mib = (predicted * 1024.0) as u64;

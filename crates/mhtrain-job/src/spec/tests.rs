@@ -3,7 +3,7 @@ use serde_json::json;
 
 use super::*;
 use mhtrain_sizing::tier::Steps;
-use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets};
+use mhtrain_sizing::workload::{AttnImpl, Dtype, ExpertForm, Targets};
 
 fn with(keys: Value) -> Value {
     let mut job = json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": ["d.jsonl"]});
@@ -543,7 +543,8 @@ fn the_sizing_request_carries_the_wishes_and_the_pins() {
         free: Bytes::from_gib(70),
         compute_capability: None,
     };
-    let features = TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: false };
+    let features =
+        TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: false, experts: ExpertForm::Fused };
     let request = job.sizing_request(any_model(), card.clone(), Bytes::from_gib(10), features, 0.1).unwrap();
     assert_eq!((request.card, request.held_by_others), (card, Bytes::from_gib(10)));
     assert_eq!(

@@ -143,16 +143,16 @@ impl Tape {
 
     /// `x @ weight`, the weight a parameter or a copy of one.
     pub(crate) fn matrix(&mut self, x: Tensor, rows: f64, weight: Weight) -> Tensor {
-        let Weight { input, output, width, trains, copy, bias } = weight;
+        let Weight { input, output, width, trains, copy, bias, times } = weight;
         let weight_node = match copy {
             Some(copy) => copy.node,
             None => self.leaf(trains),
         };
         let out = self.plain(rows * output, x.width.min(width));
         let in_bytes = if x.needs_gradient() { rows * input * x.width } else { 0.0 };
-        let weight_bytes = if weight_node == NONE { 0.0 } else { input * output * width };
+        let weight_bytes = if weight_node == NONE { 0.0 } else { times * input * output * width };
         let rule = if bias {
-            let bias = if weight_bytes > 0.0 { output * width } else { 0.0 };
+            let bias = if weight_bytes > 0.0 { times * output * width } else { 0.0 };
             Rule::Affine { weight: weight_bytes, input: in_bytes, bias }
         } else {
             Rule::Matrix { weight: weight_bytes, input: in_bytes }
@@ -488,6 +488,8 @@ pub(crate) struct Weight {
     pub copy: Option<Tensor>,
     /// A bias is added.
     pub bias: bool,
+    /// Weights of this size that share the rows: experts of a mixture; else 1.
+    pub times: f64,
 }
 
 /// How positions are written into q and k.

@@ -7,7 +7,7 @@ use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
 use mhtrain_sizing::units::Bytes;
-use mhtrain_sizing::workload::{AttnImpl, Dtype, Targets, TrainType, Workload};
+use mhtrain_sizing::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
 use proptest::prelude::*;
 
 /// Returns a job that says nothing but its model, on an 80 GiB card of which so much is free.
@@ -29,7 +29,12 @@ pub fn request(model: &str, free: Bytes) -> Request {
         min_effective_batch: 32,
         allow: Allow::default(),
         pins: Pins::default(),
-        features: TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true },
+        features: TrainerFeatures {
+            flash_attn: true,
+            liger: false,
+            bitsandbytes: true,
+            experts: ExpertForm::Fused,
+        },
         oom_risk: 0.10,
         data: None,
     }
@@ -51,6 +56,8 @@ pub fn workload() -> Workload {
         gradient_checkpointing: true,
         liger_kernel: false,
         logit_share: 1.0,
+        experts: ExpertForm::Fused,
+        router_loss: false,
     }
 }
 
@@ -78,6 +85,8 @@ pub fn any_workload(counts: impl Strategy<Value = [u32; 4]>) -> impl Strategy<Va
                 gradient_checkpointing,
                 liger_kernel,
                 logit_share,
+                experts: ExpertForm::Fused,
+                router_loss: false,
             }
         },
     )

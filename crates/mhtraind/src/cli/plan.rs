@@ -178,6 +178,7 @@ impl PlanArgs {
                 flash_attn,
                 liger: self.liger == Some(YesNo::Yes),
                 bitsandbytes: self.bitsandbytes != Some(YesNo::No),
+                experts: dialect.experts(),
             },
             dialect,
             cores: cores(),
@@ -196,6 +197,7 @@ impl PlanArgs {
         let mut host = prepare::probed_host(spec, &report, &[])?;
         if let Some(version) = &self.ms_swift {
             let (dialect, warnings) = Dialect::for_versions(Some(version), None);
+            host.features.experts = dialect.experts();
             host.dialect = dialect;
             host.notes.extend(warnings);
         }

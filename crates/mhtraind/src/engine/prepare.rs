@@ -249,7 +249,7 @@ pub fn probed_host(spec: &JobSpec, report: &ProbeReport, ours: &[u32]) -> Result
                 "no trainer environment was found; flash-attn and bitsandbytes are taken for installed"
                     .to_owned(),
             );
-            TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true }
+            TrainerFeatures { flash_attn: true, liger: false, bitsandbytes: true, experts: dialect.experts() }
         },
         |environment| environment.features(),
     );
