@@ -15,7 +15,7 @@
 use crate::block::{Layer, Lists, float};
 use crate::model::{BlockKind, ModelShape};
 use crate::tape::{High, Kind, Saved, Tape, Tensor};
-use crate::workload::{AttnImpl, Workload};
+use crate::workload::{AttnImpl, ExpertForm, Workload};
 
 /// What one part of the pass does to the sum of what is alive.
 #[derive(Copy, Clone, Debug, Default)]
@@ -316,6 +316,28 @@ impl Pass<'_> {
         self.embedding_back(course, x);
     }
 
+    /// Returns what the load balancing loss of a mixture takes at its highest moment, 0 where it is off.
+    ///
+    /// In transformers 4 the choices of all blocks together, for each token, chosen expert and expert: one-hot as int64,
+    /// and the same as fp32. With an attention mask, which packed rows do not have, that mask spread as int64 and a product
+    /// in fp32 too. Beside them the router's logits: of each block and joined in half, their softmax in fp32. In
+    /// transformers 5 one block follows the other, and nothing is worth counting: two bytes a token, block and expert.
+    ///
+    /// Source: `load_balancing_loss_func` in `modeling_qwen3_moe.py` of transformers 4.57 and 5.19; Mixtral, Qwen 2 and
+    /// gpt-oss have the same.
+    fn router_loss(&self) -> f64 {
+        let Some(experts) = self.shape.experts.as_ref().filter(|_| self.work.router_loss) else { return 0.0 };
+        if self.work.experts == ExpertForm::Fused {
+            return 0.0;
+        }
+        let sparse = layers(self.shape).filter(|layer| !layer.dense).count();
+        let sparse = float(u64::try_from(sparse).unwrap_or(u64::MAX));
+        let rows = sparse * self.lists.tokens;
+        let (count, top_k) = (float(experts.count), float(experts.top_k));
+        let choice = if self.work.packing { 8.0 + 4.0 } else { 8.0 + 4.0 + 8.0 + 4.0 };
+        rows * (count * (top_k * choice + 2.0 * self.lists.stream_width + 4.0) + top_k * (4.0 + 8.0))
+    }
+
     /// Last norm, head, loss, and their backward pass, until the gradient of the last block's output is there.
     ///
     /// `held` is what the model's `forward` holds until it returns: with checkpoints the graph holds it longer.
@@ -327,6 +349,7 @@ impl Pass<'_> {
         let mut lifted = x;
         let mut small: Vec<Tensor> = Vec::new();
         let mut softmax = x;
+        let router_loss = self.router_loss();
         let forward = self.measured(|pass| {
             let lists = &pass.lists;
             let tape = &mut pass.tape;
@@ -396,6 +419,7 @@ impl Pass<'_> {
             tape.drop(loss);
             tape.drop(lifted);
             tape.drop(padded);
+            tape.transient(router_loss);
             tape.drop(normal);
             small = vec![labels, count];
             tape.leave_autocast();
@@ -409,6 +433,8 @@ impl Pass<'_> {
             }
             tape.kind = Kind::Activation;
         });
+        // What the router's loss takes counts as a stage, unlike the rest of the forward pass: it grows with the layers.
+        course.backward = router_loss > 0.0;
         course.goes_through(&forward);
         course.leaves_autocast();
         course.backward = true;
