@@ -10,6 +10,7 @@ mod score_diagnosis;
 mod score_memory;
 mod score_plan;
 mod score_published;
+mod scoreboard;
 mod simulate;
 mod startup;
 mod systemd;
@@ -41,6 +42,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Measure how long a trainer takes to its first step, and a rerun after an out-of-memory error
     Startup(startup::StartupArgs),
+    /// Compare what people, wrappers, ms-swift and mhtraind make of an out-of-memory error
+    Scoreboard(scoreboard::ScoreboardArgs),
     /// Score the memory estimate against measured points (columns of calibration.csv)
     ScoreMemory(score_memory::ScoreMemoryArgs),
     /// Score the plan against an oracle on random simulated hosts
@@ -60,6 +63,7 @@ fn main() -> anyhow::Result<()> {
         Command::Simulate(args) => simulate::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Startup(args) => startup::run_all(&args),
+        Command::Scoreboard(args) => scoreboard::run(&args),
         Command::ScoreMemory(args) => score_memory::run(&args),
         Command::ScorePlan(args) => score_plan::run(&args),
         Command::ScorePublished(args) => score_published::run(&args),

@@ -114,10 +114,7 @@ impl Line {
         std::fs::copy(demo.join("simulated_capacity.py"), dir.join("simulated_capacity.py"))?;
         let python = trainer.join("bin/python");
         run(Command::new(&python).arg(demo.join("make_demo.py")).arg(&dir).stdout(Stdio::null()))?;
-        let find = "import sysconfig; print(sysconfig.get_path('purelib'))";
-        let packages = output(Command::new(&python).args(["-c", find]))?;
-        let script = Path::new(packages.trim()).join("swift/cli/sft.py");
-        ensure!(script.is_file(), "{} is not there", script.display());
+        let script = sft_script(&python)?;
         // A first import writes what the installer did not compile, and fills the page cache.
         let line = Line { version, trainer, script, dir, binary: binary.to_owned() };
         line.first_step("warm", &WAYS[2])?;
@@ -143,7 +140,7 @@ impl Line {
         }
         rows.reruns.push((self.version, reruns));
         rows.imports.push((self.version, self.imports()?));
-        rows.packages.push(self.packages()?);
+        rows.packages.push(packages(&self.trainer.join("bin/python"))?);
         rows.loads.push(load()?);
         Ok(())
     }
@@ -269,12 +266,22 @@ impl Line {
         largest.push(("all".to_owned(), all));
         Ok(largest)
     }
+}
 
-    fn packages(&self) -> anyhow::Result<String> {
-        let code = "import sys; from importlib.metadata import version as v; print('ms-swift', v('ms-swift'), 'with \
-                    transformers', v('transformers') + ', torch', v('torch') + ', Python', sys.version.split()[0])";
-        Ok(output(Command::new(self.trainer.join("bin/python")).args(["-c", code]))?.trim().to_owned())
-    }
+/// Returns ms-swift's own script for `swift sft`.
+pub(crate) fn sft_script(python: &Path) -> anyhow::Result<PathBuf> {
+    let find = "import sysconfig; print(sysconfig.get_path('purelib'))";
+    let packages = output(Command::new(python).args(["-c", find]))?;
+    let script = Path::new(packages.trim()).join("swift/cli/sft.py");
+    ensure!(script.is_file(), "{} is not there", script.display());
+    Ok(script)
+}
+
+/// Returns the versions of what trains, in words.
+pub(crate) fn packages(python: &Path) -> anyhow::Result<String> {
+    let code = "import sys; from importlib.metadata import version as v; print('ms-swift', v('ms-swift'), 'with \
+                transformers', v('transformers') + ', torch', v('torch') + ', Python', sys.version.split()[0])";
+    Ok(output(Command::new(python).args(["-c", code]))?.trim().to_owned())
 }
 
 /// Returns a module's own microseconds and its name, of a line of `-X importtime`.
@@ -285,7 +292,7 @@ fn import_line(line: &str) -> Option<(f64, &str)> {
 }
 
 /// Returns the machine's load over the last minute.
-fn load() -> anyhow::Result<f64> {
+pub(crate) fn load() -> anyhow::Result<f64> {
     let text = std::fs::read_to_string("/proc/loadavg").context("cannot read /proc/loadavg")?;
     Ok(text.split(' ').next().unwrap_or_default().parse()?)
 }
@@ -348,7 +355,7 @@ fn statistics(seconds: &[f64]) -> String {
 }
 
 /// Returns the date as `date` says it.
-fn today() -> String {
+pub(crate) fn today() -> String {
     output(Command::new("date").arg("+%Y-%m-%d"))
         .map_or_else(|_| "?".to_owned(), |text| text.trim().to_owned())
 }

@@ -9,6 +9,7 @@ from inside the model, in torch's own words and with figures that add up.
     MHT_SIM_BYTES_PER_TOKEN    of a pass
     MHT_SIM_RESIDENT_BYTES     what stays between passes: weights, optimizer, context
     MHT_SIM_OTHERS_BYTES       what other processes hold [0]
+    MHT_SIM_OTHERS_FILE        a file with that number, read anew before each pass: a neighbour that comes and goes
     MHT_SIM_GROWTH_BYTES       resident bytes that join them at optimizer step MHT_SIM_GROWTH_STEP, counted from 1:
     MHT_SIM_GROWTH_STEP        an out-of-memory error that comes late [0, 1]
     MHT_SIM_DEVICE_INDEX       for the message [0]
@@ -52,6 +53,7 @@ class Device:
         self.per_token = setting("BYTES_PER_TOKEN")
         self.resident = setting("RESIDENT_BYTES")
         self.others = setting("OTHERS_BYTES", "0")
+        self.others_file = os.environ.get("MHT_SIM_OTHERS_FILE")
         self.growth = setting("GROWTH_BYTES", "0")
         self.growth_step = setting("GROWTH_STEP", "1")
         self.index = setting("DEVICE_INDEX", "0")
@@ -59,6 +61,9 @@ class Device:
 
     def begin_pass(self, rows, longest, step):
         """Returns the error that the pass shall end in, or None; says meanwhile what it uses."""
+        if self.others_file is not None:
+            with open(self.others_file, encoding="ascii") as file:
+                self.others = int(file.read())
         resident = self.resident + (self.growth if step >= self.growth_step else 0)
         piece = -(-rows * longest * self.per_token // PIECES)
         left = self.total - self.others - resident
