@@ -32,6 +32,7 @@ pub(super) fn write(root: &Path, seed: u64, cases: u32, records: &[Record]) -> a
         range(&loads, 1),
         versions.into_iter().collect::<Vec<_>>().join(". "),
     );
+    page.push_str(&in_short(&ours));
     page.push_str(&introduction());
     let lines: BTreeSet<&str> = ours.iter().map(|record| record.line.as_str()).collect();
     for line in lines.iter().rev() {
@@ -42,6 +43,33 @@ pub(super) fn write(root: &Path, seed: u64, cases: u32, records: &[Record]) -> a
     page.push_str(&definitions(&ours));
     page.push_str(&included(root)?);
     Ok(page)
+}
+
+/// The whole in one small table: all lines and cases together.
+fn in_short(records: &[&Record]) -> String {
+    let mut table = String::from(
+        "All lines together (each line by itself, and every word, below):\n\n| contestant | trainings | finished | said done and was \
+         not | failed | effective batch kept | steps thrown away | human actions |\n\
+         | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+    );
+    for contestant in Contestant::ALL {
+        let own: Vec<&Record> =
+            records.iter().copied().filter(|record| record.contestant == contestant.name()).collect();
+        let count = |what: fn(&Record) -> bool| own.iter().filter(|record| what(record)).count();
+        let _ = writeln!(
+            table,
+            "| {} | {} | {} | {} | {} | {} | {} | {} |",
+            contestant.name(),
+            own.len(),
+            count(Record::finished),
+            count(|record| record.said_done() && !record.finished()),
+            count(|record| !record.said_done()),
+            count(|record| record.batch_kept),
+            own.iter().map(|record| record.steps_thrown_away).sum::<u64>(),
+            own.iter().map(|record| record.human_actions).sum::<u32>(),
+        );
+    }
+    table + "\n"
 }
 
 /// What is compared, and what it does not show.
@@ -62,8 +90,8 @@ fn introduction() -> String {
          - **mhtraind**: `mhtraind run job.json`; pinned is only what is scaled for everybody (epochs, save steps) or what a \
          CPU needs (float32).\n\n\
          *This does not show*: real memory (the error comes from a rule, so how well mhtraind's prediction fits a real card \
-         plays no part, for or against it), trainings of hours (start-up is most of the time here, so a second attempt looks dearer \
-         than it is beside hours, and a restart from zero cheaper), several cards, or how long it takes until a person looks: \
+         plays no part, for or against it), trainings of hours (start-up is a large part of the time here, so a second attempt looks dearer \
+         than it is beside hours, and a restart from zero cheaper), several cards, how often each kind of case comes in real life (a few cases of one seed are no statistics), or how long it takes until a person looks: \
          only the trainers' time counts for the person. All trainers are started by ms-swift's script without its wrapper, \
          which spares the others its second import of torch. Wall time was measured beside other work; processor time of the \
          trainers (without mhtraind's own, which is small) stands beside it.\n\n"
@@ -166,12 +194,14 @@ fn cell(record: &Record) -> String {
         (false, None) => "killed".to_owned(),
     };
     for (count, what) in [
-        (record.rows_again, "rows twice"),
-        (record.rows_never, "rows never"),
-        (record.steps_thrown_away, "steps thrown away"),
+        (record.rows_again, "twice"),
+        (record.rows_never, "never"),
+        (record.steps_thrown_away, "thrown away"),
     ] {
+        let unit = if what == "thrown away" { "step" } else { "row" };
+        let plural = if count == 1 { "" } else { "s" };
         if count > 0 {
-            let _ = write!(text, ", {count} {what}");
+            let _ = write!(text, ", {count} {unit}{plural} {what}");
         }
     }
     if !record.batch_kept && record.largest_batch > 0 {
@@ -189,7 +219,7 @@ fn definitions(records: &[&Record]) -> String {
     format!(
         "### Words\n\n\
          - *finished*: exit 0, and every row is in the final weights exactly as often as planned. *Said done and was not*: exit 0 \
-         all the same.\n\
+         all the same, with rows missing or trained too often.\n\
          - *rows twice, never*: passes over a row too many and too few in the final weights, summed over the cases ({} planned in \
          each). Weights that begin again in the same process are trained on top of what was trained before.\n\
          - *steps thrown away*: finished optimizer steps that are not in the final weights. *Effective batch kept*: every step in \
@@ -273,5 +303,31 @@ fn range(figures: &[f64], digits: usize) -> String {
             let middle = (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0;
             format!("{middle:.digits$} ({first:.digits$} to {last:.digits$})")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_a_median_and_its_range() {
+        assert_eq!(range(&[], 1), "-");
+        assert_eq!(range(&[2.0], 2), "2.00");
+        assert_eq!(range(&[3.0, 1.0, 2.0], 1), "2.0 (1.0 to 3.0)");
+        assert_eq!(range(&[4.0, 1.0, 2.0, 3.0], 1), "2.5 (1.0 to 4.0)");
+    }
+
+    /// Whoever writes those pages anew has to keep what is taken from them here.
+    #[test]
+    fn the_tables_of_the_other_commands_are_found() {
+        let root = crate::workspace::root().unwrap();
+        let text = included(&root).unwrap();
+        for wanted in
+            ["submit to exec of the trainer", "| all points | 795", "inside   below", "oracle's rung"]
+        {
+            assert!(text.contains(wanted), "{wanted}");
+        }
+        assert_eq!(text.matches("```").count(), 4, "two whole blocks");
     }
 }
