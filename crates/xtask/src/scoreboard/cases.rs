@@ -82,6 +82,12 @@ impl Case {
             .collect()
     }
 
+    /// Returns the same case for data whose longest row has so many tokens: where rows are shorter, more of them may fit.
+    pub(super) fn with_longest(self, longest: u64) -> Case {
+        let fits = [4, 2, 1].into_iter().find(|rows| rows * longest * TOKEN_BYTES <= self.short_bytes);
+        Case { fits: fits.unwrap_or(1), ..self }
+    }
+
     /// Returns the total of the card.
     pub(super) fn card_bytes(&self) -> u64 {
         match self.kind {
@@ -130,6 +136,8 @@ mod tests {
             let tokens = case.short_bytes / TOKEN_BYTES;
             assert!(case.fits * 170 < tokens && tokens < 2 * case.fits * 170, "{case:?}");
             assert!((1..STEPS).contains(&case.step), "{case:?}");
+            assert_eq!(case.with_longest(170), case);
+            assert!(case.with_longest(100).fits >= case.fits, "shorter rows, more of them");
             assert!(case.kind == Kind::LongRow || case.lacking_bytes() > 0, "{case:?}");
         }
     }

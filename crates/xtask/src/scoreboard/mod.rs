@@ -88,7 +88,7 @@ pub(crate) fn run(args: &ScoreboardArgs) -> anyhow::Result<()> {
                 let there =
                     results.find(args.seed, case.number, &line.version, contestant.name(), &line.versions);
                 if args.again || there.is_none() {
-                    trials.push((case, line, *contestant));
+                    trials.push((case.with_longest(line.longest_here), line, *contestant));
                 }
             }
         }

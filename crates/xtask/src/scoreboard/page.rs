@@ -229,7 +229,8 @@ fn definitions(records: &[&Record]) -> String {
          ones in the final weights, once for each pass; of a failed training those in its last checkpoint.\n\
          - *long row*: from the beginning a pass may need only so much; *growth*: what is resident grows at a step and stays; \
          *neighbour*: another process takes memory at a step and leaves {NEIGHBOUR_S} s later. While it is short, {least} to \
-         {largest} MiB are left for a pass, a token takes one, and *n fit* is the largest micro-batch of 4, 2, 1 that always fits.\n\n",
+         {largest} MiB are left for a pass, a token takes one, and *n fit* is the largest micro-batch of 4, 2, 1 that always fits \
+         (ms-swift 3.x has a shorter system prompt, so its rows are 13 tokens shorter and more of them may fit).\n\n",
         ROWS * EPOCHS
     )
 }

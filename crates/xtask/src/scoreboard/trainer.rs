@@ -23,17 +23,21 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How long mhtraind may take to end its trainer after Ctrl-C.
 const GRACE: Duration = Duration::from_secs(60);
 
-/// Writes the tokens of the longest row, with the chat template's own (ms-swift's template `qwen2_5`).
+/// Writes the tokens of the longest row for each system prompt, with the chat template's own.
 const LONGEST_ROW: &str = r#"
-import json
+import json, sys
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file("model/tokenizer.json")
 turn = "<|im_start|>{}\n{}<|im_end|>\n"
-system = turn.format("system", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 rows = [json.loads(line)["messages"] for line in open("train.jsonl", encoding="utf-8")]
-texts = [system + "".join(turn.format(part["role"], part["content"]) for part in row) for row in rows]
-print(max(len(tokenizer.encode(text).ids) for text in texts))
+for system in sys.argv[1:]:
+    texts = ["".join(turn.format(part["role"], part["content"]) for part in row) for row in rows]
+    print(max(len(tokenizer.encode(turn.format("system", system) + text).ids) for text in texts))
 "#;
+
+/// What ms-swift 4.x takes for the system prompt of the model (its template `qwen2_5`), and 3.x (its template `qwen`).
+const SYSTEM_4: &str = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.";
+const SYSTEM_3: &str = "You are a helpful assistant.";
 
 /// One line of ms-swift, with the model and the data that everybody trains.
 #[derive(Debug)]
@@ -41,8 +45,10 @@ pub(super) struct Line {
     pub(super) version: String,
     /// Versions of what takes part, in words.
     pub(super) versions: String,
-    /// Tokens of the longest row.
+    /// Tokens of the longest row with the longer of both system prompts: what cases are drawn for, the same on all lines.
     pub(super) longest: u64,
+    /// Tokens of the longest row as this line makes it.
+    pub(super) longest_here: u64,
     pub(super) dir: PathBuf,
     pub(super) binary: PathBuf,
     pub(super) swift: PathBuf,
@@ -84,13 +90,17 @@ impl Line {
         let python = trainer.join("bin/python");
         run(Command::new(&python).arg(demo.join("make_demo.py")).arg(&dir).stdout(Stdio::null()))?;
         fs::write(dir.join("train.jsonl"), rows())?;
-        let longest = output(Command::new(&python).args(["-c", LONGEST_ROW]).current_dir(&dir))?;
+        let here = if version.starts_with("3.") { SYSTEM_3 } else { SYSTEM_4 };
+        let longest =
+            output(Command::new(&python).args(["-c", LONGEST_ROW, SYSTEM_4, here]).current_dir(&dir))?;
+        let (longest, longest_here) = longest.trim().split_once('\n').context("not two numbers of tokens")?;
         let ours = output(Command::new(binary).arg("--version"))?;
         let tests = root.join("tests/trainer");
         Ok(Line {
             version: version.to_owned(),
             versions: format!("{}; {}", packages(&python)?, ours.trim()),
-            longest: longest.trim().parse().context("no number of tokens")?,
+            longest: longest.parse().context("no number of tokens")?,
+            longest_here: longest_here.parse().context("no number of tokens")?,
             dir,
             binary: binary.to_owned(),
             swift: trainer.join("bin/swift"),
