@@ -324,7 +324,10 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
             let first = tier.clone();
             let mut deaths = 0;
             while tier.micro_batch > 0 {
-                let said = estimate(&case.request.model, &workload(case.request.train_type, case.request.features.experts, &tier))?;
+                let said = estimate(
+                    &case.request.model,
+                    &workload(case.request.train_type, case.request.features.experts, &tier),
+                )?;
                 if case.need(said.allocated_peak_bytes, &tier, noise) <= case.request.card.free.as_f64() {
                     break;
                 }

@@ -28,6 +28,7 @@ use mhtrain_job::state::JobState;
 use mhtrain_sizing::estimate_request::EstimateRequest;
 use mhtrain_sizing::ladder::TierBook;
 use mhtrain_sizing::model::Model;
+use mhtrain_sizing::units::Bytes;
 use mhtrain_supervisor::record::RecordDir;
 use mhtrain_swift::checkpoint::TrainerState;
 use mhtrain_swift::companion::Telemetry;
@@ -121,7 +122,8 @@ pub fn config_json(bytes: &[u8]) {
     if let Ok(model) = Model::resolve("fuzz", Some(&config), None) {
         let line = json!({"config_object": config, "micro_batch": 3, "max_length": 777, "attn_impl": "sdpa"})
             .to_string();
-        if let Ok(estimate) = EstimateRequest::parse(&line).and_then(|request| request.answer(None)) {
+        if let Ok(answer) = EstimateRequest::parse(&line).and_then(|request| request.answer(None)) {
+            let estimate = answer.estimate;
             assert!(estimate.low_bytes <= estimate.device_peak_bytes);
             assert!(estimate.device_peak_bytes <= estimate.high_bytes);
         }
@@ -160,7 +162,10 @@ pub fn trainer_log(bytes: &[u8]) {
 pub fn oom_message(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     let Some(message) = oom_message::parse(&text) else { return };
-    let _ = (message.others(), message.neighbour_is_to_blame(), message.is_fragmented(), message.figures());
+    for before in [None, Some(Bytes::ZERO), Some(Bytes::from_gib(40))] {
+        let _ = message.neighbour_is_to_blame(before);
+    }
+    let _ = (message.others(), message.is_fragmented(), message.figures());
     let diagnosis = diagnose(bytes, ExitFacts { code: Some(1), ..ExitFacts::default() });
     assert!(diagnosis.evidence.line.len() <= 8 << 10, "evidence is short");
 }
