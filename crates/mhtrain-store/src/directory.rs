@@ -194,7 +194,9 @@ fn lock(directory: &Path) -> Result<File, StoreError> {
             Ok(()) => break,
             Err(Errno::WOULDBLOCK) => {
                 let pid = read_pid(&file);
-                if Instant::now() >= until || pid.is_none_or(is_running) {
+                // One that we have just let go may be with a child of ours until that executes its program.
+                let held = |pid| is_running(pid) && pid != std::process::id();
+                if Instant::now() >= until || pid.is_none_or(held) {
                     return Err(StoreError::Busy { directory: directory.to_owned(), pid });
                 }
                 std::thread::sleep(Duration::from_millis(20));
