@@ -131,7 +131,8 @@ fn what_a_neighbour_took_is_waited_for_and_the_same_rung_goes_on() {
 fn a_neighbour_that_was_there_before_is_not_waited_for() {
     let host = host();
     hold(&host, 59 * GIB);
-    let oom = json!({"capacity_gib": 80, "base_gib": 81, "per_sample_gib": 0, "at_step": 5, "kind": "neighbour"});
+    let oom =
+        json!({"capacity_gib": 80, "base_gib": 81, "per_sample_gib": 0, "at_step": 5, "kind": "neighbour"});
     let ran = host.run(&["run", "job.json"], json!({"attempts": {"1": {"oom": oom}}})).expect(0);
     let receipt = host.receipt();
     let [ended, next] = [&attempts(&receipt)[0], &attempts(&receipt)[1]];

@@ -65,6 +65,8 @@ pub(crate) struct JobLoop {
     step: Step,
     take_overs: u32,
     tries: u32,
+    /// GiB that others held when the attempt was started; of one that was taken over, when it was planned.
+    others_before: u64,
 }
 
 /// What the loop does next.
@@ -171,6 +173,7 @@ impl JobLoop {
         let spec = Rc::clone(&world.disk.job(id).spec);
         let other_device = matches!(spec.device, DeviceWish::Auto);
         let policy = policy(&spec, other_device).expect("a checked spec has a policy");
+        let others_before = world.cards[sized.card].total.saturating_sub(sized.free);
         JobLoop {
             id,
             asked_to_stop: false,
@@ -183,6 +186,7 @@ impl JobLoop {
             step: Step::Open,
             take_overs: 0,
             tries: 0,
+            others_before,
         }
     }
 
@@ -321,6 +325,9 @@ impl JobLoop {
             Step::Wait { next, until } => self.wait(world, next, until),
             Step::Launch(next) => self.launch(world, &next),
             Step::Spawn(start, from) => {
+                if world.nvml_answers() {
+                    self.others_before = world.used(self.sized.card);
+                }
                 let launch = Launch {
                     script: self.script,
                     card: self.sized.card,
@@ -362,6 +369,11 @@ impl JobLoop {
                 world.disk.failed_cards.insert(card);
                 if let Some(daemon) = &mut world.daemon {
                     daemon.failed_cards.insert(card);
+                }
+                if world.disk.job(self.id).state.stop().is_some() {
+                    return Ok(Step::End(JobEvent::Cancelled { reason: "cancel".to_owned() }));
+                }
+                if let Some(daemon) = &mut world.daemon {
                     daemon.queued.insert(self.id, Waiting::default());
                 }
                 Ok(Step::Over)
@@ -619,7 +631,7 @@ impl JobLoop {
                     || start.adjustments.contains(&Adjustment::ExpandableSegments),
             ),
             full_log: None,
-            others_before: None,
+            others_before: Some(Bytes::from_gib(self.others_before)),
         };
         let last_step = follower.last_step();
         let loop_ended = follower.log.end_of_training().is_some();

@@ -425,7 +425,8 @@ fn is_a_success(
     };
     // Without the rows nobody but the trainer knows how many steps there should be; the proof says that it is the weaker one.
     let said = proof.get("proof").and_then(Value::as_str);
-    if script.rows_known && said != Some("rows") {
+    // The line that tells them may be gone with the power.
+    if script.rows_known && said != Some("rows") && world.has_first_boot() {
         return no(format!("the rows are known, and the proof is {said:?}"));
     }
     if script.rows_known && (steps != planned || !lineage.whole) {

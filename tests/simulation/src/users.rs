@@ -170,10 +170,11 @@ impl World<'_> {
     fn take_cancel(&mut self, ask: &mut Ask) -> bool {
         let (Some(id), Some(daemon)) = (self.users.numbers[ask.job], &self.daemon) else { return false };
         let by = "cancel".to_owned();
-        let event = if daemon.live.contains_key(&id) {
-            JobEvent::StopRequested { by }
-        } else if daemon.queued.contains_key(&id) {
+        // A job that leaves its card is in both for a moment.
+        let event = if daemon.queued.contains_key(&id) {
             JobEvent::Cancelled { reason: by }
+        } else if daemon.live.contains_key(&id) {
+            JobEvent::StopRequested { by }
         } else {
             return false;
         };
@@ -199,6 +200,17 @@ impl World<'_> {
             if let Some(job) = daemon.live.get_mut(&id) {
                 job.asked_to_stop = true;
             }
+            let has_left_its_card = daemon.queued.contains_key(&id);
+            let is_over = self.disk.find(id).is_none_or(|job| job.state.is_final());
+            if has_left_its_card && !is_over {
+                // One that cannot be ended now is ended when its turn comes.
+                let _told_when_it_is_started =
+                    self.append(id, JobEvent::Cancelled { reason: "cancel".to_owned() });
+            }
+        }
+        if self.disk.find(id).is_none_or(|job| job.state.is_final())
+            && let Some(daemon) = &mut self.daemon
+        {
             daemon.queued.remove(&id);
         }
         false

@@ -213,6 +213,17 @@ impl Worker {
         // Into the queue first: somebody who cancels it finds it in one place or the other. Its own lease keeps it there
         // until this thread is over.
         self.daemon.queued().insert(self.id, QueuedEntry::new(handed_in, None));
+        self.end_if_stopped()
+    }
+
+    /// Ends the job if that was asked for since its loop listened last.
+    fn end_if_stopped(&self) -> Result<(), Failure> {
+        let id = self.id;
+        let state = self.daemon.store.call_blocking(move |store| store.state(id))?;
+        if let Some(by) = state.stop().filter(|_| !state.is_final()) {
+            self.append(JobEvent::Cancelled { reason: by.to_owned() })?;
+            self.daemon.queued().remove(&self.id);
+        }
         Ok(())
     }
 
@@ -257,6 +268,7 @@ impl Worker {
         let state = JobState::fold(records.iter().map(|record| &record.event))
             .map_err(|e| Failure::new(Status::Bug, "bug", e))?;
         if state.is_final() {
+            self.daemon.queued().remove(&self.id);
             return Ok(After::Over);
         }
         let has_begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
@@ -275,6 +287,8 @@ impl Worker {
             Some(by) => JobEvent::Cancelled { reason: by.to_owned() },
             None => JobEvent::Failed { reason: failure.message.clone(), help: failure.help.clone() },
         })?;
+        // It may have been on its way to another card.
+        self.daemon.queued().remove(&self.id);
         Ok(After::Over)
     }
 

@@ -163,13 +163,20 @@ impl Daemon {
     /// # Errors
     /// The store cannot be written.
     pub async fn cancel(&self, id: JobId) -> Result<bool, Failure> {
-        let live = self.live().get(&id).cloned();
+        // A job that leaves its card is in both for a moment, and in its thread nobody listens any more.
+        let live = self.live().get(&id).cloned().filter(|_| !self.queued().contains_key(&id));
         if let Some(live) = live {
             // On disk before it is answered: should we die now, the next daemon ends the job.
             let by = StopCause::Cancel.to_string();
             self.store.append(id, Record::new(now(), JobEvent::StopRequested { by })).await?;
             live.stop();
             reach("cancel.told", "running");
+            if self.queued().contains_key(&id)
+                && let Err(failure) = self.end_stopped(id).await
+            {
+                // What is on disk ends it when its turn comes.
+                tracing::error!(job = id.get(), error = failure.message, "a cancelled job still waits");
+            }
             return Ok(true);
         }
         if !self.queued().contains_key(&id) {
@@ -181,6 +188,18 @@ impl Daemon {
         self.queued().remove(&id);
         reach("cancel.told", "queued");
         Ok(true)
+    }
+
+    /// Takes a job off the queue whose end was asked for while it left its card.
+    async fn end_stopped(&self, id: JobId) -> Result<(), Failure> {
+        let state = self.store.call(move |store| store.state(id)).await?;
+        if !state.is_final() {
+            let Some(by) = state.stop() else { return Ok(()) };
+            let event = JobEvent::Cancelled { reason: by.to_owned() };
+            self.store.append(id, Record::new(now(), event)).await?;
+        }
+        self.queued().remove(&id);
+        Ok(())
     }
 
     /// Returns where a job's own files lie. They are their owner's, and may hold traps for whoever has more rights.
