@@ -27,7 +27,7 @@ const PAGE: u32 = 100;
 /// Most jobs of one page.
 const PAGE_MAX: u32 = 1000;
 
-/// How long a job whose end is on disk may take to write its receipt and end its thread.
+/// How long a job whose end is on disk may take to write its receipt and end its thread, once its memory is back.
 const END_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Deserialize)]
@@ -172,9 +172,7 @@ pub(super) async fn remove(
     settled(&daemon, id).await?;
     to_the_end(async move {
         reach("remove.before", "");
-        daemon.store.call(move |store| store.remove(id)).await?;
-        reach("remove.on_disk", "");
-        daemon.remove_files(id).await?;
+        daemon.remove(id).await?;
         reach("remove.files_gone", "");
         Ok(StatusCode::NO_CONTENT)
     })
@@ -213,7 +211,8 @@ pub(super) async fn receipt(
 /// Returns a job as [`look`] does. One whose end is on disk is waited for until its thread has written the receipt too.
 async fn settled(daemon: &Daemon, id: JobId) -> Result<(JobView, Vec<Record>), Failure> {
     let mut happenings = daemon.store.happenings();
-    let until = tokio::time::Instant::now() + END_WITHIN;
+    let memory_return = Duration::from_secs(u64::from(daemon.config.attempt.memory_return_s));
+    let until = tokio::time::Instant::now() + memory_return + END_WITHIN;
     loop {
         happenings.mark_unchanged();
         let found = look(daemon, id).await?;
@@ -222,7 +221,7 @@ async fn settled(daemon: &Daemon, id: JobId) -> Result<(JobView, Vec<Record>), F
         }
         if tokio::time::timeout_at(until, happenings.changed()).await.is_err() {
             let what = format!("job {id} is {} and still being put away", found.0.state);
-            return Err(Failure::new(Status::Bug, "not_settled", what));
+            return Err(Failure::failed("not_settled", what).help("ask again in a moment".to_owned()));
         }
     }
 }

@@ -139,7 +139,8 @@ async fn accept(
     if submitted.existed {
         return Ok((StatusCode::OK, Json(SubmitAnswer { id, existing: true, notes: Vec::new() })));
     }
-    daemon.queued().insert(submitted.id, QueuedEntry::new(handed_in, Some(Arc::new(known))));
+    let entry = QueuedEntry::new(handed_in, Some(Arc::new(known)));
+    daemon.queued().insert(submitted.id, entry);
     drop(room);
     daemon.store.tell();
     daemon.wake();

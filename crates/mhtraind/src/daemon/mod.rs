@@ -53,6 +53,9 @@ use crate::failure::{Failure, Status, unwritable};
 use room::Arriving;
 use store::StoreHandle;
 
+/// How the names of directories begin whose job is being removed.
+const REMOVED: &str = ".removed-";
+
 /// The flag of the store that says that nothing new may start.
 const DRAINED: &str = "drained";
 
@@ -164,22 +167,24 @@ impl Daemon {
     /// The store cannot be written.
     pub async fn cancel(&self, id: JobId) -> Result<bool, Failure> {
         // A job that leaves its card is in both for a moment, and in its thread nobody listens any more.
-        let live = self.live().get(&id).cloned().filter(|_| !self.queued().contains_key(&id));
-        if let Some(live) = live {
+        let waits = || self.queued().contains_key(&id);
+        let live = self.live().get(&id).cloned();
+        let leaves = waits();
+        if let Some(live) = live.filter(|_| !leaves) {
             // On disk before it is answered: should we die now, the next daemon ends the job.
             let by = StopCause::Cancel.to_string();
             self.store.append(id, Record::new(now(), JobEvent::StopRequested { by })).await?;
             live.stop();
             reach("cancel.told", "running");
-            if self.queued().contains_key(&id)
-                && let Err(failure) = self.end_stopped(id).await
-            {
+            let has_left = waits();
+            let ended = if has_left { self.end_stopped(id).await } else { Ok(()) };
+            if let Err(failure) = ended {
                 // What is on disk ends it when its turn comes.
                 tracing::error!(job = id.get(), error = failure.message, "a cancelled job still waits");
             }
             return Ok(true);
         }
-        if !self.queued().contains_key(&id) {
+        if !waits() {
             return Ok(false);
         }
         // Off the queue only when it is on disk: a job whose end cannot be written still waits.
@@ -207,13 +212,36 @@ impl Daemon {
         self.config.state_dir().join("jobs").join(id.to_string())
     }
 
-    /// Removes a job's own files. What stays is removed by the next daemon.
+    /// Forgets a job that is over, and removes its own files.
+    ///
+    /// They get another name first. Whoever is killed in between leaves them under it for the next daemon, which gives them
+    /// back to a job that it knows. Under their own name nothing is ever removed: a store that was put back from a backup
+    /// does not know jobs whose trainers run.
     ///
     /// # Errors
-    /// There is no thread for it.
-    pub async fn remove_files(&self, id: JobId) -> Result<(), Failure> {
+    /// The job is not over, the store cannot be written, or there is no thread.
+    pub async fn remove(&self, id: JobId) -> Result<(), Failure> {
+        let (files, apart) = (self.job_dir(id), self.removed_dir(id));
+        let renamed = std::fs::rename(&files, &apart);
+        reach("remove.files_apart", "");
+        if let Err(failure) = self.store.call(move |store| store.remove(id)).await {
+            if renamed.is_ok() {
+                std::fs::rename(&apart, &files).map_err(|e| unwritable(&files, &e))?;
+            }
+            return Err(failure);
+        }
+        reach("remove.on_disk", "");
+        self.remove_files(id).await
+    }
+
+    /// Returns where the files of a job lie that is being removed.
+    fn removed_dir(&self, id: JobId) -> PathBuf {
+        self.config.state_dir().join("jobs").join(format!("{REMOVED}{id}"))
+    }
+
+    async fn remove_files(&self, id: JobId) -> Result<(), Failure> {
         // As ourselves, because the directory lies in ours; it follows no link. There may be very many files.
-        let dir = self.job_dir(id);
+        let dir = self.removed_dir(id);
         let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
         match removed.map_err(|e| Failure::new(Status::Bug, "no_thread", e))? {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -224,15 +252,20 @@ impl Daemon {
         Ok(())
     }
 
-    /// Removes the files of jobs that the store does not know any more: who removes a job may be killed in between.
-    async fn remove_files_of_removed_jobs(&self) -> Result<(), Failure> {
+    /// Ends the removals that a killed daemon had begun.
+    async fn end_removals(&self) -> Result<(), Failure> {
         let entries = std::fs::read_dir(self.config.state_dir().join("jobs"));
         let ids = entries.into_iter().flatten().flatten();
-        let ids = ids.filter_map(|entry| JobId::new(entry.file_name().to_str()?.parse().ok()?));
+        let ids = ids
+            .filter_map(|entry| JobId::new(entry.file_name().to_str()?.strip_prefix(REMOVED)?.parse().ok()?));
         for id in ids.collect::<Vec<_>>() {
             match self.store.call(move |store| store.job(id).map(drop)).await {
                 Err(failure) if failure.status == Status::NotFound => self.remove_files(id).await?,
-                other => other?,
+                Err(failure) => return Err(failure),
+                Ok(()) => {
+                    let files = self.job_dir(id);
+                    std::fs::rename(self.removed_dir(id), &files).map_err(|e| unwritable(&files, &e))?;
+                }
             }
         }
         Ok(())
@@ -309,8 +342,8 @@ async fn run(config: Config) -> Result<Status, Failure> {
     tokio::spawn(service_manager::keep_status(Arc::clone(&daemon)));
     let tidied = Arc::clone(&daemon);
     tokio::spawn(async move {
-        if let Err(failure) = tidied.remove_files_of_removed_jobs().await {
-            tracing::warn!(error = failure.message, "files of jobs that were removed may be left");
+        if let Err(failure) = tidied.end_removals().await {
+            tracing::warn!(error = failure.message, "files of jobs that were removed are left");
         }
     });
     let server = tokio::spawn(routes::serve(listener, Arc::clone(&daemon)));
