@@ -178,7 +178,7 @@ pub fn unreadable_steps(records: &[Record]) -> BTreeSet<u64> {
 }
 
 /// Returns whether a job waits for another card: it left one that failed, and was not sized for the next one yet.
-fn needs_other_device(records: &[Record]) -> bool {
+pub fn needs_other_device(records: &[Record]) -> bool {
     let last = events(records).rev().find(|event| {
         matches!(event, JobEvent::Planned { .. } | JobEvent::RerunDecided(_) | JobEvent::AttemptStarting(_))
     });

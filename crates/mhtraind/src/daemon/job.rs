@@ -15,6 +15,7 @@ use mhtrain_job::event::{Exit, JobEvent, Record};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
+use mhtrain_job::take_over::needs_other_device;
 use mhtrain_sizing::observation::Observation;
 use mhtrain_store::{JobId, ObservationOf};
 use mhtrain_supervisor::Attempt;
@@ -128,7 +129,7 @@ impl Worker {
             });
             let Err(failure) = done else { return };
             tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
-            let rest = match guarded(|| self.after(&failure, tries)) {
+            let rest = match guarded(|| self.after(&failure, tries, has_rights)) {
                 Ok(After::Over) => return,
                 Ok(After::TryAgain) => TRY_AGAIN,
                 Err(failure) => {
@@ -153,6 +154,11 @@ impl Worker {
         let config = &self.daemon.config;
         let origin = self.submission.origin(&self.account, config);
         let records = self.records()?;
+        // A pass before this one may have failed on the job's way to another card.
+        self.daemon.queued().remove(&self.id);
+        if needs_other_device(&records) {
+            return self.leave_device(&Receipt::from_events(Some(self.id.get()), &records));
+        }
         let own = self.daemon.make_job_dir(self.id, &self.account)?;
         let directory = JobDirectory::open_beside(&prepare::output_dir(&self.spec, &origin), own)?;
         let begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
@@ -196,6 +202,11 @@ impl Worker {
 
     /// Marks the card that failed, and puts the job back into the queue.
     fn leave_device(&self, receipt: &Receipt) -> Result<(), Failure> {
+        let id = self.id;
+        let state = self.daemon.store.call_blocking(move |store| store.state(id))?;
+        if state.is_final() {
+            return Ok(());
+        }
         if let Some(uuid) = self.sized.device() {
             let line = receipt.attempts.last().and_then(|note| note.diagnosis.as_ref());
             let line = line.map_or("", |diagnosis| diagnosis.evidence.line.trim());
@@ -212,7 +223,8 @@ impl Worker {
         };
         // Into the queue first: somebody who cancels it finds it in one place or the other. Its own lease keeps it there
         // until this thread is over.
-        self.daemon.queued().insert(self.id, QueuedEntry::new(handed_in, None));
+        let entry = QueuedEntry::new(handed_in, None);
+        self.daemon.queued().insert(self.id, entry);
         self.end_if_stopped()
     }
 
@@ -263,7 +275,9 @@ impl Worker {
 
     /// Decides what becomes of the job. One that has begun is taken up again, within a bound: what is in the way may pass, and a
     /// trainer that runs does not notice. After that, or when somebody asked for the end, it is ended.
-    fn after(&self, failure: &Failure, tries: u32) -> Result<After, Failure> {
+    ///
+    /// Without `has_rights` its owner's files are not touched: a trainer that may run is left, and waited for.
+    fn after(&self, failure: &Failure, tries: u32, has_rights: bool) -> Result<After, Failure> {
         let records = self.records()?;
         let state = JobState::fold(records.iter().map(|record| &record.event))
             .map_err(|e| Failure::new(Status::Bug, "bug", e))?;
@@ -277,7 +291,7 @@ impl Worker {
             (false, Status::Bug) => TRIES_AFTER_A_BUG_MAX,
             (false, _) => 0,
         };
-        if tries < tries_max && state.stop().is_none() {
+        if (tries < tries_max && state.stop().is_none()) || (state.has_live_attempt() && !has_rights) {
             return Ok(After::TryAgain);
         }
         if let JobState::Starting { attempt, .. } | JobState::Running { attempt, .. } = &state {

@@ -384,12 +384,13 @@ impl InLine {
     fn size(&mut self, id: JobId, now: &Now<'_>, daemon: &Daemon) {
         let HandedIn { spec, submission, account } = &self.entry.handed_in;
         let wished = |gpu: &&GpuState| match (&submission.device_uuid, &spec.device) {
-            // A card that does not answer may be the one.
-            _ if gpu.uuid.is_none() => true,
-            (Some(uuid), _) => gpu.uuid.as_ref() == Some(uuid),
             (None, DeviceWish::Auto) => true,
             (None, DeviceWish::Index(index)) => gpu.index == *index,
-            (None, DeviceWish::Uuid(uuid)) => gpu.uuid.as_ref() == Some(uuid),
+            (Some(uuid), _) | (None, DeviceWish::Uuid(uuid)) => match &gpu.uuid {
+                Some(its) => its == uuid,
+                // A card that does not answer may be the one, where no other is.
+                None => !now.report.devices().iter().any(|other| other.uuid.as_ref() == Some(uuid)),
+            },
         };
         let history = daemon.observations.history(account.uid, &versions(&self.examined.environment));
         let as_before = Arc::ptr_eq(&history, &self.history) && now.failed == self.failed;

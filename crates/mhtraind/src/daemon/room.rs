@@ -37,7 +37,7 @@ impl Room {
     pub fn take(daemon: &Arc<Daemon>, account: &Account, bytes: usize) -> Result<Room, Failure> {
         let uid = account.uid;
         let mut arriving = daemon.arriving.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = arriving.entry(uid).or_default();
+        let taken = arriving.get(&uid).copied().unwrap_or_default();
         let jobs_max = daemon.config.daemon.jobs_per_user;
         let (jobs, waiting) = {
             let queued = daemon.queued();
@@ -45,8 +45,7 @@ impl Room {
             theirs.fold((taken.jobs, taken.bytes), |(jobs, sum), entry| (jobs + 1, sum + entry.bytes))
         };
         if jobs < jobs_max && waiting.saturating_add(bytes) <= BYTES_MAX {
-            taken.jobs += 1;
-            taken.bytes += bytes;
+            arriving.insert(uid, Taken { jobs: taken.jobs + 1, bytes: taken.bytes + bytes });
             drop(arriving);
             return Ok(Room { daemon: Arc::clone(daemon), uid, bytes });
         }
