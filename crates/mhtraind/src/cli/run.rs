@@ -164,12 +164,20 @@ fn take_up(
 ) -> Result<(Option<Journal>, Vec<OldAttempt>), Failure> {
     let root = directory.root().display();
     if earlier == Earlier::SetAside {
-        if directory.journal().exists() {
+        if directory.holds_a_job() {
             directory.set_earlier_job_aside()?;
         }
         return Ok((None, Vec::new()));
     }
-    let Some(journal) = Journal::open(&directory.journal())? else { return Ok((None, Vec::new())) };
+    let Some(journal) = Journal::open(&directory.journal())? else {
+        directory.end_setting_aside()?;
+        if directory.holds_a_job() {
+            let what = format!("{root} holds what a job of a daemon left");
+            let help = "`mhtraind retry` goes on with that job, `--fresh` sets it aside, or choose another output_dir";
+            return Err(Failure::bad_input("not_empty", what).help(help.to_owned()));
+        }
+        return Ok((None, Vec::new()));
+    };
     let state = journal.state().clone();
     if earlier == Earlier::Refuse {
         return Err(Failure::bad_input("not_empty", format!("{root} holds a job already, which is {}", state.name()))

@@ -173,6 +173,17 @@ impl JobDirectory {
         Ok(whole)
     }
 
+    /// Moves the rest of a job aside that a killed process had begun to move, where there is one.
+    ///
+    /// # Errors
+    /// Something cannot be moved.
+    pub fn end_setting_aside(&self) -> Result<(), Failure> {
+        if self.root.join(UNFINISHED_ASIDE).exists() {
+            self.set_earlier_job_aside()?;
+        }
+        Ok(())
+    }
+
     /// Puts back a journal that a killed process was about to set aside: it says what the rest is.
     fn put_journal_back(&self) -> Result<(), Failure> {
         let moved = self.root.join(UNFINISHED_ASIDE).join(".mhtraind/journal.jsonl");

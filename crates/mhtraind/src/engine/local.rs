@@ -257,9 +257,11 @@ struct Job<'a> {
     earlier: Vec<OldAttempt>,
     /// Attempts of which the kernel may still hold something.
     ended: Vec<Attempt>,
-    /// Processes of the last attempt that were seen with the card.
+    /// Processes of the last attempt, as long as its memory was not waited for.
     last_pids: Vec<u32>,
-    /// What others held on the card when the running attempt was started; of one that was taken over, when it was planned.
+    /// Processes whose memory was waited for: the driver may still count some.
+    waited_for: Vec<u32>,
+    /// What others held on the card when the running attempt was started; `None` where nobody looked.
     others_before: Option<Bytes>,
 }
 
@@ -328,7 +330,8 @@ impl<'a> Job<'a> {
             earlier,
             ended: Vec::new(),
             last_pids: Vec::new(),
-            others_before: Some(prepared.candidate.held_by_others),
+            waited_for: Vec::new(),
+            others_before: None,
             prepared,
         })
     }
@@ -361,6 +364,9 @@ impl<'a> Job<'a> {
                     Ok(live) if live.abandon_unrecorded().map_err(no_record)? => self.never_started(&start),
                     Ok(live) => {
                         self.screen.say(format!("attempt {} is taken over", start.attempt));
+                        // The first one started beside what the daemon's plan was made beside.
+                        let known = self.receipt.id.is_some() && start.attempt == 1;
+                        self.others_before = known.then_some(self.prepared.candidate.held_by_others);
                         Ok(Step::Adopt(start, live))
                     }
                     // The intention was recorded and nothing else: no recorder ever was.
@@ -453,13 +459,19 @@ impl<'a> Job<'a> {
                     self.clean_up();
                     return Ok(Verdict { status: None, receipt: self.receipt.clone() });
                 }
-                Step::Start(next) => match self.wait(&next).await? {
-                    Some(over) => over,
-                    None => match self.launch(&next)? {
-                        Ok((start, attempt)) => Step::Adopt(start, attempt),
-                        Err(over) => over,
-                    },
-                },
+                Step::Start(next) => {
+                    self.let_memory_return().await;
+                    match self.stop {
+                        Some(cause) => self.cancelled(cause)?,
+                        None => match self.wait(&next).await? {
+                            Some(over) => over,
+                            None => match self.launch(&next)? {
+                                Ok((start, attempt)) => Step::Adopt(start, attempt),
+                                Err(over) => over,
+                            },
+                        },
+                    }
+                }
                 Step::Adopt(start, attempt) => {
                     let gone = self.follow(start, &attempt).await?;
                     self.ended.push(attempt);
@@ -475,16 +487,17 @@ impl<'a> Job<'a> {
     }
 
     /// Waits until the driver has given the memory of the last attempt back: whoever has the card next is sized by what is
-    /// free. An attempt that was never seen with the card holds nothing, and nothing is waited for when as much is free as
-    /// when the job was sized.
+    /// free. An attempt that ended before it was looked at had no time to take any, and nothing is waited for when as much is free
+    /// as when the job was sized.
     async fn let_memory_return(&mut self) {
-        let was = self.prepared.candidate.card.free;
-        if self.last_pids.is_empty() || self.card.free().is_none_or(|free| free >= was) {
+        if self.last_pids.is_empty() {
             return;
         }
-        let pids = std::mem::take(&mut self.last_pids);
+        self.waited_for = std::mem::take(&mut self.last_pids);
+        let was = self.prepared.candidate.card.free;
         let limit = Duration::from_secs(u64::from(self.config.attempt.memory_return_s));
-        if let Waited::Stopped(cause) = self.card.wait_for_return(&pids, limit, &mut self.signals).await {
+        let returned = self.card.wait_for_return(&self.waited_for, was, limit, &mut self.signals);
+        if let Waited::Stopped(cause) = returned.await {
             self.stop = self.stop.or(Some(cause));
         }
     }
@@ -687,7 +700,8 @@ impl<'a> Job<'a> {
         if let Some(index) = self.card.index() {
             self.prepared.candidate.card.index = Some(index);
         }
-        self.others_before = self.card.used().or(self.others_before);
+        let still_ours = self.card.used_by(&self.waited_for).unwrap_or_default();
+        self.others_before = self.card.used().map(|used| used.saturating_sub(still_ours));
         let new_port = start.adjustments.contains(&Adjustment::NewPort);
         let flags = AttemptFlags {
             output_dir,

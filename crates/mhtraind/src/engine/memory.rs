@@ -14,6 +14,10 @@ use super::signals::{StopCause, StopSignals};
 /// How often NVML is asked while a dead attempt's memory comes back.
 const RETURN_LOOK: Duration = Duration::from_millis(250);
 
+/// How long the free memory must stand still, while less is free than was, until nothing more is waited for: a neighbour has
+/// grown.
+const REST: Duration = Duration::from_secs(1);
+
 /// How often NVML is asked while a neighbour holds what is needed.
 const NEIGHBOUR_LOOK: Duration = Duration::from_secs(1);
 
@@ -88,25 +92,30 @@ impl WatchedCard {
             .collect()
     }
 
-    /// Waits until none of `pids` is listed and the free memory has come to rest, at most `limit`.
+    /// Waits until none of `pids` is listed and as much is free as `was` before them, or the free memory has come to rest; at
+    /// most `limit`.
     pub async fn wait_for_return(
         &mut self,
         pids: &[u32],
+        was: Bytes,
         limit: Duration,
         signals: &mut StopSignals,
     ) -> Waited {
         let until = Instant::now() + limit;
-        let mut before = None;
+        let (mut before, mut since) = (None, Instant::now());
         loop {
             let free = self.free();
             let still_ours = self.used_by(pids).is_some_and(|used| used > Bytes::ZERO);
-            if !still_ours && (free.is_none() || free == before) {
+            if free != before {
+                (before, since) = (free, Instant::now());
+            }
+            let is_back = free.is_none_or(|free| free >= was) || since.elapsed() >= REST;
+            if !still_ours && is_back {
                 return Waited::Free;
             }
             if Instant::now() >= until {
                 return Waited::TimeUp(free);
             }
-            before = free;
             tokio::select! {
                 cause = signals.next() => return Waited::Stopped(cause),
                 () = tokio::time::sleep(RETURN_LOOK) => {}
