@@ -366,6 +366,7 @@ fn memory_that_a_dead_trainer_still_holds_costs_the_next_job_no_rung() {
     assert!(planned["chosen"]["micro_batch"].as_u64() < Some(8), "a lower rung would fit now: {planned}");
     let second = served.submit(json!({"output_dir": "b"}), &json!({}));
     served.wait_until("the end of the first", |served| served.state(&first) == "succeeded");
+    // No step of it takes as long as the memory may stand still.
     for left in [40, 20, 0] {
         std::thread::sleep(Duration::from_millis(150));
         served.hold(left * GIB);
@@ -383,18 +384,23 @@ fn one_user_cannot_fill_the_memory_of_the_daemon_with_jobs_on_their_way_in() {
         write!(stream, "{head}content-length: {}\r\n\r\n", 11 << 20).unwrap();
         stream
     };
-    // Each says that 11 MiB will come, and sends nothing. 23 of them are taken in.
-    let waiting: Vec<UnixStream> = (0..30).map(|_| begin()).collect();
-    let answer = |mut stream: UnixStream| {
-        stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let answer = |mut stream: &UnixStream| {
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let mut bytes = [0; 4096];
         let read = stream.read(&mut bytes).unwrap_or(0);
         String::from_utf8_lossy(&bytes[..read]).into_owned()
     };
-    served.wait_until("the bound", |_| answer(begin()).contains("too_many_jobs"));
+    // Each says that 11 MiB will come, and sends nothing. 23 of them are taken in.
+    let waiting: Vec<UnixStream> = (0..30).map(|_| begin()).collect();
+    let refused = std::cell::Cell::new(0);
+    served.wait_until("the bound", |_| {
+        let heard = waiting.iter().filter(|stream| answer(stream).contains("too_many_jobs")).count();
+        refused.set(refused.get() + heard);
+        refused.get() == 7
+    });
     let id = served.submit(json!({}), &json!({}));
     drop(waiting);
-    served.wait_until("room again", |_| answer(begin()).is_empty());
+    served.wait_until("room again", |_| answer(&begin()).is_empty());
     served.run(&["wait", &id, "--timeout", "60"]).expect(0);
 }
 

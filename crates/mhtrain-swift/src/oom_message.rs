@@ -21,6 +21,9 @@ const CONTEXT: Bytes = Bytes::from_mib(400);
 /// A request may fail although so much more was free: the driver rounds up, and the amounts are read afterwards.
 const BOOKKEEPING: Bytes = Bytes::from_mib(512);
 
+/// Three amounts that are each rounded to 0.01 GiB can differ by this much though nobody else is there.
+const ROUNDING: Bytes = Bytes::from_mib(16);
+
 /// Others are to blame when they hold at least this share of the card, our context already taken off; where it is not
 /// known what they held before.
 const NEIGHBOUR_SHARE: f64 = 0.20;
@@ -141,8 +144,9 @@ impl OomMessage {
         // A user's own limit, or a request above the whole card, has nothing to do with others.
         let total = self.total?;
         let listed = self.listed_others(total);
+        let rest = |ours| total.checked_sub(self.free.unwrap_or_default())?.checked_sub(ours);
         let by_arithmetic =
-            self.ours().and_then(|ours| total.checked_sub(self.free.unwrap_or_default())?.checked_sub(ours));
+            self.ours().and_then(rest).map(|rest| if rest < ROUNDING { Bytes::ZERO } else { rest });
         match (listed, self.this_process) {
             // What the message lists is better than a difference, but processes of other containers are not listed.
             (Some(listed), Some(_)) => Some(by_arithmetic.map_or(listed, |rest| rest.max(listed))),
