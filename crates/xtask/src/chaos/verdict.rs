@@ -130,9 +130,9 @@ pub(super) fn judge(asked: &[Asked], found: &[Found], told: &[Testimony], killed
             continue;
         }
         let said: Vec<&Testimony> = told.iter().filter(|line| line.job == asked.name).collect();
-        let runs = runs(&said);
+        let runs = runs(&said, killed);
         let recorders = killed.recorders.iter().filter(|id| **id == named[0].id).count();
-        for what in trained_twice(asked, &runs, killed, recorders) {
+        for what in trained_twice(asked, &runs, recorders) {
             fault(Kind::Twice, what);
         }
         for (kind, what) in wrong_state(asked, named[0], &runs) {
@@ -150,6 +150,8 @@ struct Run {
     steps: Vec<(u64, f64)>,
     saved: Vec<u64>,
     code: Option<i32>,
+    /// We killed it. It may have said how it ends just before that; the kernel then says that a signal ended it.
+    killed: bool,
 }
 
 impl Run {
@@ -159,14 +161,14 @@ impl Run {
 }
 
 /// Returns the trainers of a job in the order of their starts.
-fn runs(said: &[&Testimony]) -> Vec<Run> {
+fn runs(said: &[&Testimony], killed: &Killed) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     // Where a pid is used again, the later run is meant.
     let mut by_pid = BTreeMap::new();
     for line in said {
         if line.what == What::Start {
             by_pid.insert(line.pid, runs.len());
-            runs.push(Run { pid: line.pid, ..Run::default() });
+            runs.push(Run { pid: line.pid, killed: killed.trainers.contains(&line.pid), ..Run::default() });
         }
         let Some(run) = by_pid.get(&line.pid).map(|at| &mut runs[*at]) else { continue };
         match &line.what {
@@ -180,7 +182,7 @@ fn runs(said: &[&Testimony]) -> Vec<Run> {
     runs
 }
 
-fn trained_twice(asked: &Asked, runs: &[Run], killed: &Killed, recorders: usize) -> Vec<String> {
+fn trained_twice(asked: &Asked, runs: &[Run], recorders: usize) -> Vec<String> {
     let mut faults = Vec::new();
     for run in runs {
         faults.extend(run.beside.iter().map(|of| format!("pid {} started while {of} was held", run.pid)));
@@ -196,7 +198,8 @@ fn trained_twice(asked: &Asked, runs: &[Run], killed: &Killed, recorders: usize)
         saved.extend(before.saved.iter().copied());
         done = done.max(before.steps.last().map_or(0, |(step, _)| *step));
         let explained = match before.code {
-            None => killed.trainers.contains(&before.pid),
+            _ if before.killed => true,
+            None => false,
             Some(_) if before.did_all() => false,
             Some(_) if asked.fate == Fate::RunsOutOfMemory => true,
             // A failure whose status died with its recorder may be taken for an interruption.
@@ -237,7 +240,7 @@ fn wrong_state(asked: &Asked, found: &Found, runs: &[Run]) -> Vec<(Kind, String)
     if state == "succeeded" && !(did_all && all_steps) {
         faults.push((Kind::Wrong, format!("it is called succeeded after the steps {steps:?}")));
     }
-    if state != "succeeded" && did_all {
+    if state != "succeeded" && did_all && !runs.last().is_some_and(|run| run.killed) {
         faults
             .push((Kind::Wrong, format!("its trainer did all and ended well, and it is {state}: {reason}")));
     }
@@ -298,6 +301,16 @@ mod tests {
         assert_eq!(kinds(good(), &succeeded, &[life(1, 1..=5, None), life(2, 4..=10, Some(0))], &[1]), []);
         // Killed after the save of the last step, which is trained again.
         assert_eq!(kinds(good(), &succeeded, &[life(1, 1..=10, None), life(2, 10..=10, Some(0))], &[1]), []);
+        // Killed when it had said how it ends, and had not ended.
+        assert_eq!(
+            kinds(
+                asked(Fate::Fails),
+                &[found("failed")],
+                &[life(1, 1..=2, Some(1)), life(2, 1..=2, Some(1))],
+                &[1]
+            ),
+            []
+        );
         let oom = [life(1, 1..=4, Some(1)), life(2, 4..=10, Some(0))];
         assert_eq!(kinds(asked(Fate::RunsOutOfMemory), &succeeded, &oom, &[]), []);
         assert_eq!(kinds(asked(Fate::Fails), &[found("failed")], &[life(1, 1..=2, Some(1))], &[]), []);
