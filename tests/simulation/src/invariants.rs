@@ -425,11 +425,12 @@ fn is_a_success(
     };
     // Without the rows nobody but the trainer knows how many steps there should be; the proof says that it is the weaker one.
     let said = proof.get("proof").and_then(Value::as_str);
+    let by_rows = said == Some("rows");
     // The line that tells them may be gone with the power.
-    if script.rows_known && said != Some("rows") && world.has_first_boot() {
+    if script.rows_known && !by_rows && world.has_first_boot() {
         return no(format!("the rows are known, and the proof is {said:?}"));
     }
-    if script.rows_known && (steps != planned || !lineage.whole) {
+    if script.rows_known && (by_rows && steps != planned || !lineage.whole) {
         return no(format!("{steps} of {planned} steps were trained, whole: {}", lineage.whole));
     }
     // The lines that say it may be gone with the power, and what is left is a success.
