@@ -789,6 +789,13 @@ fn verdict(read: Diagnoser, exit: &ExitFacts) -> Diagnosis {
     if failed == Some(false) {
         return ended_well(&read, exit);
     }
+    // Whatever met it later, it had done what it was there for, and that was worth nothing.
+    if failed.is_none()
+        && read.metrics.ended()
+        && let Some(line) = read.metrics.divergence()
+    {
+        return diverged(line, false);
+    }
     let named = |minimum: f64| read.pending.as_ref().filter(move |cause| cause.weight >= minimum);
     if exit.oom_kill == Some(true) && named(weight::MESSAGE).is_none_or(|cause| cause.kind != Kind::DeviceOom)
     {

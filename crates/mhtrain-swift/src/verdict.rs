@@ -109,6 +109,21 @@ mod tests {
     }
 
     #[test]
+    fn a_training_that_diverged_is_none_though_it_was_lost_or_stopped_at_its_end() {
+        let mut printed = Diagnoser::new();
+        for step in 1..=10 {
+            let line = format!("{{'loss': nan, 'grad_norm': nan, 'global_step/max_steps': '{step}/10'}}\n");
+            printed.push_bytes(line.as_bytes());
+        }
+        printed.push_bytes(b"{'train_runtime': 12.0, 'train_loss': nan, 'epoch': 1.0}\n");
+        for (we_stopped_it, oom_kill) in [(false, None), (true, None), (true, Some(true))] {
+            let facts = ExitFacts { we_stopped_it, oom_kill, ..ExitFacts::default() };
+            let lost = diagnose_end(printed.clone(), &Exit::Lost, facts, true, None);
+            assert_eq!(lost.kind, Kind::Diverged, "stopped: {we_stopped_it}");
+        }
+    }
+
+    #[test]
     fn a_proof_stands_against_a_late_stop_but_not_against_divergence() {
         let exit = Exit::Code { code: 0 };
         let success = of_kind(Kind::Success);

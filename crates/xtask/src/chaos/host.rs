@@ -29,6 +29,9 @@ pub(super) const GRACE_S: u32 = 1;
 /// How long a daemon may take until it serves.
 const SERVES_WITHIN: Duration = Duration::from_secs(20);
 
+/// Most jobs that the daemon lists at once.
+const PAGE: &str = "1000";
+
 /// How long a client may take that has a daemon.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -198,12 +201,24 @@ impl Host {
 
     /// Returns every job that the daemon knows.
     pub(super) fn jobs(&self) -> anyhow::Result<Vec<Found>> {
+        let mut jobs: Vec<Found> = Vec::new();
+        loop {
+            let after = jobs.last().map_or(0, |job| job.id).to_string();
+            let page = self.page(&["status", "--json", "--limit", PAGE, "--after-id", &after])?;
+            jobs.extend(serde_json::from_value::<Vec<Found>>(page["jobs"].clone())?);
+            if page["next_after_id"].is_null() {
+                return Ok(jobs);
+            }
+        }
+    }
+
+    /// Returns what a command answers that asks for JSON; until there is a daemon, it is asked again.
+    fn page(&self, command: &[&str]) -> anyhow::Result<Value> {
         let until = Instant::now() + ANSWERED_WITHIN;
         loop {
-            let output = self.command(&["status", "--json", "--limit", "1000"]).output()?;
+            let output = self.command(command).output()?;
             if output.status.success() {
-                let page: Value = serde_json::from_slice(&output.stdout)?;
-                return Ok(serde_json::from_value(page["jobs"].clone())?);
+                return Ok(serde_json::from_slice(&output.stdout)?);
             }
             if Instant::now() >= until {
                 bail!("the daemon does not list its jobs: {}", String::from_utf8_lossy(&output.stderr));
