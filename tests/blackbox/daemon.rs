@@ -74,7 +74,12 @@ impl Served {
 
     /// Starts another daemon.
     pub(crate) fn start(&mut self) {
-        self.daemon = Served::spawn(&self.host, |_| {});
+        self.start_with(|_| {});
+    }
+
+    /// Starts another daemon whose command was changed in some way.
+    pub(crate) fn start_with(&mut self, change: impl FnOnce(&mut Command)) {
+        self.daemon = Served::spawn(&self.host, change);
         self.wait_until("the next daemon", |served| served.run(&["status", "--json"]).code == Some(0));
     }
 
