@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::daemon::Served;
-use crate::environment::FakeHost;
+use crate::daemon::{Served, ask};
+use crate::environment::{CARD, FakeHost};
 
 const GIB: u64 = 1 << 30;
 
@@ -255,4 +255,29 @@ fn a_daemon_takes_jobs_over_whose_own_files_it_cannot_write() {
     disk.served.wait_until("the receipt", |served| served.run(&["explain", &first]).code == Some(0));
     disk.assert_undisturbed(&first, "a");
     disk.assert_said(0..=2);
+}
+
+#[test]
+fn a_job_leaves_a_card_that_failed_although_its_own_files_cannot_be_written_then() {
+    let disk = Broken::new();
+    let cards = [CARD, &CARD.replace("001", "002")]
+        .map(|uuid| nvml_sim::SimDevice::idle(uuid, "Simulated GPU", 80 * GIB, "8.0"));
+    let nvml = disk.served.host.env.path("nvml.json");
+    nvml_sim::SimFile::new(cards.to_vec()).write_atomically(&nvml).unwrap();
+    let text = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered";
+    let fails = json!({"attempts": {"1": {"step_seconds": 0.4, "fail": {"at_step": 8, "text": text}}}});
+    let id = disk.submitted(fails, "a");
+    disk.served.wait_until("a step", |served| served.job(&id)["progress"]["step"].as_u64() >= Some(1));
+    let record = format!("state/jobs/{id}/attempt-1");
+    disk.breaks(&[("read-only", "state/jobs"), ("spared", &record)]);
+    disk.served.wait_until("the trouble", |_| disk.log().contains("the job cannot be followed"));
+    assert_eq!(disk.served.state(&id), "recovering");
+    disk.is_well_again();
+    disk.served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let attempts = disk.served.receipt(&id)["attempts"].clone();
+    assert_eq!(attempts.as_array().unwrap().len(), 2, "{attempts:#}");
+    assert_eq!(attempts[1]["resume"]["from_step"], 6);
+    let failed = ask(&disk.served, "GET", "/v1/daemon", "").1;
+    assert!(failed.contains("uncorrectable ECC"), "{failed}");
+    disk.assert_said(1..=3);
 }
