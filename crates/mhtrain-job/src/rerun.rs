@@ -11,6 +11,8 @@
 //!
 //! A job that was asked to stop is not brought here: its end is `Cancelled`.
 
+use std::collections::BTreeMap;
+
 use mhtrain_sizing::plan::{Plan, Rung, after_oom};
 use mhtrain_sizing::request::{Allow, Learning};
 use mhtrain_sizing::tier::Profile;
@@ -117,8 +119,8 @@ pub struct History {
     pub reruns: Vec<Answered>,
     /// Last optimizer step that any attempt finished; 0 before the first.
     pub steps_done: u64,
-    /// The same of the attempts at this rung: another one may train other rows, from the beginning.
-    pub furthest: u64,
+    /// The same of the attempts at each rung: another one may train other rows, from the beginning.
+    pub furthest: BTreeMap<usize, u64>,
     /// Whether the attempt that just ended finished a step that no earlier one at its rung had finished.
     pub progressed: bool,
     /// What the card has free for us now that the trainer is gone; `None` when it cannot be read.
@@ -145,7 +147,7 @@ impl History {
     /// Records a rerun: the next attempt to end is the one that it started.
     pub fn advance(&mut self, rerun: &Rerun) {
         let after_progress = std::mem::take(&mut self.progressed);
-        self.begin(rerun.rung);
+        self.rung = rerun.rung;
         self.adjustments.clone_from(&rerun.adjustments);
         self.reruns.push(Answered { answer: rerun.answer, certain: rerun.certain, after_progress });
     }
@@ -153,16 +155,10 @@ impl History {
     /// Records the last step that the attempt finished which just ended; `None` before its first.
     pub fn ended(&mut self, last_step: Option<u64>) {
         let step = last_step.unwrap_or_default();
-        self.progressed = step > self.furthest;
-        self.furthest = self.furthest.max(step);
+        let furthest = self.furthest.entry(self.rung).or_default();
+        self.progressed = step > *furthest;
+        *furthest = step.max(*furthest);
         self.steps_done = self.steps_done.max(step);
-    }
-
-    fn begin(&mut self, rung: usize) {
-        if rung != self.rung {
-            self.furthest = 0;
-        }
-        self.rung = rung;
     }
 
     /// Returns the history that a job's events tell. `free_now` is for the shell to fill in.
@@ -171,7 +167,7 @@ impl History {
         for event in events {
             match event {
                 JobEvent::AttemptStarting(start) => {
-                    history.begin(start.rung);
+                    history.rung = start.rung;
                     history.adjustments.clone_from(&start.adjustments);
                 }
                 JobEvent::AttemptEnded { last_step, .. } => history.ended(*last_step),
