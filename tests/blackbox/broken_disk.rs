@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -81,6 +81,24 @@ impl Broken {
         std::fs::read_to_string(self.served.host.env.path("daemon.log")).unwrap_or_default()
     }
 
+    /// Waits until the first job has trained all its steps.
+    #[track_caller]
+    fn wait_for_ten_steps(&self, id: &str) {
+        let until = Instant::now() + Duration::from_secs(60);
+        while self.served.host.trained_in("a", 1).len() < 10 {
+            if Instant::now() >= until {
+                let record = |name: &str| {
+                    let path = self.served.host.env.path(&format!("state/jobs/{id}/attempt-1/{name}"));
+                    std::fs::read_to_string(path).unwrap_or_default()
+                };
+                let told =
+                    ["trainer.log", "recorder.log", "trainer.json", "exit.json"].map(record).join("\n--\n");
+                panic!("it does not train\n{told}\n{}\n{}", self.hits(), self.log());
+            }
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
     /// Asserts that a job is over with success, in one attempt that trained each of its ten steps once.
     #[track_caller]
     fn assert_undisturbed(&self, id: &str, output_dir: &str) {
@@ -120,7 +138,7 @@ fn a_database_whose_fsync_fails_takes_no_job_and_keeps_those_it_has() {
     assert!(refused.stderr.contains("mhtraind.db") && refused.stderr.contains("help:"), "{}", refused.stderr);
     assert_eq!(refused.stderr.lines().count(), 2, "one clear error: {}", refused.stderr);
     // The first ends meanwhile; its end can be read from its files, and not be written down.
-    disk.served.wait_until("the end of the training", |served| served.host.trained_in("a", 1).len() == 10);
+    disk.wait_for_ten_steps(&first);
     std::thread::sleep(Duration::from_secs(3));
     let state = disk.served.state(&first);
     assert!(
@@ -154,7 +172,7 @@ fn a_state_directory_that_turns_read_only_takes_no_job_and_keeps_those_it_has() 
     let refused = disk.submit(json!({}), "c", &["--key", "k"]).expect(1);
     assert!(refused.stderr.contains("read-only") && refused.stderr.contains("help:"), "{}", refused.stderr);
     disk.served.run(&["cancel", &second]).expect(1);
-    disk.served.wait_until("the end of the training", |served| served.host.trained_in("a", 1).len() == 10);
+    disk.wait_for_ten_steps(&first);
     std::thread::sleep(Duration::from_secs(3));
     let state = disk.served.state(&first);
     assert!(
@@ -249,7 +267,7 @@ fn a_daemon_takes_jobs_over_whose_own_files_it_cannot_write() {
     disk.breaks(&[("read-only", "state/jobs"), ("spared", &log)]);
     disk.kill_and_restart();
     disk.served.wait_until("a refusal", |_| disk.hits().contains("job.json"));
-    disk.served.wait_until("the end of the training", |served| served.host.trained_in("a", 1).len() == 10);
+    disk.wait_for_ten_steps(&first);
     disk.served.run(&["wait", &first, "--timeout", "60"]).expect(0);
     disk.is_well_again();
     disk.served.wait_until("the receipt", |served| served.run(&["explain", &first]).code == Some(0));
