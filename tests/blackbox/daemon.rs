@@ -74,7 +74,12 @@ impl Served {
 
     /// Starts another daemon.
     pub(crate) fn start(&mut self) {
-        self.daemon = Served::spawn(&self.host, |_| {});
+        self.start_with(|_| {});
+    }
+
+    /// Starts another daemon whose command was changed in some way.
+    pub(crate) fn start_with(&mut self, change: impl FnOnce(&mut Command)) {
+        self.daemon = Served::spawn(&self.host, change);
         self.wait_until("the next daemon", |served| served.run(&["status", "--json"]).code == Some(0));
     }
 
@@ -726,6 +731,31 @@ fn a_card_that_fails_is_left_for_another_one_and_nothing_more_starts_there() {
     let stays = served.submit(json!({"device": bad, "output_dir": "stays"}), &fault);
     served.run(&["wait", &stays, "--timeout", "60"]).expect(1);
     assert_eq!(served.job(&stays)["attempt"], 1);
+}
+
+/// What a neighbour held when the job was planned is not taken for what it took since, also by a daemon that comes later.
+#[test]
+fn a_daemon_that_takes_a_job_over_knows_who_was_on_the_card_before() {
+    for (before, since, kind) in [(59, 59, "device_oom"), (0, 59, "device_oom_by_neighbour")] {
+        let mut served = Served::new();
+        served.hold(before * GIB);
+        let oom = json!({"capacity_gib": 80, "base_gib": 81, "per_sample_gib": 0, "at_step": 8, "kind": "neighbour"});
+        let id = served.submit(json!({}), &json!({"attempts": {"1": {"oom": oom, "step_seconds": 0.4}}}));
+        served.wait_until("a step", |served| !served.host.trained(1).is_empty());
+        served.kill();
+        served.hold(since * GIB);
+        served.start();
+        served.wait_until("the answer", |served| {
+            served.host.trained(1).len() >= 7
+                && ["waiting", "succeeded"].contains(&served.state(&id).as_str())
+        });
+        served.hold(before * GIB);
+        served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+        let attempts = served.receipt(&id)["attempts"].clone();
+        assert_eq!(attempts.as_array().unwrap().len(), 2, "it was taken over: {attempts:#}");
+        assert_eq!(attempts[0]["diagnosis"]["kind"], kind);
+        assert_eq!(attempts[0]["tier"] == attempts[1]["tier"], before == 0, "{attempts:#}");
+    }
 }
 
 #[test]

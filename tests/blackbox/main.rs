@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and says when it is skipped")]
 
 mod architecture;
+mod broken_disk;
 mod daemon;
 mod data;
 mod diagnose;

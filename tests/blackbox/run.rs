@@ -182,6 +182,25 @@ fn a_bare_signal_9_resumes_at_the_same_rung() {
 }
 
 #[test]
+fn interruptions_between_which_it_progresses_do_not_add_up() {
+    let host = host();
+    host.job(json!({"args": {"save_steps": 1, "logging_steps": 1, "num_train_epochs": 1}}));
+    let killed: serde_json::Map<String, Value> =
+        (1..=8).map(|n| (n.to_string(), json!({"kill": {"at_step": n + 1, "signal": 9}}))).collect();
+    host.run(&["run", "job.json"], json!({"attempts": killed})).expect(0);
+    let receipt = host.receipt();
+    assert_eq!(receipt["attempts"].as_array().unwrap().len(), 9, "{receipt:#}");
+    assert_eq!(receipt["attempts"][8]["resume"]["kind"], "exact");
+    // One that never comes further is given up after five.
+    let stuck = self::host();
+    stuck.job(json!({"args": {"save_steps": 1, "logging_steps": 1, "num_train_epochs": 1}}));
+    let ran = stuck.run(&["run", "job.json"], json!({"kill": {"at_step": 4, "signal": 9}})).expect(1);
+    assert_eq!(stuck.receipt()["attempts"].as_array().unwrap().len(), 6, "{}", ran.stdout);
+    let reason = stuck.receipt()["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("6 times, and no further step in between"), "{reason}");
+}
+
+#[test]
 fn unknown_words_stop_the_job_and_show_the_line() {
     let host = host();
     host.job(json!({}));

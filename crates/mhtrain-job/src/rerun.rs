@@ -5,7 +5,13 @@
 //! and has a bound of its own in [`Bounds`]. So the attempts of a job are bounded by the ladder's length plus
 //! the sum of the bounds ([`Policy::attempts_max`]).
 //!
+//! Interruptions and failures of the network come from outside, and the longer a job runs the more of them it meets. Those
+//! that come one after the other, without a step of progress in between, are counted against a small bound; all of them in a
+//! job's life against a large one.
+//!
 //! A job that was asked to stop is not brought here: its end is `Cancelled`.
+
+use std::collections::BTreeMap;
 
 use mhtrain_sizing::plan::{Plan, Rung, after_oom};
 use mhtrain_sizing::request::{Allow, Learning};
@@ -113,6 +119,10 @@ pub struct History {
     pub reruns: Vec<Answered>,
     /// Last optimizer step that any attempt finished; 0 before the first.
     pub steps_done: u64,
+    /// The same of the attempts at each rung: another one may train other rows, from the beginning.
+    pub furthest: BTreeMap<usize, u64>,
+    /// Whether the attempt that just ended finished a step that no earlier one at its rung had finished.
+    pub progressed: bool,
     /// What the card has free for us now that the trainer is gone; `None` when it cannot be read.
     pub free_now: Option<Bytes>,
 }
@@ -124,6 +134,8 @@ pub struct Answered {
     pub answer: Answer,
     /// Whether the diagnosis was certain.
     pub certain: bool,
+    /// Whether the attempt that ended so had made progress.
+    pub after_progress: bool,
 }
 
 impl History {
@@ -134,9 +146,19 @@ impl History {
 
     /// Records a rerun: the next attempt to end is the one that it started.
     pub fn advance(&mut self, rerun: &Rerun) {
+        let after_progress = std::mem::take(&mut self.progressed);
         self.rung = rerun.rung;
         self.adjustments.clone_from(&rerun.adjustments);
-        self.reruns.push(Answered { answer: rerun.answer, certain: rerun.certain });
+        self.reruns.push(Answered { answer: rerun.answer, certain: rerun.certain, after_progress });
+    }
+
+    /// Records the last step that the attempt finished which just ended; `None` before its first.
+    pub fn ended(&mut self, last_step: Option<u64>) {
+        let step = last_step.unwrap_or_default();
+        let furthest = self.furthest.entry(self.rung).or_default();
+        self.progressed = step > *furthest;
+        *furthest = step.max(*furthest);
+        self.steps_done = self.steps_done.max(step);
     }
 
     /// Returns the history that a job's events tell. `free_now` is for the shell to fill in.
@@ -148,12 +170,9 @@ impl History {
                     history.rung = start.rung;
                     history.adjustments.clone_from(&start.adjustments);
                 }
-                JobEvent::AttemptEnded { last_step: Some(step), .. } => {
-                    history.steps_done = history.steps_done.max(*step);
-                }
+                JobEvent::AttemptEnded { last_step, .. } => history.ended(*last_step),
                 JobEvent::RerunDecided(rerun) => history.advance(rerun),
-                JobEvent::AttemptEnded { last_step: None, .. }
-                | JobEvent::Submitted { .. }
+                JobEvent::Submitted { .. }
                 | JobEvent::Planned { .. }
                 | JobEvent::Waiting { .. }
                 | JobEvent::Started { .. }
@@ -169,6 +188,16 @@ impl History {
 
     fn count(&self, answer: Answer) -> u32 {
         let count = self.reruns.iter().filter(|rerun| rerun.answer == answer).count();
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// Counts the reruns with this answer since the last progress. One that ended an attempt with progress is the first.
+    fn count_in_a_row(&self, answer: Answer) -> u32 {
+        if self.progressed {
+            return 0;
+        }
+        let since = self.reruns.iter().rposition(|rerun| rerun.after_progress).unwrap_or(0);
+        let count = self.reruns[since..].iter().filter(|rerun| rerun.answer == answer).count();
         u32::try_from(count).unwrap_or(u32::MAX)
     }
 
@@ -188,16 +217,20 @@ pub struct Bounds {
     pub smaller_eval_batches: u32,
     /// Reductions of data-loader workers: half of them, then none.
     pub fewer_workers: u32,
-    /// Waits for hub or network.
+    /// Waits for hub or network without progress in between.
     pub network_backoffs: u32,
+    /// Waits for hub or network in all.
+    pub network_backoffs_in_all: u32,
     /// New ports.
     pub new_ports: u32,
     /// Changes to the recipe's stable learning.
     pub recipe_stable: u32,
     /// Steps back to an earlier checkpoint.
     pub previous_checkpoints: u32,
-    /// Resumes after an interruption, or a signal 9 that nothing explains.
+    /// Resumes after an interruption, or a signal 9 that nothing explains, without progress in between.
     pub resumes: u32,
+    /// The same in all. A job of two weeks on a host that is started again each night needs 14.
+    pub resumes_in_all: u32,
     /// Device OOMs that are only probable, such as `CUBLAS_STATUS_ALLOC_FAILED`.
     pub uncertain_ooms: u32,
     /// Moves to another device after a fault: two broken ones in a row are one broken host.
@@ -212,10 +245,12 @@ impl Default for Bounds {
             smaller_eval_batches: 1,
             fewer_workers: 2,
             network_backoffs: 5,
+            network_backoffs_in_all: 50,
             new_ports: 3,
             recipe_stable: 1,
             previous_checkpoints: 3,
             resumes: 5,
+            resumes_in_all: 100,
             uncertain_ooms: 1,
             other_devices: 2,
         }
@@ -225,19 +260,22 @@ impl Default for Bounds {
 impl Bounds {
     /// Returns how many attempts there can be beside one for each rung.
     ///
-    /// `uncertain_ooms` is not in the sum: it limits steps down the ladder, which the ladder's length counts.
+    /// Not in the sum are `uncertain_ooms`, which limits steps down the ladder, and the bounds of what comes in a row, which lie
+    /// within those of all of it.
     pub fn total(&self) -> u32 {
         let Bounds {
             memory_waits,
             expandable_segments,
             smaller_eval_batches,
             fewer_workers,
-            network_backoffs,
+            network_backoffs_in_all,
             new_ports,
             recipe_stable,
             previous_checkpoints,
-            resumes,
+            resumes_in_all,
             other_devices,
+            network_backoffs: _,
+            resumes: _,
             uncertain_ooms: _,
         } = *self;
         [
@@ -245,11 +283,11 @@ impl Bounds {
             expandable_segments,
             smaller_eval_batches,
             fewer_workers,
-            network_backoffs,
+            network_backoffs_in_all,
             new_ports,
             recipe_stable,
             previous_checkpoints,
-            resumes,
+            resumes_in_all,
             other_devices,
         ]
         .into_iter()
@@ -611,12 +649,15 @@ impl Case<'_> {
     }
 
     fn back_off(&self) -> Decision {
-        let used = self.history.count(Answer::Backoff);
-        if used >= self.policy.bounds.network_backoffs {
-            return self.stop(
-                "the network failed again after every wait",
-                Some("check proxy and hub, or use a local copy of model and dataset"),
-            );
+        let (used, in_all) =
+            (self.history.count_in_a_row(Answer::Backoff), self.history.count(Answer::Backoff));
+        let bounds = self.policy.bounds;
+        if used >= bounds.network_backoffs || in_all >= bounds.network_backoffs_in_all {
+            let why = match used >= bounds.network_backoffs {
+                true => "the network failed again after every wait".to_owned(),
+                false => format!("the network failed {} times", in_all.saturating_add(1)),
+            };
+            return self.stop(&why, Some("check proxy and hub, or use a local copy of model and dataset"));
         }
         let seconds = doubled(self.policy.network_backoff_s, used, self.policy.network_backoff_max_s);
         let reason = format!("the network or the hub failed; waiting {seconds} s");
@@ -688,10 +729,16 @@ impl Case<'_> {
     }
 
     fn go_on(&self, why: &str) -> Decision {
-        let used = self.history.count(Answer::Resume);
-        if used >= self.policy.bounds.resumes {
+        let (used, in_all) =
+            (self.history.count_in_a_row(Answer::Resume), self.history.count(Answer::Resume));
+        let bounds = self.policy.bounds;
+        if used >= bounds.resumes || in_all >= bounds.resumes_in_all {
+            let times = match used >= bounds.resumes {
+                true => format!("{} times, and no further step in between", used.saturating_add(1)),
+                false => format!("{} times", in_all.saturating_add(1)),
+            };
             return self.stop(
-                &format!("{why}, {} times", used.saturating_add(1)),
+                &format!("{why}, {times}"),
                 Some("look who ends the trainer: the kernel's log names what its memory killer took"),
             );
         }

@@ -43,6 +43,10 @@ pub(crate) struct Database {
     connection: Connection,
     directory: StateDirectory,
     path: PathBuf,
+    /// Whether an fsync of the log has failed since it was last begun anew.
+    distrusts_log: bool,
+    /// What keeps it from being written; `None` since that worked.
+    trouble: Option<String>,
 }
 
 impl Database {
@@ -61,7 +65,7 @@ impl Database {
             .and_then(|()| if crashed { check_listing(&connection, &path) } else { Ok(()) })
             .map_err(|error| error.explain(&path, system_errno(&connection)))?;
         directory.hold_database()?;
-        Ok(Database { connection, directory, path })
+        Ok(Database { connection, directory, path, distrusts_log: false, trouble: None })
     }
 
     /// Returns what `work` reads.
@@ -75,18 +79,63 @@ impl Database {
     /// Does `work` in one transaction. `Ok` means that it is committed, to the files that are at their paths.
     ///
     /// After an error it is rolled back, or the files are gone. Only an error of the very fsync leaves open whether
-    /// it is on disk.
+    /// it is on disk: until the next write, which begins the log anew, a crash may bring it back.
     pub(crate) fn write<T>(
         &mut self,
         durability: Durability,
         work: impl FnOnce(&Connection) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
+        let done = self.try_to_write(durability, work);
+        match &done {
+            Err(error) if error.is_temporary() => self.trouble = Some(chain(error)),
+            // What needs no fsync says nothing about whether one works.
+            Ok(_) if durability == Durability::PowerCut => self.trouble = None,
+            Ok(_) | Err(_) => {}
+        }
+        done
+    }
+
+    /// Returns what keeps the database from being written; `None` when the last write worked.
+    pub(crate) fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
+    }
+
+    fn try_to_write<T>(
+        &mut self,
+        durability: Durability,
+        work: impl FnOnce(&Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         self.directory.check_in_place()?;
-        let done =
-            transaction(&mut self.connection, durability, work).map_err(|error| self.explain(error))?;
+        self.begin_log_anew()?;
+        let done = transaction(&mut self.connection, durability, work);
+        self.distrusts_log = done.as_ref().is_err_and(is_failed_sync);
+        let done = done.map_err(|error| self.explain(error))?;
         // Again, because it is the commit that must have gone to the right files.
         self.directory.check_in_place()?;
         Ok(done)
+    }
+
+    /// Begins the log anew where it cannot be trusted: copies what is committed into the database, syncs that, and cuts the log.
+    ///
+    /// After a failed fsync the kernel takes the pages for written (since Linux 4.13 it tells of a failure once), so the next one
+    /// says nothing about what was in the log before: later transactions would stand behind frames that a power cut leaves
+    /// torn, and go with them. Also the transaction that was refused is still in the log, whole, until something takes its
+    /// place. The copy is written again as often as its own fsync fails.
+    fn begin_log_anew(&mut self) -> Result<(), StoreError> {
+        if !self.distrusts_log {
+            return Ok(());
+        }
+        let checkpoint = || -> Result<bool, StoreError> {
+            if !self.connection.is_autocommit() {
+                self.connection.execute_batch("ROLLBACK")?;
+            }
+            Ok(self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", (), |row| row.get(0))?)
+        };
+        if checkpoint().map_err(|error| self.explain(error))? {
+            return Err(StoreError::Locked { path: self.path.clone() });
+        }
+        self.distrusts_log = false;
+        Ok(())
     }
 
     /// Returns the error of a database that contradicts itself.
@@ -107,6 +156,20 @@ impl Drop for Database {
             let _ = self.connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
         }
     }
+}
+
+/// Returns an error with its causes in one line.
+fn chain(error: &StoreError) -> String {
+    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// Returns whether this is the error of an fsync.
+fn is_failed_sync(error: &StoreError) -> bool {
+    use rusqlite::ffi::{SQLITE_IOERR_DIR_FSYNC, SQLITE_IOERR_FSYNC};
+    let StoreError::Sql(error) = error else { return false };
+    let code = error.sqlite_error().map(|error| error.extended_code);
+    matches!(code, Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC))
 }
 
 fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
@@ -191,5 +254,10 @@ impl Database {
     /// Returns the connection, for tests that look behind the store.
     pub(crate) fn connection(&self) -> &Connection {
         &self.connection
+    }
+
+    /// Does as if an fsync of the log had failed.
+    pub(crate) fn distrust_log(&mut self) {
+        self.distrusts_log = true;
     }
 }

@@ -220,6 +220,32 @@ impl StoreError {
         })
     }
 
+    /// Returns whether disk, files or another program are in the way: the same write may work later.
+    #[must_use]
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            StoreError::DiskFull { .. }
+            | StoreError::ReadOnly { .. }
+            | StoreError::Io { .. }
+            | StoreError::Replaced { .. }
+            | StoreError::Locked { .. }
+            | StoreError::Sql(_) => true,
+            StoreError::Busy { .. }
+            | StoreError::NetworkFileSystem { .. }
+            | StoreError::NotPrivate { .. }
+            | StoreError::TooNew { .. }
+            | StoreError::NotAStore { .. }
+            | StoreError::Damaged { .. }
+            | StoreError::Events { .. }
+            | StoreError::NoSuchJob { .. }
+            | StoreError::KeyReused { .. }
+            | StoreError::BadBeginning { .. }
+            | StoreError::Illegal { .. }
+            | StoreError::RecordVersion { .. }
+            | StoreError::NotFinal { .. } => false,
+        }
+    }
+
     /// Returns the error of a file operation.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
         move |source| StoreError::failed(action, path, source.raw_os_error(), source.into())

@@ -173,6 +173,12 @@ impl Store {
         results.pop().expect("one write has one result")
     }
 
+    /// Returns what keeps the store from writing; `None` when the last write that had to be on disk worked.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&str> {
+        self.database.trouble()
+    }
+
     /// Returns a job.
     ///
     /// # Errors

@@ -4,12 +4,12 @@
 //! (`FALLOC_FL_PUNCH_HOLE`, fallocate(2)): the size stays, the hole reads as zeros, [`LogTail`](crate::LogTail) jumps over
 //! it. The head holds the arguments and the start, the tail the last words; both decide a diagnosis.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
 use rustix::io::Errno;
 
 /// Holes are made of whole blocks. A multiple of every usual block size; smaller parts would only be overwritten with zeros.
@@ -47,15 +47,19 @@ pub(crate) fn has_much_room(log: &Path) -> bool {
     found.is_some_and(|found| found.f_bavail.saturating_mul(found.f_frsize) >= MUCH_ROOM_BYTES)
 }
 
-/// Returns whether the disk of a log, or its owner's share of it, has no room left; `false` where that cannot be asked.
+/// Returns whether the disk of a log, or its owner's share of it, has no room left, or has turned read-only; `false` where that
+/// cannot be asked.
 ///
 /// A file without a name asks for it and is gone at once. Unlike statfs(2) it knows of quotas and of what is kept for root.
 pub(crate) fn is_disk_full(log: &Path) -> bool {
     let Some(directory) = log.parent() else { return false };
-    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-    let nameless = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR);
-    let taken = nameless.and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, BLOCK_BYTES));
-    matches!(taken, Err(Errno::NOSPC | Errno::DQUOT))
+    let flags = OFlags::TMPFILE.bits().cast_signed();
+    let nameless = OpenOptions::new().write(true).mode(0o600).custom_flags(flags).open(directory);
+    let taken = match nameless {
+        Ok(file) => fallocate(&file, FallocateFlags::empty(), 0, BLOCK_BYTES).err(),
+        Err(error) => Errno::from_io_error(&error),
+    };
+    matches!(taken, Some(Errno::NOSPC | Errno::DQUOT | Errno::ROFS))
 }
 
 /// Keeps a quarter of the bound at the head and half of it at the tail; the rest is room to grow until the next look.
@@ -76,7 +80,6 @@ fn shrink(file: &File, cap_bytes: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::OpenOptions;
     use std::io::Write;
     use std::os::unix::fs::FileExt;
 

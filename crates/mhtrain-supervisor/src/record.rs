@@ -13,7 +13,7 @@
 //! lock              held by the recorder while it lives
 //! ```
 //!
-//! What must survive a crash of the machine is synced before the rename: the exit status and a stop request. The other files
+//! What should survive a crash of the machine is synced before the rename: the exit status and a stop request. The other files
 //! say who is alive, which nobody is after that; they are synced when the trainer runs already, so it does not wait for a disk.
 //!
 //! All of it belongs to the user of the attempt. For a daemon that runs as root every file here may be a trap: it is read and
@@ -364,7 +364,7 @@ impl RecordDir {
     /// When the file is missing or cannot be understood.
     pub fn launch(&self) -> Result<LaunchRecord, RecordError> {
         let missing = || io::Error::from(io::ErrorKind::NotFound);
-        self.read_unsynced(LAUNCH)?.ok_or_else(|| RecordError::io("read", &self.path.join(LAUNCH))(missing()))
+        self.read(LAUNCH)?.ok_or_else(|| RecordError::io("read", &self.path.join(LAUNCH))(missing()))
     }
 
     /// Returns the recorder's identity; `None` before it is up.
@@ -372,7 +372,7 @@ impl RecordDir {
     /// # Errors
     /// When the file is there and cannot be read.
     pub fn recorder(&self) -> Result<Option<ProcessIdentity>, RecordError> {
-        self.read_unsynced(RECORDER)
+        self.read(RECORDER)
     }
 
     /// Returns the trainer's identity; `None` before it exists.
@@ -380,7 +380,7 @@ impl RecordDir {
     /// # Errors
     /// When the file is there and cannot be read.
     pub fn trainer(&self) -> Result<Option<TrainerRecord>, RecordError> {
-        self.read_unsynced(TRAINER)
+        self.read(TRAINER)
     }
 
     /// Returns how the attempt ended; `None` while the trainer runs.
@@ -504,13 +504,9 @@ impl RecordDir {
         self.path.join(LOG)
     }
 
+    /// After a crash of the machine a file that was not synced may be found empty or full of zeros. All of them tell of processes
+    /// that went with it, so such a one counts as absent.
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, RecordError> {
-        self.read_bytes(name)?.map(|text| self.parse(name, &text)).transpose()
-    }
-
-    /// For files that may be found empty or full of zeros after a crash of the machine. They tell of processes that went with
-    /// it, so they count as absent.
-    fn read_unsynced<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, RecordError> {
         let text = self.read_bytes(name)?.filter(|text| text.iter().any(|byte| *byte != 0));
         text.map(|text| self.parse(name, &text)).transpose()
     }
@@ -564,17 +560,17 @@ impl RecordDir {
         let mut file =
             open_plain(&temporary, private(OpenOptions::new().write(true).create(true).truncate(false)))?;
         let written = file.write_all(bytes).and_then(|()| file.set_len(bytes.len() as u64));
-        let written = written.and_then(|()| match durable {
-            Durable::AtOnce => file.sync_all(),
-            Durable::Later => Ok(()),
-        });
+        if written.is_ok() && durable == Durable::AtOnce {
+            // What the disk does not promise to keep is put in place all the same: a status that only a power cut can take is
+            // better than none, and a trainer that is to stop is gone after one.
+            let _may_go_with_the_power = file.sync_all();
+        }
         reach("record.before_rename", name);
         let put = written.and_then(|()| fs::rename(&temporary, &path));
         reach("record.after_rename", name);
-        let put = put.and_then(|()| match durable {
-            Durable::AtOnce => self.sync_directory(),
-            Durable::Later => Ok(()),
-        });
+        if put.is_ok() && durable == Durable::AtOnce {
+            let _may_go_with_the_power = self.sync_directory();
+        }
         put.map_err(RecordError::io("write", &path))
     }
 
@@ -666,7 +662,7 @@ mod tests {
         let record = RecordDir::create(dir.path(), None).unwrap();
         fs::write(record.path().join(EXIT), r#"{"version":2,"code":0}"#).unwrap();
         assert!(matches!(record.exit(), Err(RecordError::Version { found: 2, .. })));
-        for garbage in ["", "{", "[]", r#"{"version":1}"#, r#"{"version":1,"code":"x"}"#] {
+        for garbage in ["{", "[]", r#"{"version":1}"#, r#"{"version":1,"code":"x"}"#] {
             fs::write(record.path().join(EXIT), garbage).unwrap();
             assert!(matches!(record.exit(), Err(RecordError::Json { .. })), "{garbage}");
         }
@@ -690,6 +686,11 @@ mod tests {
             }
             assert!(record.launch().unwrap_err().is_not_found());
             assert_eq!((record.recorder().unwrap(), record.trainer().unwrap()), (None, None));
+            // These too: their fsync may have failed before.
+            for name in [EXIT, START_ERROR] {
+                fs::write(record.path().join(name), content).unwrap();
+            }
+            assert_eq!((record.exit().unwrap(), record.start_error().unwrap()), (None, None));
             // The launch that the journal tells of came to nothing; that is no broken record.
             assert!(crate::Attempt::open(dir.path()).unwrap_err().is_not_found());
         }

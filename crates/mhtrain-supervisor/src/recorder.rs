@@ -26,7 +26,7 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use mhtrain_failpoint::reach;
 use rustix::io::Errno;
@@ -47,6 +47,12 @@ pub const RECORDER_VERB: &str = "recorder";
 
 /// Set in the trainer's environment to the path of its record directory. Whoever inherits it belongs to the attempt.
 pub const ATTEMPT_VARIABLE: &str = "MHTRAIND_ATTEMPT";
+
+/// The time until the last word is tried again where the disk did not take it.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+
+/// How long that is done. After that the status is lost, and what the trainer printed and saved says how it ended.
+const LAST_WORD_WITHIN: Duration = Duration::from_secs(24 * 3600);
 
 /// Why an attempt could not be recorded.
 #[derive(Debug, thiserror::Error)]
@@ -176,9 +182,26 @@ pub(crate) fn see_to_the_end(
         // Our own group goes when we have left it, and the one above belongs to mhtraind.
         let _by_whoever_comes_next = group.remove();
     }
-    record.write_exit(&exit)?;
+    write_last_word(record, &exit)?;
     reach("recorder.last_word", "");
     Ok(())
+}
+
+/// Writes down how the trainer ended, as soon as the disk takes it: it may be read-only for a while, and nobody else knows.
+fn write_last_word(record: &RecordDir, exit: &ExitRecord) -> Result<(), RecordError> {
+    let until = Instant::now() + LAST_WORD_WITHIN;
+    let mut is_told = false;
+    loop {
+        match record.write_exit(exit) {
+            Err(error) if !error.is_not_found() && Instant::now() < until => {
+                if !std::mem::replace(&mut is_told, true) {
+                    complain("cannot write the exit status yet", &error);
+                }
+                std::thread::sleep(TRY_AGAIN);
+            }
+            written => return written,
+        }
+    }
 }
 
 /// Returns the group in which the trainer is to run, or runs; `None` where there is none that we may use.

@@ -861,7 +861,7 @@ fn by_text(read: &Diagnoser, exit: &ExitFacts, failed: Option<bool>) -> Diagnosi
         (Some(true), None) => exit
             .full_log
             .as_deref()
-            .map_or_else(|| told(read, Kind::Unknown, Answer::Stop, false), words_lost_for_lack_of_space),
+            .map_or_else(|| told(read, Kind::Unknown, Answer::Stop, false), words_lost_on_the_disk),
         (_, _) if loop_ended => success(read, true),
         (_, Some(cause)) => by_cause(read, cause, exit, false),
         (_, None) if pending.is_some_and(Cause::is_caught) => match pending {
@@ -874,8 +874,11 @@ fn by_text(read: &Diagnoser, exit: &ExitFacts, failed: Option<bool>) -> Diagnosi
 }
 
 /// The trainer failed without a word, into a log that could not take any: to print is what failed, or comes before it.
-fn words_lost_for_lack_of_space(log: &Path) -> Diagnosis {
-    let line = format!("no space is left for what the trainer prints into {}", log.display());
+fn words_lost_on_the_disk(log: &Path) -> Diagnosis {
+    let line = format!(
+        "{} takes nothing more of what the trainer prints: its disk is full or read-only",
+        log.display()
+    );
     Diagnosis {
         kind: Kind::DiskFull,
         fatal: true,

@@ -339,6 +339,7 @@ impl JobLoop {
                         .is_some_and(|it| it.kind == mhtrain_job::event::ResumeKind::WeightsOnly),
                     stable: start.adjustments.contains(&Adjustment::RecipeStable),
                     expandable: start.adjustments.contains(&Adjustment::ExpandableSegments),
+                    small_eval: start.adjustments.contains(&Adjustment::EvalBatch(1)),
                 };
                 let id = (self.id, start.attempt);
                 world.disk.attempts.insert(id, AttemptFiles::new(launch));

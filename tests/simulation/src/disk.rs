@@ -122,6 +122,8 @@ pub(crate) struct Launch {
     pub(crate) weights_only: bool,
     pub(crate) stable: bool,
     pub(crate) expandable: bool,
+    /// Whether it evaluates a row at a time.
+    pub(crate) small_eval: bool,
 }
 
 /// Which rows the weights have seen.

@@ -84,6 +84,14 @@ pub enum Violation {
     SpoiltAgain { job: u64, attempt: u32, step: u64 },
     #[error("attempt {attempt} of job {job} begins again, and step {saved} is saved and good")]
     WorkLost { job: u64, attempt: u32, saved: u64 },
+    #[error(
+        "(3) job {job} is given up for an interruption, and attempt {attempt} had come further than all before it"
+    )]
+    GivenUpAmidProgress { job: u64, attempt: u32 },
+    #[error(
+        "(3) attempt {attempt} of job {job} was the 6th in a row that was interrupted and came no further, and there is to be another"
+    )]
+    InterruptedForEver { job: u64, attempt: u32 },
     #[error("something is left when everything is over: {what}")]
     LeftOver { what: String },
     #[error("the simulation itself is wrong: {what}")]
@@ -104,6 +112,8 @@ pub(crate) struct AttemptTruth {
     began: bool,
     ran_out: bool,
     finished: Option<(u64, Lineage)>,
+    /// The last step that it made.
+    reached: u64,
     hangs_since: Option<u64>,
 }
 
@@ -122,6 +132,10 @@ impl Truth {
 
     pub(crate) fn finished(&mut self, id: AttemptId, steps: u64, lineage: Lineage) {
         self.of(id).finished = Some((steps, lineage));
+    }
+
+    pub(crate) fn reached(&mut self, id: AttemptId, step: u64) {
+        self.of(id).reached = step;
     }
 
     pub(crate) fn hung(&mut self, id: AttemptId, now: u64) {
@@ -151,8 +165,15 @@ pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), 
             is_as_promised(world, id, job, before, start)?;
             begins_where_it_should(world, id, before, start)
         }
-        JobEvent::RerunDecided(rerun) => keeps_the_ladder(world, id, before, rerun),
-        JobEvent::AttemptEnded { .. } | JobEvent::Failed { .. } => nobody_lives(world, id, job),
+        JobEvent::RerunDecided(rerun) => {
+            keeps_the_ladder(world, id, before, rerun)?;
+            is_interrupted_within_bounds(world, id, before, rerun)
+        }
+        JobEvent::AttemptEnded { .. } => nobody_lives(world, id, job),
+        JobEvent::Failed { .. } => {
+            nobody_lives(world, id, job)?;
+            is_not_amid_progress(world, id, before)
+        }
         JobEvent::Cancelled { .. } => {
             let asked = before.iter().any(|record| matches!(record.event, JobEvent::StopRequested { .. }));
             if !asked && !world.users.wished_to_cancel(job.context.script) {
@@ -337,6 +358,59 @@ fn keeps_the_ladder(world: &World<'_>, id: u64, before: &[Record], rerun: &Rerun
         return Err(Violation::NoLowerTier { job: id, from, to });
     }
     Ok(())
+}
+
+/// Invariant 3, for what comes from outside: who comes further is not given up for it. What a trainer said last may be gone
+/// with the power, and then nobody knows how far it came.
+fn is_not_amid_progress(world: &World<'_>, id: u64, before: &[Record]) -> Result<(), Violation> {
+    let Some(JobEvent::AttemptEnded { attempt, diagnosis, .. }) = before.last().map(|record| &record.event)
+    else {
+        return Ok(());
+    };
+    let interrupted = match diagnosis.kind {
+        Kind::Interrupted | Kind::Network => true,
+        Kind::HostOom => !diagnosis.certain,
+        _ => false,
+    };
+    let in_all = before.iter().filter(|record| matches!(record.event, JobEvent::RerunDecided(_))).count();
+    let further = came_further(world, id, before, *attempt);
+    if interrupted && further && in_all < 50 && world.has_first_boot() {
+        return Err(Violation::GivenUpAmidProgress { job: id, attempt: *attempt });
+    }
+    Ok(())
+}
+
+/// Invariant 3, for what comes from outside: who comes no further is given up.
+fn is_interrupted_within_bounds(
+    world: &World<'_>,
+    id: u64,
+    before: &[Record],
+    rerun: &Rerun,
+) -> Result<(), Violation> {
+    let Some(last) = last_start(before).filter(|_| rerun.answer == Answer::Resume) else { return Ok(()) };
+    let attempt = last.attempt;
+    let mut in_a_row = 1;
+    let mut of = attempt;
+    for record in before.iter().rev() {
+        match &record.event {
+            JobEvent::RerunDecided(earlier) if earlier.answer == Answer::Resume => in_a_row += 1,
+            JobEvent::AttemptEnded { attempt, .. } => of = *attempt,
+            JobEvent::AttemptStarting(_) if came_further(world, id, before, of) => break,
+            _ => {}
+        }
+    }
+    if in_a_row > 5 && world.has_first_boot() {
+        return Err(Violation::InterruptedForEver { job: id, attempt });
+    }
+    Ok(())
+}
+
+/// Returns whether an attempt made a step that no earlier one at its rung had made.
+fn came_further(world: &World<'_>, id: u64, before: &[Record], attempt: u32) -> bool {
+    let reached = |attempt: u32| world.truth.attempts.get(&(id, attempt)).map_or(0, |truth| truth.reached);
+    let rung = starts(before).find(|start| start.attempt == attempt).map(|start| start.rung);
+    let earlier = starts(before).filter(|start| start.attempt < attempt && Some(start.rung) == rung);
+    reached(attempt) > earlier.map(|start| reached(start.attempt)).max().unwrap_or(0)
 }
 
 /// What is said of a resume is true, and nothing saved is given up without need.

@@ -52,6 +52,8 @@ pub struct JobScript {
     pub vague: bool,
     /// What happens to its attempts.
     pub misfortunes: Vec<Misfortune>,
+    /// Its host is flaky: somebody kills each attempt after so many steps of its own.
+    pub killed_each: Option<u64>,
 }
 
 /// What the job file says about training, as far as it matters for the ladder.
@@ -115,9 +117,13 @@ pub enum Death {
     LoadOom,
     /// The allocator's memory is in pieces.
     Fragmented,
+    /// Memory runs out in an evaluation, unless its batch was made smaller.
+    EvalOom,
+    /// Memory runs out while a checkpoint is written.
+    SaveOom,
 }
 
-const DEATHS: [Death; 13] = [
+const DEATHS: [Death; 15] = [
     Death::Network,
     Death::Port,
     Death::Worker,
@@ -131,6 +137,8 @@ const DEATHS: [Death; 13] = [
     Death::Hang,
     Death::LoadOom,
     Death::Fragmented,
+    Death::EvalOom,
+    Death::SaveOom,
 ];
 
 /// Events within which jobs come and faults strike.
@@ -179,6 +187,7 @@ impl JobScript {
             peak_step: draws.pick(&[1, 1, 2, 4, 7]),
             vague: draws.below(8) == 0,
             misfortunes,
+            killed_each: draws.pick(&[None, None, None, None, None, None, None, None, Some(1), Some(3)]),
         }
     }
 

@@ -78,6 +78,7 @@ fn smaller(script: &Script) -> Vec<Script> {
         with(&|job| job.truth_percent = 85);
         with(&|job| job.priority = 0);
         with(&|job| job.vague = false);
+        with(&|job| job.killed_each = None);
     }
     for fault in 0..script.faults.len() {
         let mut earlier = script.clone();

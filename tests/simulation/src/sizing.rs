@@ -64,7 +64,7 @@ fn ask(spec: &JobSpec, total_gib: u64, free_gib: u64) -> Answer {
 
 /// Returns the policy for a job of the daemon.
 pub(crate) fn policy(spec: &JobSpec, other_device: bool) -> Option<Policy> {
-    let mut policy = Policy::for_job(spec, ExpandableSegments::Off, 1, 4).ok()?;
+    let mut policy = Policy::for_job(spec, ExpandableSegments::Off, 4, 4).ok()?;
     policy.other_device = other_device;
     Some(policy)
 }

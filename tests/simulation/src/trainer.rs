@@ -35,6 +35,7 @@ pub(crate) struct Trainer {
     from: Option<Checkpoint>,
     stable: bool,
     expandable: bool,
+    small_eval: bool,
     /// GiB that its passes take.
     need: u64,
     /// Steps whose loss was no number.
@@ -94,6 +95,7 @@ impl Trainer {
             from: launch.from.clone(),
             stable: launch.stable,
             expandable: launch.expandable,
+            small_eval: launch.small_eval,
             need: needs(&job.wish, &Tier { micro_batch, ..tier }, job.truth_percent),
             bad_steps: 0,
         }
@@ -161,6 +163,9 @@ impl World<'_> {
         if self.disk.full && matches!(trainer.stage, Stage::Saved | Stage::AmidSave) {
             let _ = writeln!(files.output, "OSError: [Errno 28] No space left on device: 'optimizer.pt'");
             return Some(Ended::Code(1));
+        }
+        if trainer.stage == Stage::Train && job.killed_each == Some(trainer.step - trainer.begun_at) {
+            return Some(Ended::Signal(9));
         }
         if let Some(death) = trainer.death(job, id.1)
             && let Some(ended) = self.suffer(death, id, trainer, files)
@@ -260,6 +265,7 @@ impl World<'_> {
         }
         trainer.held = trainer.held.max(need);
         trainer.step += 1;
+        self.truth.reached(id, trainer.step);
         trainer.bad_steps += u64::from(trainer.lineage.spoilt);
         self.now += STEP_S;
         let (step, max) = (trainer.step, trainer.max_steps);
@@ -364,6 +370,15 @@ impl World<'_> {
                 self.out_of_memory(trainer, files, trainer.held + 1, true);
                 Ended::Code(1)
             }
+            Death::EvalOom | Death::SaveOom => {
+                if trainer.small_eval && death == Death::EvalOom {
+                    return None;
+                }
+                print(if death == Death::EvalOom { EVALUATING } else { SAVING });
+                // More than the card can give: nobody else is to blame.
+                self.out_of_memory(trainer, files, trainer.held + self.free(trainer.card) + 1, false);
+                Ended::Code(1)
+            }
         };
         Some(Some(ended))
     }
@@ -386,6 +401,8 @@ impl World<'_> {
 }
 
 const TRAINING: &str = "Traceback (most recent call last):\n  File \"/env/transformers/trainer.py\", line 3579, in training_step\n    loss = self.compute_loss(model, inputs)";
+const EVALUATING: &str = "Traceback (most recent call last):\n  File \"/env/transformers/trainer.py\", line 4250, in evaluate\n    output = eval_loop(dataloader)";
+const SAVING: &str = "Traceback (most recent call last):\n  File \"/env/transformers/trainer.py\", line 3100, in _save_checkpoint\n    self.save_model(output_dir)";
 const LOADING: &str = "Traceback (most recent call last):\n  File \"/env/transformers/modeling_utils.py\", line 4200, in from_pretrained\n    return model";
 const VAGUE: &str =
     "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`";

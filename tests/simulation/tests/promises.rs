@@ -41,6 +41,7 @@ fn no_promise_is_broken_and_everything_happens() {
         "wait_same_tier",
         "same_tier_expandable",
         "fewer_workers",
+        "lower_eval_batch",
         "backoff",
         "new_port",
         "recipe_stable",

@@ -234,6 +234,69 @@ fn a_bare_signal_9_resumes_five_times_at_the_same_rung() {
     }
 }
 
+/// Returns how many reruns there are of a job whose attempts end so, after these steps, and then for ever after the last.
+fn reruns_of(diagnosis: &Diagnosis, steps: impl IntoIterator<Item = u64>) -> (usize, String) {
+    let (plan, policy, mut history) = (plan(), policy(), History::at(0));
+    for step in steps {
+        history.ended(Some(step).filter(|step| *step > 0));
+        match decide(&history, diagnosis, &plan, &policy) {
+            Decision::Rerun(next) => history.advance(&next),
+            give_up @ Decision::GiveUp { .. } => return (history.reruns.len(), gives_up(give_up)),
+            Decision::Finish => panic!("finished"),
+        }
+    }
+    panic!("{} reruns and no end", history.reruns.len())
+}
+
+#[test]
+fn interruptions_with_progress_in_between_do_not_add_up() {
+    let killed = Diagnosis { certain: false, ..diagnosis(Kind::HostOom) };
+    for kind in [killed, diagnosis(Kind::Interrupted), diagnosis(Kind::Network)] {
+        // Twenty nights, each a bit further; then it is stuck.
+        let (reruns, why) = reruns_of(&kind, (1..=20).chain(std::iter::repeat(20)));
+        assert_eq!(reruns, 20 + 4, "the one that ended the last progress is the first of five: {why}");
+        // A step that was trained before is none, nor is one less.
+        assert_eq!(reruns_of(&kind, [9, 9, 9, 3, 8, 9, 9]).0, 5);
+        assert_eq!(reruns_of(&kind, std::iter::repeat(0)).0, 5);
+        assert_eq!(reruns_of(&kind, [9, 9, 9, 9, 9, 10, 9, 9, 10, 10, 10, 10]).0, 5 + 5);
+    }
+}
+
+#[test]
+fn a_job_that_progresses_for_ever_is_not_interrupted_for_ever() {
+    let (reruns, why) = reruns_of(&diagnosis(Kind::Interrupted), 1..);
+    assert!(reruns == 100 && why.contains("101 times"), "{reruns} {why}");
+    let (reruns, why) = reruns_of(&diagnosis(Kind::Network), 1..);
+    assert!(reruns == 50 && why.contains("51 times"), "{reruns} {why}");
+}
+
+#[test]
+fn the_first_wait_for_the_network_after_progress_is_short_again() {
+    let (plan, policy, mut history) = (plan(), policy(), History::at(0));
+    let waits = [3, 3, 3, 7, 7].map(|step| {
+        history.ended(Some(step));
+        let next = rerun(decide(&history, &diagnosis(Kind::Network), &plan, &policy));
+        history.advance(&next);
+        next.wait
+    });
+    assert_eq!(waits, [30, 60, 120, 30, 60].map(Wait::Seconds));
+}
+
+#[test]
+fn on_another_rung_progress_is_counted_anew() {
+    let (plan, policy, mut history) = (plan(), policy(), History::at(3));
+    history.ended(Some(40));
+    let next = rerun(decide(&history, &diagnosis(Kind::DeviceOom), &plan, &policy));
+    assert_eq!(next.resume, ResumeWish::FromStart);
+    history.advance(&next);
+    history.ended(Some(2));
+    assert!(history.progressed && history.steps_done == 40);
+    // On its way over other cards a job may come back to a rung: there it must go beyond what it did there.
+    history.rung = 3;
+    history.ended(Some(40));
+    assert!(!history.progressed);
+}
+
 #[test]
 fn network_waits_double_from_thirty_seconds_up_to_ten_minutes() {
     let long = Policy { bounds: Bounds { network_backoffs: 8, ..Bounds::default() }, ..policy() };
@@ -285,10 +348,10 @@ fn a_corrupt_checkpoint_is_replaced_by_earlier_ones_three_times() {
 #[test]
 fn success_after_the_last_allowed_attempt_is_still_success() {
     let none = Policy { bounds: Bounds { resumes: 0, ..Bounds::default() }, ..policy() };
-    let used = Answered { answer: Answer::Resume, certain: true };
-    let history = History { reruns: vec![used; 99], ..History::at(0) };
+    let used = Answered { answer: Answer::Resume, certain: true, after_progress: false };
+    let history = History { reruns: vec![used; 299], ..History::at(0) };
     assert_eq!(decide(&history, &diagnosis(Kind::Success), &plan(), &none), Decision::Finish);
-    assert!(gives_up(decide(&history, &diagnosis(Kind::DeviceOom), &plan(), &none)).contains("100 attempts"));
+    assert!(gives_up(decide(&history, &diagnosis(Kind::DeviceOom), &plan(), &none)).contains("300 attempts"));
 }
 
 #[test]
@@ -337,7 +400,7 @@ fn the_history_is_the_same_whether_kept_or_read_from_events() {
             diagnosis: Box::new(diagnosis(kind)),
             last_step: Some(10 * u64::from(attempt)),
         });
-        kept.steps_done = 10 * u64::from(attempt);
+        kept.ended(Some(10 * u64::from(attempt)));
         let next = rerun(decide(&kept, &diagnosis(kind), &plan, &policy));
         kept.advance(&next);
         adjustments.clone_from(&next.adjustments);
@@ -398,7 +461,8 @@ proptest! {
     #[test]
     fn invariants_hold_for_every_sequence_of_deaths(
         plan in any_plan(),
-        deaths in proptest::collection::vec((any_diagnosis(), any_amount(), 0..100_u64), 80),
+        deaths in proptest::collection::vec((any_diagnosis(), any_amount(), 0..100_u64), 1..80),
+        always_further in proptest::sample::select(vec![0, 1, 100_u64]),
         expandable in proptest::sample::select(vec![
             ExpandableSegments::On, ExpandableSegments::Off, ExpandableSegments::Fixed,
         ]),
@@ -407,9 +471,10 @@ proptest! {
         let mut history = History::at(0);
         let mut attempts = 1_usize;
         let mut ended = false;
-        for (death, free, steps) in &deaths {
+        // Over and over, each time further than ever before: nothing but the bounds of a whole life ends that.
+        for (n, (death, free, steps)) in (0..).zip(deaths.iter().cycle().take(400)) {
             history.free_now = *free;
-            history.steps_done = *steps;
+            history.ended(Some(steps + n * always_further));
             let Decision::Rerun(next) = decide(&history, death, &plan, &policy) else {
                 ended = true;
                 break;
@@ -435,7 +500,7 @@ proptest! {
             }), "a change was forgotten");
             history.advance(&next);
         }
-        // The longest job: 9 rungs and 27 answers of other kinds.
+        // The longest job: 9 rungs and 167 answers of other kinds.
         prop_assert!(ended, "{} attempts and no end", attempts);
         prop_assert!(attempts <= policy.attempts_max(&plan), "{} attempts", attempts);
     }

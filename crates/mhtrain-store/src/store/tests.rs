@@ -263,6 +263,28 @@ fn events_are_written_with_fsync_also_after_samples() {
 }
 
 #[test]
+fn a_log_whose_fsync_failed_is_begun_anew_before_anything_else_is_written() {
+    let (dir, mut store) = store();
+    let id = live(&mut store, 3);
+    let log = || fs::metadata(dir.path().join("mhtraind.db-wal")).unwrap().len();
+    let before = log();
+    store.database.distrust_log();
+    store.append(id, &life()[3]).unwrap();
+    assert!(log() < before / 2, "{before} bytes before, {}: what was there is in the database", log());
+    store.append(id, &life()[4]).unwrap();
+    assert_eq!(store.events(id).unwrap(), life()[..5]);
+    let reader = raw(&dir);
+    let mut statement = reader.prepare("SELECT count(*) FROM events").unwrap();
+    let mut rows = statement.query(()).unwrap();
+    // Somebody reads from the log that would have to be cut.
+    assert!(rows.next().unwrap().is_some());
+    store.database.distrust_log();
+    assert!(matches!(store.append(id, &life()[5]), Err(StoreError::Locked { .. })));
+    drop(rows);
+    store.append(id, &life()[5]).unwrap();
+}
+
+#[test]
 fn files_are_private_under_any_umask() {
     // The umask belongs to the whole process, so another one is asked.
     let dir = tempfile::tempdir().unwrap();

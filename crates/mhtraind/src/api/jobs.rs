@@ -28,7 +28,7 @@ const PAGE: u32 = 100;
 const PAGE_MAX: u32 = 1000;
 
 /// How long a job whose end is on disk may take to write its receipt and end its thread, once its memory is back.
-const END_WITHIN: Duration = Duration::from_secs(10);
+pub(super) const END_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

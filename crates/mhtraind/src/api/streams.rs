@@ -15,7 +15,7 @@ use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::jobs::{look, permit};
+use super::jobs::{END_WITHIN, look, permit};
 use super::routes::{Answer, Asked, Id};
 use super::types::FollowLine;
 use crate::daemon::{Account, Caller, Daemon};
@@ -55,6 +55,8 @@ async fn send_happenings(daemon: &Arc<Daemon>, id: JobId, lines: &mpsc::Sender<C
     let mut happenings = daemon.store.happenings();
     let (mut events, mut said, mut shown) = (0, 0, None);
     let mut live = None;
+    let put_away_within = Duration::from_secs(u64::from(daemon.config.attempt.memory_return_s)) + END_WITHIN;
+    let mut over_until = None;
     loop {
         happenings.mark_unchanged();
         // Asked first: what a live job says and does is read after it, and nothing follows on the end of its thread. What
@@ -78,7 +80,7 @@ async fn send_happenings(daemon: &Arc<Daemon>, id: JobId, lines: &mpsc::Sender<C
             send(lines, &FollowLine::Event { record: serde_json::to_value(record).ok()? }).await?;
         }
         events = count;
-        let over = view.is_over() && !is_live;
+        let (is_over, over) = (view.is_over(), view.is_over() && !is_live);
         if shown.as_ref() != Some(&view) {
             shown = Some(view.clone());
             send(lines, &FollowLine::Job { job: Box::new(view) }).await?;
@@ -86,7 +88,16 @@ async fn send_happenings(daemon: &Arc<Daemon>, id: JobId, lines: &mpsc::Sender<C
         if over {
             return Some(());
         }
-        happenings.changed().await.ok()?;
+        if is_over {
+            // A disk that does not take its receipt must not hold up who waits for its end, which is on disk.
+            let until = *over_until.get_or_insert_with(|| tokio::time::Instant::now() + put_away_within);
+            match tokio::time::timeout_at(until, happenings.changed()).await {
+                Ok(changed) => changed.ok()?,
+                Err(_) => return Some(()),
+            }
+        } else {
+            happenings.changed().await.ok()?;
+        }
         tokio::time::sleep(TOGETHER).await;
     }
 }

@@ -18,7 +18,7 @@ use mhtrain_job::state::JobState;
 use mhtrain_job::take_over::needs_other_device;
 use mhtrain_sizing::observation::Observation;
 use mhtrain_store::{JobId, ObservationOf};
-use mhtrain_supervisor::Attempt;
+use mhtrain_supervisor::attempt::{Attempt, AttemptState};
 use rustix::fs::Mode;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
@@ -119,6 +119,8 @@ impl Worker {
     /// there.
     fn run(&self) {
         let mut has_rights = false;
+        // What was said last: each trouble is told once, however often it is tried again.
+        let (mut trouble, mut worse) = (String::new(), String::new());
         for tries in 1.. {
             let done = guarded(|| {
                 if !has_rights {
@@ -128,17 +130,23 @@ impl Worker {
                 self.attempt_to_run()
             });
             let Err(failure) = done else { return };
-            tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be followed");
+            if trouble != failure.message {
+                trouble.clone_from(&failure.message);
+                tracing::error!(job = self.id.get(), error = trouble, "the job cannot be followed");
+                self.live.say(&format!("{trouble}; it is tried again"));
+            }
             let rest = match guarded(|| self.after(&failure, tries, has_rights)) {
                 Ok(After::Over) => return,
                 Ok(After::TryAgain) => TRY_AGAIN,
                 Err(failure) => {
                     // Its card stays leased: a trainer may still be there.
-                    tracing::error!(job = self.id.get(), error = failure.message, "the job cannot be ended");
+                    if worse != failure.message {
+                        worse.clone_from(&failure.message);
+                        tracing::error!(job = self.id.get(), error = worse, "the job cannot be ended");
+                    }
                     TRY_TO_END_AGAIN
                 }
             };
-            self.live.say(&format!("{}; it is tried again", failure.message));
             std::thread::sleep(rest);
         }
     }
@@ -273,8 +281,8 @@ impl Worker {
         Ok(attempts)
     }
 
-    /// Decides what becomes of the job. One that has begun is taken up again, within a bound: what is in the way may pass, and a
-    /// trainer that runs does not notice. After that, or when somebody asked for the end, it is ended.
+    /// Decides what becomes of the job. One that has begun is taken up again, within a bound: what is in the way may pass. After
+    /// that, or when somebody asked for the end, it is ended; but a trainer that runs does not notice, and is not ended for it.
     ///
     /// Without `has_rights` its owner's files are not touched: a trainer that may run is left, and waited for.
     fn after(&self, failure: &Failure, tries: u32, has_rights: bool) -> Result<After, Failure> {
@@ -291,7 +299,8 @@ impl Worker {
             (false, Status::Bug) => TRIES_AFTER_A_BUG_MAX,
             (false, _) => 0,
         };
-        if (tries < tries_max && state.stop().is_none()) || (state.has_live_attempt() && !has_rights) {
+        let goes_on = || tries < tries_max || self.trains(&state);
+        if (state.stop().is_none() && goes_on()) || (state.has_live_attempt() && !has_rights) {
             return Ok(After::TryAgain);
         }
         if let JobState::Starting { attempt, .. } | JobState::Running { attempt, .. } = &state {
@@ -304,6 +313,20 @@ impl Worker {
         // It may have been on its way to another card.
         self.daemon.queued().remove(&self.id);
         Ok(After::Over)
+    }
+
+    /// Returns whether a trainer of the job is alive, by its record.
+    fn trains(&self, state: &JobState) -> bool {
+        let (JobState::Starting { attempt, .. } | JobState::Running { attempt, .. }) = state else {
+            return false;
+        };
+        let record = self.daemon.job_dir(self.id).join(format!("attempt-{}", attempt.number));
+        let found = Attempt::open_of(&record, self.account.identity().as_ref()).and_then(|it| it.state());
+        match found {
+            Ok(AttemptState::Running { trainer }) => trainer.identity.is_alive(),
+            Ok(AttemptState::Lost { trainer_alive }) => trainer_alive,
+            Ok(AttemptState::Starting | AttemptState::Exited(_)) | Err(_) => false,
+        }
     }
 
     /// Ends everything of an attempt by its record alone, which lies beside the store and not in the output directory.

@@ -22,7 +22,7 @@ pub mod store;
 mod submission;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -280,7 +280,8 @@ impl Daemon {
         let _as_ourselves = FileRights::of_this_process();
         make_dir(&path, 0o700)?;
         reach("job.directory_made", "");
-        if let Some(identity) = account.identity() {
+        let is_theirs = |uid| std::fs::symlink_metadata(&path).is_ok_and(|found| found.uid() == uid);
+        if let Some(identity) = account.identity().filter(|identity| !is_theirs(identity.uid)) {
             chown(&path, Some(identity.uid), Some(identity.gid)).map_err(|e| unwritable(&path, &e))?;
         }
         Ok(path)

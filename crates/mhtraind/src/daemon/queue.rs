@@ -184,11 +184,17 @@ fn sized(id: JobId, records: &[Record]) -> Option<Sized> {
 /// Looks at the queue whenever something changed. Ends only with an error of ours.
 pub async fn schedule(daemon: Arc<Daemon>) {
     let gpus = Arc::new(Mutex::new(Gpus::new(daemon.config.nvml_library().as_deref())));
-    let mut queue =
-        Queue { gpus, line: BTreeMap::new(), report: None, reasons_due: Instant::now(), behind: false };
+    let mut queue = Queue {
+        gpus,
+        line: BTreeMap::new(),
+        report: None,
+        reasons_due: Instant::now(),
+        behind: false,
+        trouble: BTreeMap::new(),
+    };
     loop {
         let looked = queue.look(&daemon).await;
-        if let Err(failure) = &looked {
+        if let Some(failure) = queue.tell_trouble(None, looked.as_ref().err()) {
             tracing::error!(error = failure.message, "the queue cannot be looked through");
         }
         let waits = !daemon.queued().is_empty();
@@ -215,6 +221,8 @@ struct Queue {
     reasons_due: Instant,
     /// Whether something may have changed since that was found out.
     behind: bool,
+    /// What went wrong when it was tried last, with the queue and with each job: it is said once, and tried at every look.
+    trouble: BTreeMap<Option<JobId>, String>,
 }
 
 /// A queued job as it was looked at last: sized again only where something changed.
@@ -236,6 +244,7 @@ impl Queue {
     /// What can start is started first, which takes as long as there are cards and not as long as the queue is. Why the others
     /// wait is found out after that, and not more often than a tenth of the time allows.
     async fn look(&mut self, daemon: &Arc<Daemon>) -> Result<Vec<(String, Bytes)>, Failure> {
+        self.trouble.retain(|id, _| id.is_none_or(|id| daemon.queued().contains_key(&id)));
         if daemon.queued().is_empty() {
             self.line.clear();
             return Ok(Vec::new());
@@ -300,11 +309,28 @@ impl Queue {
     async fn carry_out(&mut self, daemon: &Arc<Daemon>, id: JobId, verdict: Verdict, now: &Now<'_>) {
         let starts = matches!(verdict, Verdict::Start { .. });
         // One job that cannot be started or told must not keep the others waiting.
-        if let Err(failure) = carry_out(daemon, id, verdict, &self.line, now.report).await {
-            tracing::error!(job = id.get(), error = failure.message, "the queue cannot go on with the job");
-        } else if starts {
+        let done = carry_out(daemon, id, verdict, &self.line, now.report).await;
+        if starts && done.is_ok() {
             self.line.remove(&id);
         }
+        if let Some(failure) = self.tell_trouble(Some(id), done.as_ref().err()) {
+            tracing::error!(job = id.get(), error = failure.message, "the queue cannot go on with the job");
+        }
+        if let (Err(failure), Some(entry)) = (done, daemon.queued().get_mut(&id)) {
+            entry.reason = failure.message;
+        }
+    }
+
+    /// Notes whether something went wrong. Returns it when it has to be said: once, and again only when it is something else.
+    fn tell_trouble<'a>(&mut self, of: Option<JobId>, now: Option<&'a Failure>) -> Option<&'a Failure> {
+        let Some(failure) = now else {
+            if self.trouble.remove(&of).is_some() {
+                tracing::info!(job = of.map(JobId::get), "the queue goes on");
+            }
+            return None;
+        };
+        let before = self.trouble.insert(of, failure.message.clone());
+        (before.as_ref() != Some(&failure.message)).then_some(failure)
     }
 
     /// Asks NVML about all cards when it is time, else about those that somebody may take.
@@ -622,8 +648,11 @@ async fn wait(daemon: &Daemon, id: JobId, reason: String) -> Result<(), Failure>
         !std::mem::replace(&mut entry.told, true)
     };
     // The numbers change every second; the event only says since when it waits, and why at first.
-    if first {
-        append(daemon, id, JobEvent::Waiting { reason }).await?;
+    if first && let Err(failure) = append(daemon, id, JobEvent::Waiting { reason }).await {
+        if let Some(entry) = daemon.queued().get_mut(&id) {
+            entry.told = false;
+        }
+        return Err(failure);
     }
     Ok(())
 }

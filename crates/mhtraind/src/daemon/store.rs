@@ -164,6 +164,7 @@ pub fn failure(error: StoreError) -> Failure {
 
 fn serve(mut store: Store, requests: &mpsc::Receiver<Work>) {
     let mut next = requests.recv().ok();
+    let mut was_in_trouble = false;
     while let Some(work) = next.take() {
         match work {
             Work::Call(call) => call(&mut store),
@@ -185,6 +186,13 @@ fn serve(mut store: Store, requests: &mpsc::Receiver<Work>) {
                 append(&mut store, batch, replies);
             }
         }
+        // Here, and not by each of those who wait for it: that is one line.
+        match (was_in_trouble, store.trouble()) {
+            (false, Some(error)) => tracing::error!(error, "the store cannot be written"),
+            (true, None) => tracing::info!("the store can be written again"),
+            (false, None) | (true, Some(_)) => {}
+        }
+        was_in_trouble = store.trouble().is_some();
         if next.is_none() {
             next = requests.recv().ok();
         }
@@ -208,19 +216,6 @@ fn append(store: &mut Store, batch: Vec<(JobId, Record)>, replies: Vec<Reply>) {
     }
 }
 
-/// Returns whether the same write may work later.
-fn is_temporary(error: &StoreError) -> bool {
-    matches!(
-        error,
-        StoreError::DiskFull { .. }
-            | StoreError::ReadOnly { .. }
-            | StoreError::Io { .. }
-            | StoreError::Replaced { .. }
-            | StoreError::Locked { .. }
-            | StoreError::Sql(_)
-    )
-}
-
 /// The journal of one job in the store, for the thread that runs the job.
 #[derive(Debug)]
 pub struct StoreSink {
@@ -234,7 +229,6 @@ impl EventSink for StoreSink {
     /// Waits until the event is on disk. A store that cannot write for a while (a full disk) is asked again and again:
     /// the trainer goes on meanwhile, and nothing follows on an event that is not recorded.
     fn append(&mut self, record: &Record) -> Result<(), Failure> {
-        let mut told = false;
         loop {
             let (reply, answer) = mpsc::channel();
             let reply: Reply = Box::new(move |result| drop(reply.send(result)));
@@ -242,22 +236,9 @@ impl EventSink for StoreSink {
             match answer.recv().map_err(|_| gone())? {
                 Ok(_) => {
                     self.store.tell();
-                    if told {
-                        tracing::info!(job = self.id.get(), "the store can be written again");
-                    }
                     return Ok(());
                 }
-                Err(error) if is_temporary(&error) => {
-                    if !told {
-                        tracing::error!(
-                            job = self.id.get(),
-                            error = chain(&error),
-                            "the store cannot be written"
-                        );
-                        told = true;
-                    }
-                    std::thread::sleep(TRY_AGAIN);
-                }
+                Err(error) if error.is_temporary() => std::thread::sleep(TRY_AGAIN),
                 Err(error) => return Err(failure(error)),
             }
         }

@@ -69,6 +69,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How often the recorder of one attempt is replaced. It dies of `kill -9` alone, so more is somebody's intention.
 const TAKE_OVERS_MAX: u32 = 20;
 
+/// The time until the last receipt is tried again where the disk did not take it.
+const RECEIPT_AGAIN: Duration = Duration::from_secs(2);
+
+/// How often a daemon tries that: for an hour. The store has all that is in it.
+const RECEIPT_TRIES_MAX: u32 = 1800;
+
 /// How often NVML is asked about a running attempt.
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
 
@@ -296,7 +302,13 @@ impl<'a> Job<'a> {
         // A report that is no JSON would be a bug of serde; the receipt does without.
         receipt.data = prepared.data.as_ref().and_then(|data| serde_json::to_value(data).ok());
         let pretty = serde_json::to_vec_pretty(&job).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
-        directory.write_private("job.json", &pretty)?;
+        if let Err(failure) = directory.write_private("job.json", &pretty) {
+            // For people, and for `run --continue`. Whoever takes a job over finds it there already, perhaps on a disk that
+            // cannot be written now: no reason to leave a trainer alone.
+            if !journal.state().has_live_attempt() {
+                return Err(failure);
+            }
+        }
         let mut policy = Policy::for_job(
             spec,
             expandable_segments(&prepared),
@@ -449,7 +461,7 @@ impl<'a> Job<'a> {
                     self.let_memory_return().await;
                     // The receipt takes the disk a while, and needs no device.
                     self.screen.give_device_back();
-                    self.save_receipt()?;
+                    self.save_last_receipt().await?;
                     reach("job.over", "");
                     self.clean_up();
                     return Ok(Verdict { status: Some(status), receipt: self.receipt.clone() });
@@ -816,9 +828,8 @@ impl<'a> Job<'a> {
                 AttemptState::Starting => {}
                 AttemptState::Running { trainer } => {
                     if Instant::now() >= memory_due {
-                        if !std::mem::replace(&mut is_told, true) {
-                            self.save_receipt()?;
-                        }
+                        // A disk that does not take it now is no reason to leave the trainer alone.
+                        is_told = is_told || self.save_receipt().is_ok();
                         pids = self.theirs(family(trainer.identity.pid));
                         follower.saw_memory(self.card.used_by(&pids));
                         memory_due = Instant::now() + MEMORY_EVERY;
@@ -1203,6 +1214,23 @@ impl<'a> Job<'a> {
         let text =
             serde_json::to_vec_pretty(&self.receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
         self.directory.write_receipt(&text, lasting)
+    }
+
+    /// Saves the receipt of a job that is over, as soon as the disk takes it: nobody does it later.
+    async fn save_last_receipt(&mut self) -> Result<(), Failure> {
+        let mut tries = 1;
+        loop {
+            match self.save_receipt() {
+                Err(failure) if tries < RECEIPT_TRIES_MAX && self.receipt.id.is_some() => {
+                    if tries == 1 {
+                        self.screen.say(format!("{}; it is tried again", failure.message));
+                    }
+                    tries += 1;
+                    tokio::time::sleep(RECEIPT_AGAIN).await;
+                }
+                saved => return saved,
+            }
+        }
     }
 }
 

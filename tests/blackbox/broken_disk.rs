@@ -1,0 +1,301 @@
+//! A disk that fails, played by `crates/disk-sim`: an fsync that is refused, a file system that turns read-only. The daemon
+//! stays up, what runs goes on, nothing that was refused is there later, and all goes on by itself when the disk is well again.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::daemon::{Served, ask};
+use crate::environment::{CARD, FakeHost};
+
+const GIB: u64 = 1 << 30;
+
+/// A daemon on a disk that a test can break. Recorders and trainers of jobs that are submitted here have it too.
+struct Broken {
+    served: Served,
+}
+
+impl Broken {
+    fn new() -> Broken {
+        let host = FakeHost::with_card(80 * GIB);
+        let file = host.env.path("faults");
+        Broken { served: Served::with(host, |command| under_it(command, &file)) }
+    }
+
+    /// Kills the daemon and starts another one on this disk.
+    fn kill_and_restart(&mut self) {
+        self.served.kill();
+        let file = self.served.host.env.path("faults");
+        self.served.start_with(|command| under_it(command, &file));
+    }
+
+    /// Submits a job whose recorder is on this disk too; its trainer takes no notice of it.
+    fn submit(&self, mut scenario: Value, output_dir: &str, extra: &[&str]) -> crate::environment::Ran {
+        scenario["step_seconds"] = scenario.get("step_seconds").cloned().unwrap_or(json!(0));
+        self.served.host.job(json!({"output_dir": output_dir, "env": {
+            "FAKE_SWIFT_SCENARIO": scenario.to_string(),
+            "LD_PRELOAD": library(),
+            "DISK_SIM_FILE": self.served.host.env.path("faults"),
+        }}));
+        self.served.run(&[&["submit", "job.json"], extra].concat())
+    }
+
+    fn submitted(&self, scenario: Value, output_dir: &str) -> String {
+        self.submit(scenario, output_dir, &[]).expect(0).stdout.trim().to_owned()
+    }
+
+    /// A job that has trained a step, and takes some seconds more.
+    fn running(&self) -> String {
+        let id = self.submitted(json!({"step_seconds": 0.4}), "a");
+        self.served.wait_until("a step", |served| served.job(&id)["progress"]["step"].as_u64() >= Some(1));
+        id
+    }
+
+    /// A job that waits for the first one, and says so.
+    fn waiting(&self) -> String {
+        let id = self.submitted(json!({}), "b");
+        self.served.wait_until("its turn", |served| served.state(&id) == "waiting");
+        id
+    }
+
+    /// Breaks the disk from now on, one way a line.
+    fn breaks(&self, faults: &[(&str, &str)]) {
+        let root = self.served.host.env.path("").canonicalize().unwrap();
+        let lines = faults.iter().map(|(fault, place)| format!("{fault} {}\n", root.join(place).display()));
+        let next = self.served.host.env.write("faults.new", lines.collect::<String>());
+        std::fs::rename(next, self.served.host.env.path("faults")).unwrap();
+    }
+
+    fn is_well_again(&self) {
+        std::fs::remove_file(self.served.host.env.path("faults")).unwrap();
+    }
+
+    /// Returns the calls that were refused.
+    fn hits(&self) -> String {
+        std::fs::read_to_string(self.served.host.env.path("faults.hits")).unwrap_or_default()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.served.host.env.path("daemon.log")).unwrap_or_default()
+    }
+
+    /// Waits until the first job has trained all its steps.
+    #[track_caller]
+    fn wait_for_ten_steps(&self, id: &str) {
+        let until = Instant::now() + Duration::from_secs(60);
+        while self.served.host.trained_in("a", 1).len() < 10 {
+            if Instant::now() >= until {
+                let record = |name: &str| {
+                    let path = self.served.host.env.path(&format!("state/jobs/{id}/attempt-1/{name}"));
+                    std::fs::read_to_string(path).unwrap_or_default()
+                };
+                let told =
+                    ["trainer.log", "recorder.log", "trainer.json", "exit.json"].map(record).join("\n--\n");
+                panic!("it does not train\n{told}\n{}\n{}", self.hits(), self.log());
+            }
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// Asserts that a job is over with success, in one attempt that trained each of its ten steps once.
+    #[track_caller]
+    fn assert_undisturbed(&self, id: &str, output_dir: &str) {
+        self.served.run(&["wait", id, "--timeout", "60"]).expect(0);
+        assert_eq!(self.served.job(id)["attempt"], 1, "nothing happened to it\n{}", self.log());
+        let trained: Vec<u64> =
+            self.served.host.trained_in(output_dir, 1).iter().map(|(step, _)| *step).collect();
+        assert_eq!(trained, (1..=10).collect::<Vec<_>>());
+    }
+
+    /// Asserts that what went wrong was said, and not again and again.
+    #[track_caller]
+    fn assert_said(&self, times: std::ops::RangeInclusive<usize>) {
+        let log = self.log();
+        let said = log.lines().filter(|line| line.contains("ERROR") || line.contains("WARN")).count();
+        assert!(times.contains(&said), "{said} lines\n{log}");
+    }
+}
+
+fn under_it(command: &mut Command, faults: &Path) {
+    command.env("LD_PRELOAD", library()).env("DISK_SIM_FILE", faults);
+}
+
+/// Returns the library that is preloaded: cargo builds it with these tests, beside that of the cards.
+fn library() -> PathBuf {
+    let library = nvml_sim::find_library().expect("libnvml_sim.so was built with the tests");
+    library.with_file_name("libdisk_sim.so")
+}
+
+#[test]
+fn a_database_whose_fsync_fails_takes_no_job_and_keeps_those_it_has() {
+    let mut disk = Broken::new();
+    let first = disk.running();
+    let second = disk.waiting();
+    disk.breaks(&[("fsync-fails", "state")]);
+    let refused = disk.submit(json!({}), "c", &["--key", "k"]).expect(1);
+    assert!(refused.stderr.contains("mhtraind.db") && refused.stderr.contains("help:"), "{}", refused.stderr);
+    assert_eq!(refused.stderr.lines().count(), 2, "one clear error: {}", refused.stderr);
+    // The first ends meanwhile; its end can be read from its files, and not be written down.
+    disk.wait_for_ten_steps(&first);
+    std::thread::sleep(Duration::from_secs(3));
+    let state = disk.served.state(&first);
+    assert!(
+        ["running", "recovering"].contains(&state.as_str()),
+        "{state}: no end that is not on disk is told"
+    );
+    assert_eq!(disk.served.state(&second), "waiting");
+    assert!(disk.hits().contains("state/mhtraind.db"), "{}", disk.hits());
+    assert!(disk.hits().contains(&format!("state/jobs/{first}/attempt-1/exit.json")), "{}", disk.hits());
+    disk.is_well_again();
+    disk.assert_undisturbed(&first, "a");
+    disk.assert_undisturbed(&second, "b");
+    disk.assert_said(1..=4);
+    let third = disk.submit(json!({}), "c", &["--key", "k"]).expect(0).stdout.trim().to_owned();
+    disk.assert_undisturbed(&third, "c");
+    disk.served.kill_and_restart();
+    let jobs = disk.served.run(&["status", "--json"]).expect(0).json()["jobs"].clone();
+    assert_eq!(jobs.as_array().unwrap().len(), 3, "what was refused is not there: {jobs:#}");
+    assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "succeeded"), "{jobs:#}");
+    assert_eq!(disk.served.receipt(&first)["attempts"][0]["exit"], json!({"kind": "code", "code": 0}));
+}
+
+#[test]
+fn a_state_directory_that_turns_read_only_takes_no_job_and_keeps_those_it_has() {
+    let mut disk = Broken::new();
+    let first = disk.running();
+    let second = disk.waiting();
+    // What the trainer prints is spared: see the next test.
+    let log = format!("state/jobs/{first}/attempt-1/trainer.log");
+    disk.breaks(&[("read-only", "state"), ("spared", &log)]);
+    let refused = disk.submit(json!({}), "c", &["--key", "k"]).expect(1);
+    assert!(refused.stderr.contains("read-only") && refused.stderr.contains("help:"), "{}", refused.stderr);
+    disk.served.run(&["cancel", &second]).expect(1);
+    disk.wait_for_ten_steps(&first);
+    std::thread::sleep(Duration::from_secs(3));
+    let state = disk.served.state(&first);
+    assert!(
+        ["running", "recovering"].contains(&state.as_str()),
+        "{state}: no end that is not on disk is told"
+    );
+    assert_eq!(disk.served.state(&second), "waiting");
+    assert!(disk.hits().contains("state/mhtraind.db"), "{}", disk.hits());
+    disk.is_well_again();
+    disk.assert_undisturbed(&first, "a");
+    disk.assert_undisturbed(&second, "b");
+    disk.assert_said(1..=4);
+    let third = disk.submit(json!({}), "c", &["--key", "k"]).expect(0).stdout.trim().to_owned();
+    disk.assert_undisturbed(&third, "c");
+    disk.served.kill_and_restart();
+    let jobs = disk.served.run(&["status", "--json"]).expect(0).json()["jobs"].clone();
+    assert_eq!(jobs.as_array().unwrap().len(), 3, "what was refused is not there: {jobs:#}");
+    assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "succeeded"), "{jobs:#}");
+    assert_eq!(disk.served.receipt(&first)["attempts"][0]["exit"], json!({"kind": "code", "code": 0}));
+}
+
+#[test]
+fn a_last_checkpoint_that_cannot_be_put_on_disk_is_no_success_until_it_can() {
+    let disk = Broken::new();
+    let id = disk.running();
+    disk.breaks(&[("fsync-fails", "a")]);
+    disk.served.wait_until("a refusal", |_| disk.hits().contains("fsync"));
+    std::thread::sleep(Duration::from_secs(7));
+    let job = disk.served.job(&id);
+    assert_ne!(job["state"], "succeeded", "{job:#}");
+    disk.is_well_again();
+    disk.assert_undisturbed(&id, "a");
+    disk.assert_said(1..=2);
+    let receipt: Value =
+        serde_json::from_slice(&std::fs::read(disk.served.host.env.path("a/receipt.json")).unwrap()).unwrap();
+    assert_eq!(receipt["state"], "succeeded");
+}
+
+#[test]
+fn a_trainer_that_cannot_print_any_more_dies_of_it_and_its_job_says_so() {
+    let disk = Broken::new();
+    let first = disk.running();
+    disk.breaks(&[("read-only", "state")]);
+    disk.served.wait_until("the trainer's end", |_| disk.hits().contains("trainer.log"));
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(disk.served.run(&["status"]).code, Some(0), "it answers");
+    disk.is_well_again();
+    let ran = disk.served.run(&["wait", &first, "--timeout", "60"]).expect(1);
+    assert!(ran.stderr.contains("trainer.log") && ran.stderr.contains("read-only"), "{}", ran.stderr);
+    let again = disk.served.run(&["retry", &first]).expect(0).stdout.trim().to_owned();
+    disk.served.run(&["wait", &again, "--timeout", "60"]).expect(0);
+    disk.assert_said(0..=2);
+}
+
+#[test]
+fn a_job_that_was_refused_for_an_fsync_is_there_at_most_once_after_a_kill() {
+    let mut disk = Broken::new();
+    let first = disk.running();
+    disk.breaks(&[("fsync-fails", "state")]);
+    disk.submit(json!({}), "b", &["--key", "k"]).expect(1);
+    // What was refused is in SQLite's log all the same, and a daemon that comes after a crash finds it there.
+    disk.served.kill();
+    disk.is_well_again();
+    disk.served.start();
+    let id = disk.submit(json!({}), "b", &["--key", "k"]).expect(0).stdout.trim().to_owned();
+    let jobs = disk.served.run(&["status", "--json"]).expect(0).json()["jobs"].clone();
+    assert_eq!(jobs.as_array().unwrap().len(), 2, "{jobs:#}");
+    disk.assert_undisturbed(&first, "a");
+    disk.assert_undisturbed(&id, "b");
+}
+
+#[test]
+fn a_running_job_can_be_stopped_while_no_fsync_of_its_files_works() {
+    let disk = Broken::new();
+    let id = disk.submitted(json!({"step_seconds": 60}), "a");
+    disk.served.wait_until("the trainer", |served| served.state(&id) == "running");
+    disk.breaks(&[("fsync-fails", "state/jobs")]);
+    disk.served.run(&["cancel", &id]).expect(0);
+    disk.served.run(&["wait", &id, "--timeout", "30"]).expect(1);
+    assert_eq!(disk.served.state(&id), "cancelled");
+    assert!(disk.hits().contains("/stop."), "{}", disk.hits());
+    disk.is_well_again();
+    disk.served.wait_until("the receipt", |served| served.run(&["explain", &id]).code == Some(0));
+    assert_eq!(disk.served.receipt(&id)["attempts"][0]["exit"]["kind"], "signal");
+}
+
+#[test]
+fn a_daemon_takes_jobs_over_whose_own_files_it_cannot_write() {
+    let mut disk = Broken::new();
+    let first = disk.running();
+    let log = format!("state/jobs/{first}/attempt-1");
+    disk.breaks(&[("read-only", "state/jobs"), ("spared", &log)]);
+    disk.kill_and_restart();
+    disk.served.wait_until("a refusal", |_| disk.hits().contains("job.json"));
+    disk.wait_for_ten_steps(&first);
+    disk.served.run(&["wait", &first, "--timeout", "60"]).expect(0);
+    disk.is_well_again();
+    disk.served.wait_until("the receipt", |served| served.run(&["explain", &first]).code == Some(0));
+    disk.assert_undisturbed(&first, "a");
+    disk.assert_said(0..=2);
+}
+
+#[test]
+fn a_job_leaves_a_card_that_failed_although_its_own_files_cannot_be_written_then() {
+    let disk = Broken::new();
+    let cards = [CARD, &CARD.replace("001", "002")]
+        .map(|uuid| nvml_sim::SimDevice::idle(uuid, "Simulated GPU", 80 * GIB, "8.0"));
+    let nvml = disk.served.host.env.path("nvml.json");
+    nvml_sim::SimFile::new(cards.to_vec()).write_atomically(&nvml).unwrap();
+    let text = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered";
+    let fails = json!({"attempts": {"1": {"step_seconds": 0.4, "fail": {"at_step": 8, "text": text}}}});
+    let id = disk.submitted(fails, "a");
+    disk.served.wait_until("a step", |served| served.job(&id)["progress"]["step"].as_u64() >= Some(1));
+    let record = format!("state/jobs/{id}/attempt-1");
+    disk.breaks(&[("read-only", "state/jobs"), ("spared", &record)]);
+    disk.served.wait_until("the trouble", |_| disk.log().contains("the job cannot be followed"));
+    assert_eq!(disk.served.state(&id), "recovering");
+    disk.is_well_again();
+    disk.served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let attempts = disk.served.receipt(&id)["attempts"].clone();
+    assert_eq!(attempts.as_array().unwrap().len(), 2, "{attempts:#}");
+    assert_eq!(attempts[1]["resume"]["from_step"], 6);
+    let failed = ask(&disk.served, "GET", "/v1/daemon", "").1;
+    assert!(failed.contains("uncorrectable ECC"), "{failed}");
+    disk.assert_said(1..=3);
+}
