@@ -439,7 +439,7 @@ impl<'a> Sizing<'a> {
         for candidate in candidates.iter_mut().rev() {
             let guess = candidate.estimate.device_peak_bytes;
             let is_larger = matches!(candidate.rule, Rule::Larger { .. });
-            if !is_larger && guess < candidate.needed && below.is_none_or(|below| guess < below) {
+            if !is_larger && guess < candidate.needed && below.is_none_or(|below| guess <= below) {
                 (candidate.basis, candidate.needed) = (Basis::NothingSafer, guess);
             }
             let worth_it = self.is_worth_it(candidate.rule);
