@@ -57,6 +57,7 @@ pub(crate) fn rung(tier: Tier, gib: u64) -> Rung {
         },
         relative_time: 1.0,
         row_tokens: None,
+        full_rows_peak_bytes: None,
     }
 }
 
@@ -77,6 +78,7 @@ pub(crate) fn plan() -> Plan {
         notes: Vec::new(),
         can_quantise: true,
         step_time: None,
+        longest_row: None,
     }
 }
 

@@ -25,7 +25,17 @@ pub struct LengthProfile {
     complete: bool,
     /// Whether the rows are a random part of those that were measured, or repeat some.
     drawn: bool,
+    /// Whether the tokens of some rows are only about known.
+    #[serde(default)]
+    approximate: bool,
 }
+
+/// Tokens that a row may have beyond what was counted, before it is rounded up: templates that name the day differ by one,
+/// and rows that end in a question by up to 15 (`docs/sizing.md`, section 5).
+const ROOM: u32 = 16;
+
+/// What a bound is rounded up to: what is padded to a multiple is padded to one of these.
+const BOUND_STEP: u32 = 64;
 
 impl LengthProfile {
     /// Returns the profile of `rows` rows (an estimate when `rows_known` is false), of which `lengths` were measured and
@@ -45,7 +55,7 @@ impl LengthProfile {
         let complete = rows_known && measured == rows;
         let longest = counts.last().map_or(0, |(length, _)| *length);
         let mut profile =
-            LengthProfile { counts, longest, measured, faulty, unreadable: 0, complete, drawn: false };
+            LengthProfile { counts, longest, measured, faulty, complete, ..LengthProfile::default() };
         if !complete && measured > 0 {
             let usable_of_all = share_of(rows.max(measured), usable, measured);
             profile.faulty = rows.max(measured) - usable_of_all;
@@ -59,6 +69,12 @@ impl LengthProfile {
     pub fn with_unreadable(self, unreadable: u64, faulty: u64) -> LengthProfile {
         let unreadable = share_of(self.faulty, unreadable, faulty).min(self.faulty);
         LengthProfile { unreadable, faulty: self.faulty - unreadable, ..self }
+    }
+
+    /// Returns the profile where the tokens of some rows are only about known, if so.
+    #[must_use]
+    pub fn with_approximate(self, approximate: bool) -> LengthProfile {
+        LengthProfile { approximate, ..self }
     }
 
     /// Returns the profile of several data sets together.
@@ -75,6 +91,7 @@ impl LengthProfile {
             all.unreadable += part.unreadable;
             all.complete &= part.complete;
             all.drawn |= part.drawn;
+            all.approximate |= part.approximate;
         }
         all.counts = counts.into_iter().collect();
         all
@@ -127,6 +144,14 @@ impl LengthProfile {
     /// Returns the tokens of the longest row that was measured.
     pub fn longest(&self) -> u32 {
         self.longest
+    }
+
+    /// Returns the tokens that no row exceeds, with a little room and rounded up; `None` where that is not sure: some rows were
+    /// not measured, are damaged, or have tokens that are only about known.
+    pub fn bound(&self) -> Option<u32> {
+        let is_sure = self.complete && self.unreadable == 0 && !self.approximate && self.longest > 0;
+        let bound = self.longest.checked_add(ROOM)?.checked_next_multiple_of(BOUND_STEP)?;
+        is_sure.then_some(bound)
     }
 
     /// Returns the tokens that a share (0 to 1) of the rows does not exceed, by the nearest rank; 0 without rows.
@@ -226,6 +251,20 @@ mod tests {
         assert!(part.is_complete() && !part.is_exact());
         assert_eq!(all(&[10, 20]).draw(6).rows(), 6);
         assert!(all(&[10, 20]).draw(2).is_exact());
+    }
+
+    #[test]
+    fn the_longest_row_is_a_bound_only_where_every_row_is_surely_counted() {
+        let rows = || LengthProfile::from_measured(&[30, 600], 1, 3, true);
+        assert_eq!(rows().bound(), Some(640));
+        assert_eq!(rows().draw(1).bound(), Some(640));
+        assert_eq!(rows().with_approximate(true).bound(), None);
+        assert_eq!(rows().with_unreadable(1, 1).bound(), None);
+        assert_eq!(LengthProfile::from_measured(&[30, 600], 1, 4, true).bound(), None);
+        assert_eq!(LengthProfile::from_measured(&[u32::MAX], 0, 1, true).bound(), None);
+        let sample = LengthProfile::from_measured(&[10], 0, 5, false);
+        assert_eq!(LengthProfile::together([rows(), sample]).bound(), None);
+        assert_eq!(LengthProfile::together([rows(), rows()]).bound(), Some(640));
     }
 
     #[test]

@@ -74,6 +74,10 @@ pub struct Observation {
     pub tier: Option<Tier>,
     /// `allocated_peak_bytes` of the estimate for that rung, by the estimator of that day.
     pub predicted: Bytes,
+    /// Tokens of a row that this was predicted with; `None` in observations that were stored before it was kept, which took
+    /// rows for as long as the rung lets them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sized_row: Option<u32>,
     /// What happened.
     pub seen: Seen,
     /// How fast it trained; `None` where it did too little, and in observations that were stored before it was kept.

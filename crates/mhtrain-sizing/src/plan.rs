@@ -3,6 +3,7 @@
 mod order;
 mod settle;
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use serde::{Deserialize, Serialize};
@@ -13,10 +14,11 @@ use settle::{
 
 pub use crate::correct::after_oom;
 use crate::cost::Cost;
+use crate::data::LengthProfile;
 use crate::estimate::{Estimate, EstimateError, estimate_with, experts_note};
 use crate::ladder::{Class, TierBook, Values};
 use crate::learn::{Learned, learn};
-use crate::observation::{Fingerprint, Observation, Seen, Versions};
+use crate::observation::{Fingerprint, Observation, Reading, Seen, Versions};
 use crate::pace::{Pace, StepTime, step_time};
 use crate::request::{Learning, Length, Request};
 use crate::reserve::{Group, Reserve};
@@ -49,6 +51,9 @@ pub struct Rung {
     /// Tokens of a row of a pass, its padding among them; `None` where nobody looked at the rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub row_tokens: Option<f64>,
+    /// What it would need if rows were as long as `max_length` lets them; `None` where that is what was predicted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_rows_peak_bytes: Option<Bytes>,
 }
 
 /// Returns what is taken for true of plans that were stored before `worth_it` was in them.
@@ -75,12 +80,20 @@ pub struct Plan {
     /// How long a step of the first attempt takes; `None` where no earlier attempt says it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step_time: Option<StepTime>,
+    /// Tokens that no row of the data exceeds, which rows that are not packed were sized with; `None` where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest_row: Option<u32>,
 }
 
 impl Plan {
     /// Returns the rung that the first attempt takes.
     pub fn chosen_rung(&self) -> &Rung {
         &self.rungs[self.chosen]
+    }
+
+    /// Returns a rung with the length that the rows of its passes have at most.
+    pub(crate) fn pass(&self, tier: &Tier) -> Tier {
+        Tier { max_length: pass_row(tier, self.longest_row), ..tier.clone() }
     }
 
     /// Returns the rung that the same job takes with `free` free memory; `None` where none is admitted.
@@ -104,7 +117,8 @@ impl Plan {
         let method = method(self.fingerprint.method, tier);
         let fingerprint = Fingerprint { group, method, ..self.fingerprint.clone() };
         let predicted = estimate.allocated_peak_bytes;
-        Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, seen, pace })
+        let sized_row = Some(pass_row(tier, self.longest_row));
+        Some(Observation { name, fingerprint, tier: Some(tier.clone()), predicted, sized_row, seen, pace })
     }
 }
 
@@ -228,6 +242,25 @@ impl History {
         }
     }
 
+    /// Returns the history without the runs that say nothing about a job whose rows are known to be `longest_row` tokens at most.
+    ///
+    /// A run that was sized with rows as long as they may be, and stayed below what was to be allocated, had shorter rows: it
+    /// shows how much shorter, not what the allocator keeps.
+    fn telling(&self, longest_row: Option<u32>) -> Cow<'_, History> {
+        let says_nothing = |seen: &Observation| {
+            let is_full =
+                seen.tier.as_ref().is_none_or(|tier| seen.sized_row.is_none_or(|row| row >= tier.max_length));
+            seen.fingerprint.group != Group::Equal
+                && is_full
+                && matches!(seen.reading(), Some(Reading::Exactly(ratio)) if ratio < 1.0)
+        };
+        if longest_row.is_none() || !self.observations.iter().any(says_nothing) {
+            return Cow::Borrowed(self);
+        }
+        let observations = self.observations.iter().filter(|seen| !says_nothing(seen)).cloned().collect();
+        Cow::Owned(History { observations, versions: self.versions.clone() })
+    }
+
     /// Returns the ratio of reserved to allocated memory for a rung of `request`, and which observations moved it.
     pub fn learned(&self, request: &Request, tier: &Tier, estimate: &Estimate) -> Learned {
         let method = method(request.train_type, tier);
@@ -241,7 +274,9 @@ impl History {
 /// # Errors
 /// As [`plan`].
 pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Result<Plan, PlanError> {
-    let sizing = Sizing::of(request, book, history)?;
+    let longest_row = request.data.as_ref().and_then(LengthProfile::bound);
+    let telling = history.telling(longest_row);
+    let sizing = Sizing::of(request, book, &telling, longest_row)?;
     let candidates = sizing.candidates()?;
     let chosen = sizing.choose(&candidates)?;
     let rungs = sizing.rungs(&candidates, chosen);
@@ -252,7 +287,14 @@ pub fn plan_learned(request: &Request, book: &TierBook, history: &History) -> Re
     let step_time = step_time(request, &book.ladder, tier, &fingerprint, &history.observations);
     notes.extend(step_time.as_ref().map(StepTime::sentence));
     let effective_batch = sizing.effective_batch;
-    Ok(Plan { chosen, effective_batch, rungs, fingerprint, notes, can_quantise, step_time })
+    Ok(Plan { chosen, effective_batch, rungs, fingerprint, notes, can_quantise, step_time, longest_row })
+}
+
+/// Returns the most tokens that a row of a pass at `tier` has, where no row of the data has more than `longest_row`. Packs are
+/// filled whatever the rows are.
+pub fn pass_row(tier: &Tier, longest_row: Option<u32>) -> u32 {
+    let longest = longest_row.filter(|_| !tier.packing);
+    longest.map_or(tier.max_length, |longest| longest.min(tier.max_length))
 }
 
 /// Returns how a rung of a job is trained: one that packs the weights does what qlora does.
@@ -260,8 +302,13 @@ fn method(train_type: TrainType, tier: &Tier) -> TrainType {
     if tier.quant_bits.is_some() { TrainType::Qlora } else { train_type }
 }
 
-/// Returns the pass that a rung of a job means for the card.
-pub fn workload(train_type: TrainType, experts: ExpertForm, tier: &Tier) -> Workload {
+/// Returns the pass that a rung of a job means for the card, where no row of its data has more than `longest_row` tokens.
+pub fn workload(
+    train_type: TrainType,
+    experts: ExpertForm,
+    tier: &Tier,
+    longest_row: Option<u32>,
+) -> Workload {
     let adapters = tier.adapters.clone().unwrap_or_default();
     Workload {
         train_type: method(train_type, tier),
@@ -270,9 +317,7 @@ pub fn workload(train_type: TrainType, experts: ExpertForm, tier: &Tier) -> Work
         dtype: tier.torch_dtype,
         micro_batch: tier.micro_batch,
         accumulation: tier.accumulation,
-        // Not the longest row of the data: what is resident would be most of such a prediction, and after an OOM the ratio
-        // of what was seen to it rules out rungs that fit.
-        max_length: tier.max_length,
+        max_length: pass_row(tier, longest_row),
         packing: tier.packing,
         // A single row has nothing to be padded to.
         padded: !tier.packing && tier.micro_batch > 1,
@@ -342,6 +387,8 @@ struct Sizing<'a> {
     /// Whether the last rungs pack the base weights.
     quantises: bool,
     history: &'a History,
+    /// Tokens that no row of the data exceeds.
+    longest_row: Option<u32>,
     /// What packed and unpacked rungs have in common with earlier attempts; the second of each packs the weights as well.
     packed: [Fingerprint; 2],
     unpacked: [Fingerprint; 2],
@@ -349,7 +396,12 @@ struct Sizing<'a> {
 }
 
 impl<'a> Sizing<'a> {
-    fn of(request: &'a Request, book: &'a TierBook, history: &'a History) -> Result<Sizing<'a>, PlanError> {
+    fn of(
+        request: &'a Request,
+        book: &'a TierBook,
+        history: &'a History,
+        longest_row: Option<u32>,
+    ) -> Result<Sizing<'a>, PlanError> {
         check_numbers(request)?;
         let class = book.class_of(&request.model);
         let mut notes = request.model.notes.clone();
@@ -376,6 +428,7 @@ impl<'a> Sizing<'a> {
         let (packed, unpacked) = (fingerprints(true), fingerprints(false));
         Ok(Sizing {
             history,
+            longest_row,
             request,
             book,
             class,
@@ -504,8 +557,23 @@ impl<'a> Sizing<'a> {
     }
 
     fn estimate(&self, tier: &Tier) -> Result<Estimate, EstimateError> {
+        self.estimate_for(tier, self.longest_row)
+    }
+
+    fn estimate_for(&self, tier: &Tier, longest_row: Option<u32>) -> Result<Estimate, EstimateError> {
         let Request { model, train_type, features, .. } = self.request;
-        estimate_with(model, &workload(*train_type, features.experts, tier), &self.reserve(tier))
+        let work = workload(*train_type, features.experts, tier, longest_row);
+        estimate_with(model, &work, &self.reserve(tier))
+    }
+
+    /// Returns what a rung would need if rows were as long as they may be; `None` where that is what is predicted.
+    fn full_rows_peak(&self, tier: &Tier) -> Option<Bytes> {
+        let is_less = pass_row(tier, self.longest_row) < tier.max_length;
+        // A pass that is too large for any machine is predicted nowhere, so nothing is compared with it.
+        is_less
+            .then(|| self.estimate_for(tier, None).ok())
+            .flatten()
+            .map(|estimate| estimate.device_peak_bytes)
     }
 
     fn reserve(&self, tier: &Tier) -> Reserve<'_> {
@@ -740,6 +808,7 @@ impl<'a> Sizing<'a> {
             worth_it: self.is_worth_it(candidate.rule),
             relative_time: candidate.relative_time,
             row_tokens: self.timing().row_tokens(&candidate.tier),
+            full_rows_peak_bytes: self.full_rows_peak(&candidate.tier),
             why: self.why(candidate, index.cmp(&chosen)),
             estimate: candidate.estimate.clone(),
         };
@@ -783,6 +852,7 @@ impl<'a> Sizing<'a> {
         let mut notes = self.notes.clone();
         let Some(taken) = candidates.get(chosen) else { return notes };
         notes.extend(self.note_on_data(taken));
+        notes.extend(self.note_on_longest_row(candidates));
         notes.extend(self.history.learned(self.request, &taken.tier, &taken.estimate).sentence());
         let free = self.request.card.free;
         let first = candidates.iter().find(|candidate| candidate.rule == Rule::Presumed);
@@ -815,6 +885,21 @@ impl<'a> Sizing<'a> {
                  batch fits"
             )
         })
+    }
+
+    /// Returns that rows were not taken for as long as they may be, where that made a difference.
+    fn note_on_longest_row(&self, candidates: &[Candidate]) -> Option<String> {
+        let data = self.request.data.as_ref()?;
+        let row = self.longest_row?;
+        candidates.iter().any(|candidate| pass_row(&candidate.tier, self.longest_row) < candidate.tier.max_length).then(
+            || {
+                format!(
+                    "rows that are not packed are sized with {row} tokens: every row of the data was counted, and the \
+                     longest has {}",
+                    data.longest()
+                )
+            },
+        )
     }
 
     /// Returns a hint when Liger's fused loss would let the class's own batch in.

@@ -57,6 +57,7 @@ fn ran(fingerprint: &Fingerprint, ratio: f64) -> Observation {
         fingerprint: fingerprint.clone(),
         tier: None,
         predicted: PREDICTED,
+        sized_row: None,
         seen,
         pace: None,
     }
@@ -68,6 +69,7 @@ fn died(fingerprint: &Fingerprint, limit: Bytes) -> Observation {
         fingerprint: fingerprint.clone(),
         tier: None,
         predicted: PREDICTED,
+        sized_row: None,
         seen: Seen::MoreThan { limit },
         pace: None,
     }
@@ -217,6 +219,7 @@ fn any_observation() -> impl Strategy<Value = Observation> {
                 fingerprint,
                 tier: None,
                 predicted: Bytes::new(predicted),
+                sized_row: None,
                 seen,
                 pace: None,
             }

@@ -8,8 +8,8 @@ use mhtrain_sizing::data::LengthProfile;
 use mhtrain_sizing::explain::{bars, what_would_change};
 use mhtrain_sizing::gpu::ComputeCapability;
 use mhtrain_sizing::ladder::TierBook;
-use mhtrain_sizing::observation::Seen;
-use mhtrain_sizing::plan::{History, Plan, PlanError, Rung, after_oom, plan};
+use mhtrain_sizing::observation::{Observation, Seen};
+use mhtrain_sizing::plan::{History, Plan, PlanError, Rung, after_oom, plan, plan_learned};
 use mhtrain_sizing::request::{Learning, Length, Pins, Request, Save};
 use mhtrain_sizing::tier::{Profile, Steps, Tier};
 use mhtrain_sizing::units::Bytes;
@@ -222,22 +222,6 @@ fn data_with_longer_rows_gets_4096_where_the_own_batch_fits() {
 }
 
 #[test]
-fn short_rows_shrink_no_prediction() {
-    let mut request = idle("Qwen/Qwen2.5-7B");
-    let peak = |request: &Request| {
-        let own = planned(request).rungs.into_iter().find(|rung| rung.tier.micro_batch == 8);
-        own.unwrap().predicted_peak_bytes
-    };
-    let packed = peak(&request);
-    request.data = rows(&[100, 600]);
-    assert_eq!(peak(&request), packed);
-    request.features.flash_attn = false;
-    let short = peak(&request);
-    request.data = None;
-    assert_eq!(peak(&request), short);
-}
-
-#[test]
 fn where_most_of_a_pass_would_be_padding_a_smaller_one_goes_first_and_the_plan_says_so() {
     let mut request = idle("Qwen/Qwen2.5-7B");
     request.features.flash_attn = false;
@@ -399,6 +383,92 @@ fn the_emergency_rung_is_reached_from_the_one_above_it_unless_it_is_the_same_pas
         let free = Some(above.predicted_peak_bytes);
         assert_eq!(after_oom(&plan, last - 1, None, free), is_new.then_some(last), "{model}");
     }
+}
+
+/// Returns a job without flash attention whose every row was counted, the longest with so many tokens.
+fn with_rows(longest: u32) -> Request {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.features.flash_attn = false;
+    request.data = Some(LengthProfile::from_measured(&[longest / 2, longest], 0, 2, true));
+    request
+}
+
+#[test]
+fn rows_that_are_not_packed_are_sized_by_the_longest_of_the_data() {
+    let (short, full) = (planned(&with_rows(600)), planned(&with_rows(5000)));
+    assert_eq!((short.longest_row, full.longest_row), (Some(640), Some(5056)));
+    let said = |plan: &Plan| plan.notes.iter().any(|note| note.contains("the longest has 600"));
+    assert!(said(&short) && !said(&full));
+    for (short, full) in short.rungs.iter().zip(&full.rungs) {
+        assert!(short.predicted_peak_bytes < full.predicted_peak_bytes, "{}", short.tier);
+        assert!(short.full_rows_peak_bytes.is_some() && full.full_rows_peak_bytes.is_none());
+    }
+    let observed = |plan: &Plan| {
+        let seen = Seen::MoreThan { limit: Bytes::from_gib(1) };
+        plan.observation(0, "run".to_owned(), seen, None).and_then(|seen| seen.sized_row)
+    };
+    assert_eq!((observed(&short), observed(&full)), (Some(640), Some(short.rungs[0].tier.max_length)));
+    let mut sampled = with_rows(600);
+    sampled.data = Some(LengthProfile::from_measured(&[600], 0, 2, false));
+    assert_eq!(planned(&sampled).longest_row, None);
+}
+
+#[test]
+fn packs_are_as_full_as_they_may_be_whatever_the_rows_are() {
+    let mut request = with_rows(600);
+    request.features.flash_attn = true;
+    let plain = planned(&Request { data: None, ..request.clone() });
+    let plan = planned(&request);
+    let (emergency, packed) = plan.rungs.split_last().unwrap();
+    for rung in packed {
+        let same = plain.rungs.iter().find(|other| other.tier == rung.tier).unwrap();
+        assert_eq!(same.predicted_peak_bytes, rung.predicted_peak_bytes, "{}", rung.tier);
+    }
+    assert!(!emergency.tier.packing && emergency.full_rows_peak_bytes.is_some());
+}
+
+#[test]
+fn an_oom_that_contradicts_the_longest_row_goes_one_rung_down() {
+    let free = Bytes::from_gib(80);
+    let mut request = with_rows(600);
+    request.card.free = free;
+    let plan = planned(&request);
+    let own = plan.rungs.iter().position(|rung| rung.tier.micro_batch == 8).unwrap();
+    assert!(plan.rungs[own].estimate.high_bytes < Bytes::from_gib(40));
+    for need in [Some(Bytes::from_gib(81)), Some(Bytes::from_gib(90)), None] {
+        let next = after_oom(&plan, own, need, Some(free)).unwrap();
+        assert_eq!((plan.rungs[next].tier.micro_batch, plan.rungs[next].tier.max_length), (4, 3072));
+    }
+}
+
+#[test]
+fn a_shorter_length_that_no_row_reaches_is_no_answer_to_an_oom() {
+    let mut request = with_rows(600);
+    request.allow.emergency = false;
+    let plan = planned(&request);
+    let smallest = plan.rungs.iter().position(|rung| rung.tier.micro_batch == 1).unwrap();
+    assert!(plan.rungs[smallest + 1..].iter().any(|rung| rung.tier.max_length == 2048));
+    assert_eq!(after_oom(&plan, smallest, None, Some(Bytes::from_gib(80))), None);
+    // The emergency rung of this card is that very pass.
+    let plan = planned(&with_rows(600));
+    let smallest = plan.rungs.iter().position(|rung| rung.tier.micro_batch == 1).unwrap();
+    assert_eq!(after_oom(&plan, smallest, None, Some(Bytes::from_gib(80))), None);
+}
+
+#[test]
+fn runs_that_were_sized_for_longer_rows_than_they_had_do_not_lower_a_known_length() {
+    let request = with_rows(600);
+    let blind = planned(&Request { data: None, ..request.clone() });
+    let own = blind.rungs.iter().position(|rung| rung.tier.micro_batch == 8).unwrap();
+    let half = blind.rungs[own].estimate.allocated_peak_bytes.as_f64() * 0.5;
+    let seen = Seen::Peak { allocated: None, reserved: Some(Bytes::from_f64(half)), device: None };
+    let history = |seen: Option<Observation>| History {
+        observations: seen.into_iter().collect(),
+        ..History::default()
+    };
+    let observed = blind.observation(own, "job 1".to_owned(), seen, None);
+    let of = |seen| plan_learned(&request, &TierBook::builtin(), &history(seen)).unwrap();
+    assert_eq!(of(observed).rungs[own].predicted_peak_bytes, of(None).rungs[own].predicted_peak_bytes);
 }
 
 #[test]

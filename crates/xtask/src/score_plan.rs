@@ -13,13 +13,14 @@ use std::io::Write;
 
 use anyhow::Context;
 use mhtrain_sizing::cost::Cost;
+use mhtrain_sizing::data::LengthProfile;
 use mhtrain_sizing::estimate::{CONTEXT, estimate};
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::ladder::TierBook;
 use mhtrain_sizing::learn::upper_tail;
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::observation::{Observation, Seen};
-use mhtrain_sizing::plan::{History, Plan, after_oom, plan, plan_learned, workload};
+use mhtrain_sizing::plan::{History, Plan, after_oom, pass_row, plan, plan_learned, workload};
 use mhtrain_sizing::request::{Allow, Learning, Length, Pins, Request, Save, TrainerFeatures};
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
@@ -36,6 +37,15 @@ pub(crate) struct ScorePlanArgs {
     /// Seed of the cases.
     #[arg(long, default_value_t = 0x9E37_79B9_7F4A_7C15)]
     seed: u64,
+    /// Every job has data whose longest row has so many tokens, and every row was counted.
+    #[arg(long)]
+    longest_row: Option<u32>,
+    /// The rows are longer than was counted: as long as the rung lets them.
+    #[arg(long, requires = "longest_row")]
+    miscounted: bool,
+    /// The plans take rows for as long as their rung lets them, as they do where nobody looked at the data.
+    #[arg(long, requires = "longest_row", conflicts_with = "miscounted")]
+    sized_full: bool,
 }
 
 const MODELS: [&str; 12] = [
@@ -141,6 +151,7 @@ impl Case {
                     fingerprint: history.fingerprint(&self.request, rung.tier.packing),
                     tier: Some(rung.tier.clone()),
                     predicted: allocated,
+                    sized_row: Some(pass_row(&rung.tier, plan.longest_row)),
                     seen: Seen::Peak {
                         allocated: None,
                         reserved: Some(Bytes::from_f64(reserved)),
@@ -259,11 +270,25 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
     let mut scores: [Score; 5] = Default::default();
     let mut ideals: [Score; IDEAL_RISKS.len()] = Default::default();
     let (mut impossible, mut refused) = (0u32, 0u32);
+    // Every length up to the longest equally often.
+    let data = args.longest_row.map(|longest| {
+        let lengths: Vec<u32> = (1..=longest).step_by(7).chain([longest]).collect();
+        LengthProfile::from_measured(&lengths, 0, lengths.len() as u64, true)
+    });
+    let bound = data.as_ref().and_then(LengthProfile::bound);
     for _ in 0..args.cases {
-        let case = Case::draw(&mut draws)?;
+        let mut case = Case::draw(&mut draws)?;
+        case.request.data.clone_from(&data);
         let mut roomy = case.request.clone();
         roomy.card.free = Bytes::from_gib(100_000);
-        let Ok(whole) = plan(&roomy, &book) else { continue };
+        let Ok(mut whole) = plan(&roomy, &book) else { continue };
+        if args.miscounted {
+            for rung in &mut whole.rungs {
+                let Request { model, train_type, features, .. } = &case.request;
+                let work = workload(*train_type, features.experts, &rung.tier, None);
+                rung.estimate.allocated_peak_bytes = estimate(model, &work)?.allocated_peak_bytes;
+            }
+        }
         let fits = |index: usize, noise: f64| {
             let rung = &whole.rungs[index];
             case.need(rung.estimate.allocated_peak_bytes, &rung.tier, noise)
@@ -297,14 +322,16 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
                 time: at.map(|index| time(&whole.rungs[index].tier)),
             }
         };
-        let warm = plan_learned(&case.request, &book, &history);
+        let mut asked = case.request.clone();
+        asked.data = asked.data.map(|data| data.with_approximate(args.sized_full));
+        let warm = plan_learned(&asked, &book, &history);
         if let Ok(planned) = &warm {
             let ideal = Ideal::new(&case, &history);
             for (score, accepted) in ideals.iter_mut().zip(IDEAL_RISKS) {
                 score.add(&run(planned, ideal.choose(&whole, &rungs, accepted)));
             }
         }
-        for (index, planned) in [plan(&case.request, &book), warm].into_iter().enumerate() {
+        for (index, planned) in [plan(&asked, &book), warm].into_iter().enumerate() {
             let Ok(planned) = planned else {
                 refused += u32::from(index == 0);
                 scores[index].add(&Course { right: false, lower: false, deaths: 0, time: None });
@@ -326,7 +353,12 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
             while tier.micro_batch > 0 {
                 let said = estimate(
                     &case.request.model,
-                    &workload(case.request.train_type, case.request.features.experts, &tier),
+                    &workload(
+                        case.request.train_type,
+                        case.request.features.experts,
+                        &tier,
+                        bound.filter(|_| !args.miscounted),
+                    ),
                 )?;
                 if case.need(said.allocated_peak_bytes, &tier, noise) <= case.request.card.free.as_f64() {
                     break;

@@ -73,7 +73,7 @@ pub(crate) fn policy(spec: &JobSpec, other_device: bool) -> Option<Policy> {
 /// different questions come to the engine.
 pub(crate) fn needs(wish: &Wish, tier: &Tier, percent: u64) -> u64 {
     let Ok(model) = Model::resolve(wish.model, None, None) else { return 1 };
-    let predicted = estimate(&model, &workload(wish.method(), ExpertForm::Fused, tier))
+    let predicted = estimate(&model, &workload(wish.method(), ExpertForm::Fused, tier, None))
         .map_or(1.0, |estimate| estimate.device_peak_bytes.gib());
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "some GiB")]
     let mib = (predicted * 1024.0) as u64;

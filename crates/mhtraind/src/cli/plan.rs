@@ -9,7 +9,7 @@ use mhtrain_probe::probe::{ProbeQuery, probe};
 use mhtrain_probe::trainer_environment::TrainerQuery;
 use mhtrain_sizing::explain::bars;
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
-use mhtrain_sizing::plan::Rung;
+use mhtrain_sizing::plan::{Plan, Rung, pass_row};
 use mhtrain_sizing::request::TrainerFeatures;
 use mhtrain_sizing::units::{Bytes, card_memory};
 use mhtrain_sizing::workload::TrainType;
@@ -245,12 +245,13 @@ fn exact(prepared: &Prepared, config: &Config) -> Result<Invocation, Failure> {
 
 fn plan_json(prepared: &Prepared, invocation: &Invocation) -> Value {
     let plan = &prepared.plan;
-    let rungs: Vec<Value> = plan.rungs.iter().map(rung_json).collect();
+    let rungs: Vec<Value> = plan.rungs.iter().map(|rung| rung_json(plan, rung)).collect();
     json!({
         "chosen": plan.chosen_rung().tier,
         "chosen_index": plan.chosen,
         "rungs": rungs,
         "effective_batch": plan.effective_batch,
+        "longest_row": plan.longest_row,
         "would_change": prepared.would_change,
         "data": prepared.data,
         "eta": eta_json(prepared),
@@ -270,7 +271,7 @@ fn plan_json(prepared: &Prepared, invocation: &Invocation) -> Value {
     })
 }
 
-fn rung_json(rung: &Rung) -> Value {
+fn rung_json(plan: &Plan, rung: &Rung) -> Value {
     json!({
         "tier": rung.tier,
         "predicted_peak_bytes": rung.predicted_peak_bytes,
@@ -282,6 +283,7 @@ fn rung_json(rung: &Rung) -> Value {
         "fits": rung.fits,
         "worth_it": rung.worth_it,
         "relative_time": rung.relative_time,
+        "sized_row": pass_row(&rung.tier, plan.longest_row),
         "why": rung.why,
     })
 }

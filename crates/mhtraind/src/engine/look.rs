@@ -412,8 +412,10 @@ fn together(question: &Question, counter: &TokenCounter, counted: Vec<Counted>, 
             question.validation.map_or(0, |share| split_off(counted.profile.rows().min(rows), share));
         counted.profile.draw(rows.saturating_sub(split_off))
     });
+    // The tokenizer's own template differs from ms-swift's by some tokens a round.
+    let about = approximate > 0 || counter.template().is_none();
     Look {
-        profile: LengthProfile::together(parts),
+        profile: LengthProfile::together(parts).with_approximate(about),
         template: counter.template().map(str::to_owned),
         approximate,
         bytes,

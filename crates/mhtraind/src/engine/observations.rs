@@ -206,6 +206,7 @@ mod tests {
                 fingerprint,
                 tier: None,
                 predicted,
+                sized_row: None,
                 seen,
                 pace: None,
             },
