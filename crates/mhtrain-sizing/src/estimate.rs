@@ -100,13 +100,6 @@ impl Estimate {
         self.quantile(1.0 - oom_risk)
     }
 
-    /// Returns best guess and 90 % interval of what the allocator reserves (no CUDA context) for batches of `group`.
-    pub fn reserved_as(&self, group: Group) -> (Bytes, Bytes, Bytes) {
-        let ratio = group.prior(self.resident_share());
-        let times = |ratio: f64| Bytes::from_f64(ratio * self.allocated_peak_bytes.as_f64());
-        (times(ratio.guess), times(ratio.low), times(ratio.high))
-    }
-
     /// Returns the share of weights, adapters and moments in the allocated peak, 0 to 1.
     pub fn resident_share(&self) -> f64 {
         let resident: Bytes =

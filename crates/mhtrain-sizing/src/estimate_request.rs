@@ -3,8 +3,9 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::estimate::{Estimate, EstimateError, estimate};
+use crate::estimate::{Estimate, EstimateError, estimate_with, experts_note};
 use crate::model::{Model, ResolveError, ShapeSource};
+use crate::reserve::{Group, Reserve};
 use crate::unique_json::Unique;
 use crate::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
 
@@ -15,6 +16,8 @@ pub struct EstimateRequest {
     pub config: ConfigRef,
     /// The pass.
     pub workload: Workload,
+    /// The allocator's blocks can grow (`expandable_segments:True`), so unequal rows leave fewer gaps.
+    pub expandable_segments: bool,
 }
 
 /// What a line is answered with; the keys of the JSON interface.
@@ -120,7 +123,7 @@ impl EstimateRequestError {
     }
 }
 
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 18] = [
     "config",
     "config_object",
     "train_type",
@@ -136,6 +139,9 @@ const KEYS: [&str; 15] = [
     "gradient_checkpointing",
     "liger_kernel",
     "logit_share",
+    "expandable_segments",
+    "transformers",
+    "router_loss",
 ];
 
 /// Largest micro-batch, length or rank that is read: beyond any trainer. Several of that size in one pass are refused by
@@ -163,7 +169,11 @@ impl EstimateRequest {
                 });
             }
         }
-        Ok(EstimateRequest { config: config_of(&object)?, workload: workload_of(&object)? })
+        Ok(EstimateRequest {
+            config: config_of(&object)?,
+            workload: workload_of(&object)?,
+            expandable_segments: flag(&object, "expandable_segments", false)?,
+        })
     }
 
     /// Answers it; `loaded` is the content of the file that [`ConfigRef::Path`] names, `None` for an object.
@@ -176,7 +186,14 @@ impl EstimateRequest {
             ConfigRef::Object(object) => ("config_object", Some(object)),
         };
         let model = Model::resolve(name, config, None)?;
-        Ok(Answer { estimate: estimate(&model, &self.workload)?, source: model.source, notes: model.notes })
+        let group = match Group::of(&self.workload) {
+            Group::Unequal if self.expandable_segments => Group::Expandable,
+            group => group,
+        };
+        let estimate = estimate_with(&model, &self.workload, &Reserve { group, history: None })?;
+        let mut notes = model.notes.clone();
+        notes.extend(experts_note(&model, self.workload.experts));
+        Ok(Answer { estimate, source: model.source, notes })
     }
 }
 
@@ -221,10 +238,21 @@ fn workload_of(object: &Map<String, Value>) -> Result<Workload, EstimateRequestE
         gradient_checkpointing: flag(object, "gradient_checkpointing", true)?,
         liger_kernel: flag(object, "liger_kernel", false)?,
         logit_share: share(object, "logit_share")?,
-        // The line says nothing about versions: transformers 5, as the measured peaks.
-        experts: ExpertForm::Fused,
-        router_loss: false,
+        experts: experts(object)?,
+        router_loss: flag(object, "router_loss", false)?,
     })
+}
+
+/// Returns how the experts are held by the transformers that the line names; without one by 5, as in the measured peaks.
+fn experts(object: &Map<String, Value>) -> Result<ExpertForm, EstimateRequestError> {
+    match object.get("transformers") {
+        None => Ok(ExpertForm::Fused),
+        Some(value) => match value.as_u64() {
+            Some(4) => Ok(ExpertForm::Modules),
+            Some(5) => Ok(ExpertForm::Fused),
+            Some(_) | None => Err(unusable("transformers", value, "4 or 5, the first number of its version")),
+        },
+    }
 }
 
 fn count(object: &Map<String, Value>, key: &'static str, default: u32) -> Result<u32, EstimateRequestError> {
@@ -341,12 +369,40 @@ mod tests {
     fn every_key_of_the_interface_is_taken() {
         let line = r#", "train_type": "lora", "lora_rank": 8, "target_modules": "q_proj,v_proj", "torch_dtype": "bfloat16",
             "micro_batch": 4, "accumulation": 8, "max_length": 3072, "packing": false, "padded": true,
-            "attn_impl": "sdpa", "gradient_checkpointing": true, "liger_kernel": false, "logit_share": 0.5"#;
+            "attn_impl": "sdpa", "gradient_checkpointing": true, "liger_kernel": false, "logit_share": 0.5,
+            "expandable_segments": true, "transformers": 4, "router_loss": false"#;
         let estimate = with(line).unwrap();
         assert!(
             estimate.low_bytes <= estimate.device_peak_bytes
                 && estimate.device_peak_bytes <= estimate.high_bytes
         );
+    }
+
+    #[test]
+    fn expandable_segments_narrow_the_interval_of_unequal_rows_alone() {
+        let on = r#", "expandable_segments": true"#;
+        let (plain, expandable) = (with("").unwrap(), with(on).unwrap());
+        assert_eq!(plain.allocated_peak_bytes, expandable.allocated_peak_bytes);
+        assert!(expandable.high_bytes < plain.high_bytes);
+        let packed = r#", "packing": true"#;
+        assert_eq!(with(packed).unwrap(), with(&format!("{packed}{on}")).unwrap());
+    }
+
+    #[test]
+    fn a_mixture_is_sized_for_the_transformers_and_the_loss_of_the_line() {
+        // With few words and narrow blocks the loss of the router is more than that of the words.
+        let mixture = r#""config_object": {"model_type": "qwen3_moe", "hidden_size": 256, "num_hidden_layers": 64,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512,
+            "moe_intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4, "vocab_size": 1000}"#;
+        let of = |rest: &str| {
+            EstimateRequest::parse(&format!("{{{mixture}{rest}}}")).unwrap().answer(None).unwrap()
+        };
+        let (five, four) = (of(r#", "transformers": 5"#), of(r#", "transformers": 4"#));
+        assert_eq!(five, of(""));
+        assert!(four.estimate.terms.adapter > five.estimate.terms.adapter);
+        assert!(four.notes.len() > five.notes.len());
+        let loss = of(r#", "transformers": 4, "router_loss": true"#);
+        assert!(loss.estimate.allocated_peak_bytes > four.estimate.allocated_peak_bytes);
     }
 
     #[test]
@@ -381,6 +437,9 @@ mod tests {
             ("lora_rank", vec!["-1", "\"8\"", "0"]),
             ("logit_share", vec!["0", "1.1", "-0.5", "\"all\""]),
             ("packing", vec!["1", "\"true\"", "null"]),
+            ("expandable_segments", vec!["1", "\"on\""]),
+            ("transformers", vec!["3", "4.57", "\"4\"", "null"]),
+            ("router_loss", vec!["0.001"]),
             ("train_type", vec!["\"dora\"", "3"]),
             ("torch_dtype", vec!["\"int8\""]),
             ("attn_impl", vec!["\"flash\""]),

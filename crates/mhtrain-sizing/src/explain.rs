@@ -76,7 +76,8 @@ pub fn bars(plan: &Plan, free: Bytes, total: Bytes) -> Vec<String> {
         plan.rungs.iter().enumerate().skip(from).take(plan.chosen + 2 - from).collect();
     let label = |rung: &Rung| {
         let tier = &rung.tier;
-        format!("{} {}x{} @{}", tier.name, tier.micro_batch, tier.accumulation, tier.max_length)
+        let kept = if tier.gradient_checkpointing { "" } else { " no ckpt" };
+        format!("{} {}x{} @{}{kept}", tier.name, tier.micro_batch, tier.accumulation, tier.max_length)
     };
     let width = shown.iter().map(|(_, rung)| label(rung).len()).max().unwrap_or(0);
     let mut lines: Vec<String> = shown

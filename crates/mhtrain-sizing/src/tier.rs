@@ -160,9 +160,10 @@ impl fmt::Display for Tier {
             write!(f, "x{}", self.world_size)?;
         }
         write!(f, " @{}{} {}", self.max_length, if self.packing { " packed" } else { "" }, self.attn_impl)?;
-        match self.quant_bits {
-            Some(bits) => write!(f, " {bits}-bit"),
-            None => Ok(()),
+        if let Some(bits) = self.quant_bits {
+            write!(f, " {bits}-bit")?;
         }
+        // Checkpointing is the rule, so only its absence is told.
+        if self.gradient_checkpointing { Ok(()) } else { f.write_str(" no checkpointing") }
     }
 }

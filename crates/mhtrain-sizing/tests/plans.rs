@@ -472,6 +472,19 @@ fn runs_that_were_sized_for_longer_rows_than_they_had_do_not_lower_a_known_lengt
 }
 
 #[test]
+fn no_two_rungs_of_a_ladder_read_alike() {
+    let mut request = idle("Qwen/Qwen2.5-7B");
+    request.allow.no_checkpointing = true;
+    request.allow.quantize = true;
+    request.allow.fewer_targets = true;
+    let names: Vec<String> = planned(&request).rungs.iter().map(|rung| rung.tier.to_string()).collect();
+    for (index, name) in names.iter().enumerate() {
+        assert!(!names[..index].contains(name), "{name}");
+    }
+    assert!(names.iter().any(|name| name.ends_with(" no checkpointing")));
+}
+
+#[test]
 fn every_why_carries_both_numbers() {
     for rung in planned(&request("Qwen/Qwen2.5-7B", Bytes::from_gib(40))).rungs {
         assert!(rung.why.contains(&rung.admission_bytes.to_string()), "{}", rung.why);

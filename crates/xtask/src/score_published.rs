@@ -9,9 +9,9 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use mhtrain_sizing::estimate::{Estimate, estimate};
+use mhtrain_sizing::estimate::{Estimate, estimate_with};
 use mhtrain_sizing::model::{Model, ShapeSource};
-use mhtrain_sizing::reserve::Group;
+use mhtrain_sizing::reserve::{Group, Ratio, Reserve};
 use mhtrain_sizing::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -95,6 +95,12 @@ pub(crate) fn run(args: &ScorePublishedArgs) -> anyhow::Result<()> {
     for group in Group::ALL {
         let of_group: Vec<&Figure> = figures.iter().filter(|figure| figure.group == group).collect();
         print_group(&mut out, &group.to_string(), &of_group)?;
+        let (fused, plain): (Vec<&Figure>, Vec<&Figure>) =
+            of_group.iter().copied().partition(|figure| figure.row.fused_loss == "1");
+        if !fused.is_empty() && !plain.is_empty() {
+            print_group(&mut out, "  with a fused loss", &fused)?;
+            print_group(&mut out, "  without", &plain)?;
+        }
     }
     print_group(&mut out, "all", &figures.iter().collect::<Vec<_>>())?;
     for (reason, count) in left_out {
@@ -212,17 +218,30 @@ fn figure(row: Row) -> Result<Figure, &'static str> {
         router_loss: false,
     };
     let group = if equal || packed { Group::Equal } else { Group::Unequal };
-    let said: Estimate = estimate(&model, &work).map_err(|_| "that cannot be estimated")?;
-    let (guess, low, high) = said.reserved_as(group);
+    // As the product predicts a job of these batches, doubts about its model among it.
+    let reserve = Reserve { group, history: None };
+    let said: Estimate = estimate_with(&model, &work, &reserve).map_err(|_| "that cannot be estimated")?;
+    let [guess, low, high] = reserved(&said, &reserve.context());
     Ok(Figure {
         row,
         group,
         allocated: said.allocated_peak_bytes.as_f64(),
         resident: said.terms.weights.as_f64() + said.terms.adapter.as_f64() + said.terms.optimizer.as_f64(),
-        guess: guess.as_f64(),
-        low: low.as_f64(),
-        high: high.as_f64(),
+        guess,
+        low,
+        high,
     })
+}
+
+/// Returns best guess and 90 % interval of what the allocator reserves: the device peak less the CUDA context, and less what
+/// the context adds to the interval, since the figures are the allocator's.
+fn reserved(said: &Estimate, context: &Ratio) -> [f64; 3] {
+    let device = said.device_peak_bytes.as_f64();
+    let alone = |whole: f64, of_context: f64| (whole.powi(2) - of_context.powi(2)).max(0.0).sqrt();
+    let guess = device - context.guess;
+    let below = alone(device - said.low_bytes.as_f64(), context.guess - context.low);
+    let above = alone(said.high_bytes.as_f64() - device, context.high - context.guess);
+    [guess, guess - below, guess + above]
 }
 
 fn targets(text: &str, model: &Model) -> Targets {

@@ -20,7 +20,9 @@ Example:
          \"max_length\": 3072, \"packing\": true, \"attn_impl\": \"flash_attn\"}' | tr -d '\\n' | mhtraind estimate -
 
 Keys: config (path of a config.json) or config_object, train_type, lora_rank, target_modules, torch_dtype,
-micro_batch, accumulation, max_length, packing, padded, attn_impl, gradient_checkpointing, liger_kernel, logit_share.
+micro_batch, accumulation, max_length, packing, padded, attn_impl, gradient_checkpointing, liger_kernel, logit_share,
+expandable_segments (true where PYTORCH_CUDA_ALLOC_CONF has it on; false), transformers (4 or 5; 5: how experts are held),
+router_loss (the load balancing loss of a mixture is on; false).
 `source` and `notes` of an answer say how well the model is known.
 A line that cannot be answered gives {\"error\": …} in its place, and the exit code is 2 after the last line.")]
 pub struct EstimateArgs {
