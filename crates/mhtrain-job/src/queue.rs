@@ -311,7 +311,8 @@ impl Places {
         Some(Verdict::Wait { reason: format!("job {other} works in the same output_dir") })
     }
 
-    fn is_free(&self, device: &str) -> bool {
+    /// Returns whether a job that comes next could have this device.
+    pub fn is_free(&self, device: &str) -> bool {
         !self.taken.devices.contains_key(device) && !self.first_in_line.contains_key(device)
     }
 

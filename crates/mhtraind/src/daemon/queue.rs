@@ -4,6 +4,7 @@
 //! the daemon, memory comes back on a card, or, while a job waits, a second has passed.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,7 +45,13 @@ const EXAMINED_MAX: u32 = 20;
 /// How long the files of a job may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
 const EXAMINED_WITHIN: Duration = Duration::from_secs(90);
 
-/// How many times longer than it took it is left alone to find out why each job of a long queue waits: what starts comes first.
+/// For how long it is found out at a time why each job of a long queue waits: what starts comes first.
+const REASONS_FOR: Duration = Duration::from_millis(20);
+
+/// How many times longer that is left alone before it goes on.
+const REASONS_BETWEEN: u32 = 3;
+
+/// How many times longer than it took for the whole queue it is left alone.
 const REASONS_REST: u32 = 10;
 
 /// How often it is asked for the free memory alone, by which a card shows that somebody gave some back.
@@ -189,6 +196,8 @@ pub async fn schedule(daemon: Arc<Daemon>) {
         line: BTreeMap::new(),
         report: None,
         reasons_due: Instant::now(),
+        told_up_to: None,
+        reasons_took: Duration::ZERO,
         behind: false,
         trouble: BTreeMap::new(),
     };
@@ -217,8 +226,10 @@ struct Queue {
     line: BTreeMap<JobId, InLine>,
     /// What NVML said of all cards, and when.
     report: Option<(GpuReport, Instant)>,
-    /// When it may be found out again why each job waits.
+    /// When it may be found out again why jobs wait, up to which job that was done, and how long it took so far.
     reasons_due: Instant,
+    told_up_to: Option<JobId>,
+    reasons_took: Duration,
     /// Whether something may have changed since that was found out.
     behind: bool,
     /// What went wrong when it was tried last, with the queue and with each job: it is said once, and tried at every look.
@@ -230,8 +241,17 @@ struct InLine {
     job: QueuedJob,
     entry: QueuedEntry,
     examined: Arc<Examined>,
-    /// The cards that it may take, as they were then.
-    cards: Vec<GpuState>,
+    /// The cards that it may take, as far as they were looked at.
+    cards: Vec<OnCard>,
+    /// Whether all of them were.
+    is_whole: bool,
+}
+
+/// What a card offered a job, and what that was found out of.
+struct OnCard {
+    offer: Option<Offer>,
+    /// The card as it was then.
+    gpu: GpuState,
     /// What earlier attempts had shown then.
     history: Arc<History>,
     /// The cards that had failed then.
@@ -242,7 +262,7 @@ impl Queue {
     /// Looks through the queue. Returns what is free on the cards that none of our jobs has.
     ///
     /// What can start is started first, which takes as long as there are cards and not as long as the queue is. Why the others
-    /// wait is found out after that, and not more often than a tenth of the time allows.
+    /// wait is found out after that, a few at a time.
     async fn look(&mut self, daemon: &Arc<Daemon>) -> Result<Vec<(String, Bytes)>, Failure> {
         self.trouble.retain(|id, _| id.is_none_or(|id| daemon.queued().contains_key(&id)));
         if daemon.queued().is_empty() {
@@ -259,8 +279,14 @@ impl Queue {
         let begin = Instant::now();
         self.behind = begin < self.reasons_due;
         if !self.behind {
-            self.tell_reasons(daemon, &now).await?;
-            self.reasons_due = Instant::now() + begin.elapsed() * REASONS_REST;
+            let is_through = self.tell_reasons(daemon, &now).await?;
+            self.reasons_took += begin.elapsed();
+            let rest = match is_through {
+                true => std::mem::take(&mut self.reasons_took) * REASONS_REST,
+                false => begin.elapsed() * REASONS_BETWEEN,
+            };
+            self.reasons_due = Instant::now() + rest;
+            self.behind = !is_through;
         }
         let leases = daemon.leases();
         let unleased = report.devices().iter().filter_map(|gpu| {
@@ -285,7 +311,9 @@ impl Queue {
                 break;
             }
             let Some(waiting) = self.line.get_mut(&id) else { continue };
-            waiting.bring_up_to_date(id, now, daemon).await?;
+            // A card that somebody has offers nothing now.
+            let is_free = |gpu: &GpuState| gpu.uuid.as_ref().is_some_and(|uuid| places.is_free(uuid));
+            waiting.bring_up_to_date(id, now, daemon, is_free).await?;
             if let Some(device) = places.start(&waiting.job) {
                 self.carry_out(daemon, id, Verdict::Start { device }, now).await;
             }
@@ -293,17 +321,35 @@ impl Queue {
         Ok(())
     }
 
-    /// Finds out why each job waits, and lets those fail that can never start.
-    async fn tell_reasons(&mut self, daemon: &Arc<Daemon>, now: &Now<'_>) -> Result<(), Failure> {
+    /// Finds out for a moment why jobs wait, going on where the last look stopped. When it was through them all it is said, and
+    /// those fail that can never start. Returns whether it was.
+    async fn tell_reasons(&mut self, daemon: &Arc<Daemon>, now: &Now<'_>) -> Result<bool, Failure> {
+        let until = Instant::now() + REASONS_FOR;
+        let begin = self.told_up_to.map_or(Bound::Unbounded, Bound::Excluded);
+        for (id, waiting) in self.line.range_mut((begin, Bound::Unbounded)) {
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            waiting.bring_up_to_date(*id, now, daemon, |_| true).await?;
+            self.told_up_to = Some(*id);
+        }
+        self.told_up_to = None;
         for (id, waiting) in &mut self.line {
-            waiting.bring_up_to_date(*id, now, daemon).await?;
+            // One may have come to the line, or may have been looked at for some cards alone.
+            match waiting.is_whole {
+                true => waiting.offer_all(),
+                false => waiting.bring_up_to_date(*id, now, daemon, |_| true).await?,
+            }
         }
         let jobs = self.line.values().map(|waiting| &waiting.job);
         for (id, verdict) in decide(jobs, &now.leases(daemon), daemon.is_drained()) {
             let Some(id) = JobId::new(id) else { continue };
-            self.carry_out(daemon, id, verdict, now).await;
+            // What was found out of may have changed since: what starts is decided by the next look.
+            if !matches!(verdict, Verdict::Start { .. }) {
+                self.carry_out(daemon, id, verdict, now).await;
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     async fn carry_out(&mut self, daemon: &Arc<Daemon>, id: JobId, verdict: Verdict, now: &Now<'_>) {
@@ -390,24 +436,29 @@ fn line_up(daemon: &Daemon, line: &mut BTreeMap<JobId, InLine>) {
             after: Vec::new(),
             offers: Vec::new(),
         };
-        let (examined, cards) = (Arc::clone(examined), Vec::new());
-        let (history, failed) = (Arc::default(), Arc::default());
-        line.insert(*id, InLine { job, entry: entry.clone(), examined, cards, history, failed });
+        let examined = Arc::clone(examined);
+        line.insert(*id, InLine { job, entry: entry.clone(), examined, cards: Vec::new(), is_whole: false });
     }
 }
 
 impl InLine {
-    /// Finds out what the job may take now, and what it still waits for.
-    async fn bring_up_to_date(&mut self, id: JobId, now: &Now<'_>, daemon: &Daemon) -> Result<(), Failure> {
-        self.size(id, now, daemon);
+    /// Finds out what the job may take now of these cards, and what it still waits for.
+    async fn bring_up_to_date(
+        &mut self,
+        id: JobId,
+        now: &Now<'_>,
+        daemon: &Daemon,
+        of: impl Fn(&GpuState) -> bool,
+    ) -> Result<(), Failure> {
+        self.size(id, now, daemon, of);
         if !self.entry.handed_in.spec.after.is_empty() {
             self.job.after = dependencies(daemon, &self.entry.handed_in.spec).await?;
         }
         Ok(())
     }
 
-    /// Finds out what each device that the job may take offers it.
-    fn size(&mut self, id: JobId, now: &Now<'_>, daemon: &Daemon) {
+    /// Finds out what those devices offer the job that it may take and `of` names; each again only where something changed.
+    fn size(&mut self, id: JobId, now: &Now<'_>, daemon: &Daemon, of: impl Fn(&GpuState) -> bool) {
         let HandedIn { spec, submission, account } = &self.entry.handed_in;
         let wished = |gpu: &&GpuState| match (&submission.device_uuid, &spec.device) {
             (None, DeviceWish::Auto) => true,
@@ -419,39 +470,68 @@ impl InLine {
             },
         };
         let history = daemon.observations.history(account.uid, &versions(&self.examined.environment));
-        let as_before = Arc::ptr_eq(&history, &self.history) && now.failed == self.failed;
-        if as_before && now.report.devices().iter().filter(wished).eq(&self.cards) {
-            return;
-        }
-        (self.history, self.failed) = (history, Arc::clone(&now.failed));
-        self.cards = now.report.devices().iter().filter(wished).cloned().collect();
-        self.job.offers.clear();
-        for gpu in &self.cards {
-            let name = device_name(Some(gpu.index), gpu.uuid.as_deref());
-            let Some(device) = gpu.uuid.clone() else {
-                let why = gpu.card().err().map_or(format!("{name} does not answer"), |why| why.to_string());
-                self.job.offers.push(Offer { device: name.clone(), name, fit: Fit::Unusable { why } });
-                continue;
-            };
-            if let Some(why) = self.failed.get(&device) {
-                let fit = Fit::Unusable { why: format!("{why}; `mhtraind undrain` when it is repaired") };
-                self.job.offers.push(Offer { device, name, fit });
+        let mut before = std::mem::take(&mut self.cards);
+        self.is_whole = true;
+        for gpu in now.report.devices().iter().filter(wished) {
+            let known = before.iter().position(|card| card.gpu.index == gpu.index);
+            let known = known.map(|at| before.swap_remove(at));
+            if !of(gpu) {
+                self.is_whole &= known.is_some();
+                self.cards.extend(known);
                 continue;
             }
-            match self.examined.fit(gpu, &daemon.book, &self.history, &daemon.config) {
-                Ok((fit, _)) => self.job.offers.push(Offer { device, name, fit }),
-                Err(failure) => {
-                    tracing::error!(job = id.get(), error = failure.message, "the job cannot be sized")
-                }
+            let as_before = known.filter(|card| {
+                Arc::ptr_eq(&card.history, &history) && card.failed == now.failed && card.gpu == *gpu
+            });
+            let card = as_before.unwrap_or_else(|| OnCard {
+                offer: self.offer(id, gpu, &history, now, daemon),
+                gpu: gpu.clone(),
+                history: Arc::clone(&history),
+                failed: Arc::clone(&now.failed),
+            });
+            self.cards.push(card);
+        }
+        let offered = self.cards.iter().filter(|card| of(&card.gpu));
+        self.job.offers = offered.filter_map(|card| card.offer.clone()).collect();
+    }
+
+    /// Lets the job have what all its cards offered when each was looked at last.
+    fn offer_all(&mut self) {
+        self.job.offers = self.cards.iter().filter_map(|card| card.offer.clone()).collect();
+    }
+
+    /// Returns what a device offers the job; `None` where that cannot be said, which is a bug.
+    fn offer(
+        &self,
+        id: JobId,
+        gpu: &GpuState,
+        history: &History,
+        now: &Now<'_>,
+        daemon: &Daemon,
+    ) -> Option<Offer> {
+        let name = device_name(Some(gpu.index), gpu.uuid.as_deref());
+        let Some(device) = gpu.uuid.clone() else {
+            let why = gpu.card().err().map_or(format!("{name} does not answer"), |why| why.to_string());
+            return Some(Offer { device: name.clone(), name, fit: Fit::Unusable { why } });
+        };
+        if let Some(why) = now.failed.get(&device) {
+            let fit = Fit::Unusable { why: format!("{why}; `mhtraind undrain` when it is repaired") };
+            return Some(Offer { device, name, fit });
+        }
+        match self.examined.fit(gpu, &daemon.book, history, &daemon.config) {
+            Ok((fit, _)) => Some(Offer { device, name, fit }),
+            Err(failure) => {
+                tracing::error!(job = id.get(), error = failure.message, "the job cannot be sized");
+                None
             }
         }
     }
 
     /// Returns what the job would start with on a device.
     fn sized(&self, device: &str, daemon: &Daemon) -> Result<Option<Sized>, Failure> {
-        let gpu = self.cards.iter().find(|gpu| gpu.uuid.as_deref() == Some(device));
-        Ok(gpu
-            .map(|gpu| self.examined.fit(gpu, &daemon.book, &self.history, &daemon.config))
+        let card = self.cards.iter().find(|card| card.gpu.uuid.as_deref() == Some(device));
+        Ok(card
+            .map(|card| self.examined.fit(&card.gpu, &daemon.book, &card.history, &daemon.config))
             .transpose()?
             .and_then(|(_, it)| it))
     }

@@ -80,6 +80,10 @@ pub fn pace(follower: &Follower) -> Option<Pace> {
     is_a_time.then_some(Pace { seconds_per_step, steps, row_tokens: None })
 }
 
+/// Most runs of one user's model, method, versions, card and rung that are remembered: the spread of sixteen is known well
+/// enough, and every plan of a job reads all of them.
+const ALIKE_KEPT: usize = 16;
+
 /// Whoever keeps observations.
 pub trait Observer: std::fmt::Debug + Send {
     /// Keeps what an attempt showed. Nothing follows on it, so it cannot fail.
@@ -97,19 +101,35 @@ struct Known {
     histories: BTreeMap<(u32, String), Arc<History>>,
 }
 
+impl Known {
+    fn add(&mut self, new: ObservationOf) {
+        let is_alike = |noted: &ObservationOf| {
+            noted.owner_uid == new.owner_uid
+                && noted.observation.fingerprint == new.observation.fingerprint
+                && noted.observation.tier == new.observation.tier
+        };
+        let alike: Vec<usize> = (0..self.noted.len()).filter(|at| is_alike(&self.noted[*at])).collect();
+        if alike.len() >= ALIKE_KEPT {
+            self.noted.remove(alike[0]);
+        }
+        self.noted.push(new);
+        let surplus = self.noted.len().saturating_sub(OBSERVATIONS_KEPT as usize);
+        self.noted.drain(..surplus);
+        self.histories.clear();
+    }
+}
+
 impl Observations {
     /// Returns these, oldest first.
     pub fn new(noted: Vec<ObservationOf>) -> Observations {
-        Observations(Arc::new(Mutex::new(Known { noted, histories: BTreeMap::new() })))
+        let mut known = Known::default();
+        noted.into_iter().for_each(|new| known.add(new));
+        Observations(Arc::new(Mutex::new(known)))
     }
 
     /// Adds one.
     pub fn add(&self, new: ObservationOf) {
-        let mut known = self.known();
-        known.noted.push(new);
-        let surplus = known.noted.len().saturating_sub(OBSERVATIONS_KEPT as usize);
-        known.noted.drain(..surplus);
-        known.histories.clear();
+        self.known().add(new);
     }
 
     /// Returns what corrects the predictions for a user.
