@@ -240,6 +240,8 @@ fn one_that_takes_over_never_touches_a_process_that_only_has_the_pid() {
         let trainer = trainer(&attempt);
         kill_recorder(&attempt);
         trainer.signal(Signal::KILL).unwrap();
+        // The kernel tells the start in hundredths of a second: so that the stranger's is another one.
+        std::thread::sleep(Duration::from_millis(30));
         let mut stranger = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         // As if the pid had been used again: everything but the start time is that of a stranger.
         let path = lab.path("record/trainer.json");
