@@ -253,11 +253,32 @@ mod tests {
         let one = noted(0, Seen::MoreThan { limit: Bytes::from_gib(20) }).observation;
         file.observe(1, one.clone());
         assert_eq!(file.read().known().noted.len(), 1);
-        let line = serde_json::to_string(&one).unwrap();
         let wanted = OBSERVATIONS_KEPT as usize;
-        let many: String = (0..2 * wanted).map(|_| format!("{line}\n")).collect();
+        let of_model = |n: usize| {
+            let mut other = one.clone();
+            other.fingerprint.model = format!("model-{n}");
+            format!("{}\n", serde_json::to_string(&other).unwrap())
+        };
+        let many: String = (0..2 * wanted).map(of_model).collect();
         fs::write(&file.0, format!("not JSON\n{many}")).unwrap();
         file.observe(1, one);
         assert_eq!(file.read().known().noted.len(), wanted);
+    }
+
+    #[test]
+    fn of_runs_that_are_alike_the_newest_are_kept() {
+        let named = |n: u64| {
+            let mut noted = noted(0, Seen::MoreThan { limit: Bytes::from_gib(n) });
+            noted.observation.name = format!("run {n}");
+            noted
+        };
+        let mut other = named(0);
+        other.observation.fingerprint.model = "another".to_owned();
+        let runs = (1..=ALIKE_KEPT as u64 + 3).map(named);
+        let known = Observations::new(std::iter::once(other).chain(runs).collect());
+        let names: Vec<String> =
+            known.known().noted.iter().map(|noted| noted.observation.name.clone()).collect();
+        assert_eq!(names.len(), ALIKE_KEPT + 1);
+        assert_eq!((names[0].as_str(), names[1].as_str()), ("run 0", "run 4"));
     }
 }
