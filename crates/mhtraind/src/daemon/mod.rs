@@ -31,7 +31,6 @@ use std::time::Duration;
 use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::Leases;
-use mhtrain_sizing::ladder::TierBook;
 use mhtrain_store::JobId;
 use mhtrain_supervisor::FileRights;
 use tokio::net::{UnixListener, UnixStream};
@@ -47,6 +46,7 @@ use crate::api::routes;
 use crate::config::Config;
 use crate::engine::journal::now;
 use crate::engine::observations::Observations;
+use crate::engine::plans::Plans;
 use crate::engine::prepare::tier_book;
 use crate::engine::signals::{StopCause, StopSignals};
 use crate::failure::{Failure, Status, unwritable};
@@ -67,8 +67,8 @@ const FAILED_DEVICES: &str = "failed_devices";
 pub struct Daemon {
     /// The settings.
     pub config: Config,
-    /// The site's tiers.
-    pub book: TierBook,
+    /// The site's tiers, and the plans made with them last.
+    pub plans: Plans,
     /// The store.
     pub store: StoreHandle,
     /// Whom the daemon serves.
@@ -306,7 +306,7 @@ pub fn serve(config: Config) -> Result<Status, Failure> {
 async fn run(config: Config) -> Result<Status, Failure> {
     let mut signals = StopSignals::listen()?;
     let served = Served::by_this_process(&config.daemon.admin_group)?;
-    let book = tier_book(&config)?;
+    let plans = Plans::new(tier_book(&config)?);
     let state_dir = config.state_dir();
     // Below it each user finds what is theirs; what is in it and below it is closed to others.
     let mode = if matches!(served, Served::All { .. }) { 0o711 } else { 0o700 };
@@ -319,7 +319,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let observations = Observations::new(store.call(|store| store.observations()).await?);
     let daemon = Arc::new(Daemon {
         config,
-        book,
+        plans,
         store,
         served,
         observations,

@@ -254,8 +254,8 @@ struct OnCard {
     gpu: GpuState,
     /// What earlier attempts had shown then.
     history: Arc<History>,
-    /// The cards that had failed then.
-    failed: Arc<BTreeMap<String, String>>,
+    /// Why it had failed, if it had.
+    failed: Option<String>,
 }
 
 impl Queue {
@@ -274,7 +274,7 @@ impl Queue {
         let had = daemon.leases();
         let report = self.ask_nvml(&had).await?;
         line_up(daemon, &mut self.line);
-        let now = Now { report: &report, had, failed: Arc::new(daemon.failed_devices().clone()) };
+        let now = Now { report: &report, had, failed: daemon.failed_devices().clone() };
         self.start(daemon, &now).await?;
         let begin = Instant::now();
         self.behind = begin < self.reasons_due;
@@ -408,7 +408,7 @@ struct Now<'a> {
     /// What jobs had before NVML was asked: what is given back since was not asked about.
     had: Leases,
     /// The cards that have failed.
-    failed: Arc<BTreeMap<String, String>>,
+    failed: BTreeMap<String, String>,
 }
 
 impl Now<'_> {
@@ -480,14 +480,15 @@ impl InLine {
                 self.cards.extend(known);
                 continue;
             }
+            let failed = gpu.uuid.as_ref().and_then(|uuid| now.failed.get(uuid));
             let as_before = known.filter(|card| {
-                Arc::ptr_eq(&card.history, &history) && card.failed == now.failed && card.gpu == *gpu
+                Arc::ptr_eq(&card.history, &history) && card.failed.as_ref() == failed && card.gpu == *gpu
             });
             let card = as_before.unwrap_or_else(|| OnCard {
                 offer: self.offer(id, gpu, &history, now, daemon),
                 gpu: gpu.clone(),
                 history: Arc::clone(&history),
-                failed: Arc::clone(&now.failed),
+                failed: failed.cloned(),
             });
             self.cards.push(card);
         }
@@ -505,7 +506,7 @@ impl InLine {
         &self,
         id: JobId,
         gpu: &GpuState,
-        history: &History,
+        history: &Arc<History>,
         now: &Now<'_>,
         daemon: &Daemon,
     ) -> Option<Offer> {
@@ -518,7 +519,7 @@ impl InLine {
             let fit = Fit::Unusable { why: format!("{why}; `mhtraind undrain` when it is repaired") };
             return Some(Offer { device, name, fit });
         }
-        match self.examined.fit(gpu, &daemon.book, history, &daemon.config) {
+        match self.examined.fit(gpu, &daemon.plans, history, &daemon.config) {
             Ok((fit, _)) => Some(Offer { device, name, fit }),
             Err(failure) => {
                 tracing::error!(job = id.get(), error = failure.message, "the job cannot be sized");
@@ -531,7 +532,7 @@ impl InLine {
     fn sized(&self, device: &str, daemon: &Daemon) -> Result<Option<Sized>, Failure> {
         let card = self.cards.iter().find(|card| card.gpu.uuid.as_deref() == Some(device));
         Ok(card
-            .map(|card| self.examined.fit(&card.gpu, &daemon.book, &card.history, &daemon.config))
+            .map(|card| self.examined.fit(&card.gpu, &daemon.plans, &card.history, &daemon.config))
             .transpose()?
             .and_then(|(_, it)| it))
     }

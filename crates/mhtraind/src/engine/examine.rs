@@ -3,7 +3,9 @@
 //! A job is examined once: model, data, trainer, secrets. From then on a card is only a question to the sizing engine,
 //! asked again whenever memory comes or goes.
 
-use mhtrain_job::queue::{self, Fit, Room, TooSmall};
+use std::sync::Arc;
+
+use mhtrain_job::queue::{self, Fit, Room};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::host::probe_host;
@@ -11,7 +13,7 @@ use mhtrain_probe::probe::{ProbeReport, TrainerReport};
 use mhtrain_probe::trainer_environment::trainer_environment_as;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::plan::{History, Plan, PlanError, plan_learned};
+use mhtrain_sizing::plan::{History, Plan};
 use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
@@ -19,6 +21,7 @@ use serde_json::Value;
 
 use super::look::{DataReport, Look, look};
 use super::origin::Origin;
+use super::plans::Plans;
 use super::prepare::{Candidate, Datasets, Files, Missing, Prepared, chain, look_for_files, sizing_request};
 use super::secrets;
 use crate::config::Config;
@@ -82,8 +85,8 @@ impl Examined {
     pub fn fit(
         &self,
         gpu: &GpuState,
-        book: &TierBook,
-        history: &History,
+        plans: &Plans,
+        history: &Arc<History>,
         config: &Config,
     ) -> Result<(Fit, Option<Sized>), Failure> {
         let Some(model) = &self.model else {
@@ -103,10 +106,10 @@ impl Examined {
             candidate.card.free = free;
             let features = self.environment.features();
             let request = sizing_request(&self.spec, model, &candidate, features, config, rows)?;
-            let refused = |error: PlanError| TooSmall { why: chain(&error), help: error.help() };
-            Ok::<_, Failure>(plan_learned(&request, book, history).map_err(refused))
+            Ok::<_, Failure>(plans.answer(request, history))
         })?;
-        let sized = plan.map(|plan| self.sized(now, plan, book, book.run_advice(model, self.cores)));
+        let advice = || plans.book.run_advice(model, self.cores);
+        let sized = plan.map(|plan| self.sized(now, Arc::unwrap_or_clone(plan), &plans.book, advice()));
         Ok((fit, sized))
     }
 

@@ -15,6 +15,7 @@ pub mod look;
 pub mod memory;
 pub mod observations;
 pub mod origin;
+pub mod plans;
 pub mod prepare;
 pub mod resume;
 pub mod screen;
