@@ -5,6 +5,7 @@
 //!
 //! Left out on purpose: MIG slices (a card with MIG on is listed and refused), AMD cards, other machines.
 
+pub mod content_hash;
 pub mod data_files;
 pub mod doctor;
 pub mod gpu;

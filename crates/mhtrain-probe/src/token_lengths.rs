@@ -111,7 +111,7 @@ impl TokenCounter {
         let added = with.and_then(|with| Ok(with - without?.min(with))).map_err(|e| bad(e.to_string()))?;
         tokens.adds_end = ends_with_special(&tokenizer);
         let renderer = match book_template(directory, wish) {
-            Some(template) => Renderer::Book(Box::new(template.with_system(wish.system.clone()))),
+            Some(template) => Renderer::Book(Box::new(template)),
             None => {
                 let source = chat_template(directory, &settings)
                     .ok_or_else(|| CountError::NoTemplate { path: directory.to_owned() })?;
@@ -173,12 +173,17 @@ impl TokenCounter {
     }
 }
 
-/// Returns ms-swift's template: the one that the job names, that an `args.json` beside the model leads to (ms-swift writes
-/// one into what it exports), or that architecture and name lead to.
+/// Returns ms-swift's template with the system text of the job: the one that the job names, that an `args.json` beside the
+/// model leads to (ms-swift writes one into what it exports), or that architecture and name lead to; `None` where that of
+/// the tokenizer stands in.
 ///
 /// Source: 4.x takes `template` of that file (`_read_args_json_template_type` in `swift/template/register.py`), 3.x only
 /// `model_type` (`_read_args_json_model_type` in `swift/llm/model/register.py`).
-fn book_template(directory: &Path, wish: &TemplateWish) -> Option<Template> {
+pub fn book_template(directory: &Path, wish: &TemplateWish) -> Option<Template> {
+    found_template(directory, wish).map(|template| template.with_system(wish.system.clone()))
+}
+
+fn found_template(directory: &Path, wish: &TemplateWish) -> Option<Template> {
     let book = TemplateBook::builtin();
     if let Some(name) = &wish.template {
         return book.named(name).cloned();

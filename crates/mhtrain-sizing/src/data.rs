@@ -25,9 +25,13 @@ pub struct LengthProfile {
     complete: bool,
     /// Whether the rows are a random part of those that were measured, or repeat some.
     drawn: bool,
-    /// Whether the tokens of some rows are only about known.
-    #[serde(default)]
+    /// Whether the tokens of some rows are only about known; so where a profile was stored before this was kept.
+    #[serde(default = "not_sure")]
     approximate: bool,
+}
+
+fn not_sure() -> bool {
+    true
 }
 
 /// Tokens that a row may have beyond what was counted, before it is rounded up: templates that name the day differ by one,

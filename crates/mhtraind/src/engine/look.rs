@@ -5,24 +5,24 @@
 //!
 //! ```text
 //! look()  --question on stdin-->  mhtraind look-at-data  --answer on stdout-->  Look
-//!                                      cache: <user's cache>/lengths/<hash>.json, by path, size, time and inode
+//!                                      cache: <user's cache>/lengths/<hash>.json, by content; <user's cache>/hashes.json
 //! ```
 
 use std::collections::VecDeque;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use mhtrain_job::spec::{JobSpec, Validation};
+use mhtrain_probe::content_hash::{Content, ContentHashes, FileIdentity};
 use mhtrain_probe::data_files::{DataFiles, data_files};
 use mhtrain_probe::model_files::{
     FoundDataset, FoundModel, ModelFiles, Places, dataset_in_caches, find_dataset, find_model,
 };
-use mhtrain_probe::token_lengths::{Counted, TemplateWish, TokenCounter, count_rows};
+use mhtrain_probe::token_lengths::{Counted, TemplateWish, TokenCounter, book_template, count_rows};
 use mhtrain_sizing::data::LengthProfile;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::tier::{Steps, Tier};
@@ -47,6 +47,13 @@ const ANSWER_BYTES_MAX: u64 = 64 << 20;
 
 /// Most answers that are kept.
 const CACHED_MAX: usize = 100;
+
+/// What is counted otherwise than before, or kept otherwise, has another number: earlier answers are not read.
+const CACHE_VERSION: u32 = 2;
+
+/// Most of the time that goes into hashes of files, beside that of the look: half of the patience with it. A file that was
+/// not hashed by then is known by what the kernel says about it, until it changes.
+const HASH_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Answers that this process remembers: the next job of a user often trains on the same files, and a process
 /// takes longer than all else at a submit.
@@ -297,18 +304,36 @@ fn ask(question: &Question, origin: &Origin) -> Looked {
         return Err(format!("{}: {error}", tokenizer.display()));
     }
     let files = question.entries.iter().map(|entry| data_files(&entry.path).map_err(|e| e.to_string()));
-    let key = key(question, &files.collect::<Result<Vec<_>, _>>()?);
+    let (asked, is_settled) = asked(question, &files.collect::<Result<Vec<_>, _>>()?);
     let user = origin.identity.as_ref().map(|identity| identity.uid);
     let before = || BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
-    let is_asked = |(of, asked, _): &&(Option<u32>, String, Look)| *of == user && *asked == key;
+    let is_asked = |(of, before, _): &&(Option<u32>, String, Look)| *of == user && *before == asked;
     if let Some((_, _, look)) = before().iter().find(is_asked) {
         return Ok(Look { cached: true, ..look.clone() });
     }
     let look = ask_process(question, origin)?;
-    let mut before = before();
-    before.truncate(REMEMBERED_MAX - 1);
-    before.push_front((user, key, look.clone()));
+    if is_settled {
+        let mut before = before();
+        before.truncate(REMEMBERED_MAX - 1);
+        before.push_front((user, asked, look.clone()));
+    }
     Ok(look)
+}
+
+/// Returns what this process knows an answer by, without opening a file: the question, and what the kernel says about each
+/// file; and whether any change of a file would show in that.
+fn asked(question: &Question, files: &[Vec<PathBuf>]) -> (String, bool) {
+    let identities: Vec<_> =
+        of_model(question).iter().chain(files.iter().flatten()).map(|path| FileIdentity::of(path)).collect();
+    let now = SystemTime::now();
+    let is_settled = identities.iter().flatten().all(|identity| identity.is_settled(now));
+    (format!("{question:?} {files:?} {identities:?}"), is_settled)
+}
+
+/// Returns the files of the model that say how its rows are counted; some may not be there.
+fn of_model(question: &Question) -> [PathBuf; 5] {
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "args.json"]
+        .map(|name| question.model_directory.join(name))
 }
 
 /// Lets a process of the job's user answer.
@@ -378,7 +403,7 @@ fn answer(question: &Question) -> Looked {
         files.push(data_files(&entry.path).map_err(|e| e.to_string())?);
     }
     let key = key(question, &files);
-    let cached = question.cache.as_ref().and_then(|directory| read_cache(&cache_file(directory, &key), &key));
+    let cached = question.cache.as_ref().and_then(|directory| read_cache(directory, &key, &files));
     if let Some(look) = cached {
         return Ok(Look { cached: true, ..look });
     }
@@ -387,15 +412,15 @@ fn answer(question: &Question) -> Looked {
     // Each data set has its part of the time that is left.
     let deadline = Instant::now() + within;
     let (mut counted, mut left) = (Vec::new(), u32::try_from(files.len()).unwrap_or(u32::MAX));
-    for files in &files {
-        let files = DataFiles::open(files).map_err(|e| e.to_string())?;
+    for paths in &files {
+        let files = DataFiles::open(paths).map_err(|e| e.to_string())?;
         let part = deadline.saturating_duration_since(Instant::now()) / left.max(1);
         counted.push(count_rows(&files, &counter, part).map_err(|e| e.to_string())?);
         left -= 1;
     }
     let look = together(question, &counter, counted, started.elapsed());
     if let Some(directory) = &question.cache {
-        write_cache(directory, key, &look);
+        write_cache(directory, &Cached { key, files, look: look.clone() });
     }
     Ok(look)
 }
@@ -439,50 +464,64 @@ fn split_off(rows: u64, share: f64) -> u64 {
     split_off.max(1)
 }
 
-/// Returns what an answer depends on, as text: the question, and of each file path, size, time of the last change and inode.
+/// Returns what an answer depends on, as text: how many rows of which files are counted for how long and with what template,
+/// and the content of each file. Where the files lie is none of it.
 fn key(question: &Question, files: &[Vec<PathBuf>]) -> String {
-    let model =
-        ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "args.json"];
-    let model = model.map(|name| question.model_directory.join(name));
-    let identity = |path: &PathBuf| {
-        let found = path.metadata().ok()?;
-        Some((found.len(), found.mtime(), found.mtime_nsec(), found.dev(), found.ino()))
+    // Beside the answers, and not among those that are forgotten for newer ones.
+    let memory = question.cache.as_ref().map(|directory| directory.with_file_name("hashes.json"));
+    let mut hashes = memory.as_deref().map_or_else(ContentHashes::default, ContentHashes::open);
+    let within = Duration::from_secs(u64::from(question.within_s)).min(HASH_TIME_MAX);
+    let deadline = Instant::now() + within;
+    let mut contents = |paths: &[PathBuf]| -> Vec<(String, Content)> {
+        // A file is read as what its name says that it is.
+        let format = |path: &PathBuf| path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+        paths.iter().map(|path| (format(path), hashes.content(path, deadline))).collect()
     };
-    let identities: Vec<_> =
-        model.iter().chain(files.iter().flatten()).map(|path| (path, identity(path))).collect();
-    let entries: Vec<_> = question.entries.iter().map(|entry| (&entry.path, entry.rows)).collect();
-    let (wish, validation, within) = (&question.wish, question.validation, question.within_s);
-    format!("{} {within} {wish:?} {validation:?} {entries:?} {identities:?}", env!("CARGO_PKG_VERSION"))
+    let model = contents(&of_model(question));
+    let sets: Vec<_> =
+        question.entries.iter().zip(files).map(|(entry, files)| (entry.rows, contents(files))).collect();
+    let saved = memory.map_or(Ok(()), |memory| hashes.save(&memory));
+    if let Err(error) = saved {
+        tracing::debug!(%error, "the hashes of the files were not kept");
+    }
+    // With its text: another build may know the template of that name as another one.
+    let template = book_template(&question.model_directory, &question.wish);
+    let (validation, within) = (question.validation, question.within_s);
+    let program = env!("CARGO_PKG_VERSION");
+    format!("{CACHE_VERSION} {program} {within} {validation:?} {template:?} {model:?} {sets:?}")
 }
 
 /// An answer with what it depends on.
 #[derive(Debug, Serialize, Deserialize)]
 struct Cached {
     key: String,
+    /// Files of each data set as they were called.
+    files: Vec<Vec<PathBuf>>,
     look: Look,
 }
 
 fn cache_file(directory: &Path, key: &str) -> PathBuf {
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    directory.join(format!("{:016x}.json", hasher.finish()))
+    directory.join(format!("{}.json", &blake3::hash(key.as_bytes()).to_hex()[..32]))
 }
 
-fn read_cache(file: &Path, key: &str) -> Option<Look> {
-    let cached: Cached = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
-    (cached.key == key).then_some(cached.look)
+/// Returns the answer that is kept under a key, for files of these names: a sentence about damaged rows names their file.
+fn read_cache(directory: &Path, key: &str, files: &[Vec<PathBuf>]) -> Option<Look> {
+    let text = std::fs::read(cache_file(directory, key)).ok()?;
+    let cached: Cached = serde_json::from_slice(&text).ok()?;
+    let says_names = cached.look.problem.is_some();
+    (cached.key == key && (!says_names || cached.files == files)).then_some(cached.look)
 }
 
 /// Keeps an answer. A cache that cannot be written costs some seconds the next time, and nothing else.
-fn write_cache(directory: &Path, key: String, look: &Look) {
+fn write_cache(directory: &Path, answer: &Cached) {
     let write = || -> std::io::Result<()> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         forget_oldest(directory)?;
-        let file = cache_file(directory, &key);
+        let file = cache_file(directory, &answer.key);
         let unfinished = file.with_extension(format!("{}.tmp", std::process::id()));
         let mut opened =
             std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-        opened.write_all(&serde_json::to_vec(&Cached { key, look: look.clone() })?)?;
+        opened.write_all(&serde_json::to_vec(answer)?)?;
         std::fs::rename(&unfinished, &file)
     };
     if let Err(error) = write() {
@@ -504,6 +543,8 @@ fn forget_oldest(directory: &Path) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use serde_json::json;
 
     use super::*;
@@ -526,9 +567,8 @@ mod tests {
         assert_eq!([split_off(320, 0.02), split_off(10, 0.02), split_off(1000, 0.5)], [6, 1, 500]);
     }
 
-    #[test]
-    fn no_more_than_so_many_answers_are_kept() {
-        let directory = tempfile::tempdir().unwrap();
+    /// An answer about one file.
+    fn answer(key: &str, file: &str) -> Cached {
         let look = Look {
             profile: LengthProfile::from_measured(&[1, 2], 0, 2, true),
             template: None,
@@ -539,14 +579,41 @@ mod tests {
             cached: false,
             problem: None,
         };
+        Cached { key: key.to_owned(), files: vec![vec![file.into()]], look }
+    }
+
+    #[test]
+    fn no_more_than_so_many_answers_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
         for number in 0..CACHED_MAX + 5 {
-            write_cache(directory.path(), format!("key {number}"), &look);
+            write_cache(directory.path(), &answer(&format!("key {number}"), "a"));
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), CACHED_MAX);
         let newest = format!("key {}", CACHED_MAX + 4);
         let file = cache_file(directory.path(), &newest);
-        assert_eq!(read_cache(&file, &newest), Some(look));
-        assert_eq!(read_cache(&file, "another key"), None);
+        assert_eq!(read_cache(directory.path(), &newest, &[]), Some(answer(&newest, "a").look));
+        assert_eq!(read_cache(directory.path(), "another key", &[]), None);
         assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_is_said_about_a_damaged_file_names_the_file_of_this_job() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut damaged = answer("key", "a.jsonl");
+        damaged.look.problem = Some("a.jsonl: the line at byte 0 is no JSON".to_owned());
+        write_cache(directory.path(), &damaged);
+        let of = |name: &str| read_cache(directory.path(), "key", &[vec![PathBuf::from(name)]]);
+        assert_eq!((of("a.jsonl"), of("copy.jsonl")), (Some(damaged.look), None));
+    }
+
+    #[test]
+    fn an_answer_of_before_it_was_kept_whether_tokens_are_only_about_known_bounds_nothing() {
+        let profile = LengthProfile::from_measured(&[100], 0, 1, true);
+        let mut stored = serde_json::to_value(&profile).unwrap();
+        let read = |stored: &Value| serde_json::from_value::<LengthProfile>(stored.clone()).unwrap().bound();
+        assert_eq!(read(&stored), profile.bound());
+        assert!(profile.bound().is_some());
+        stored.as_object_mut().unwrap().remove("approximate");
+        assert_eq!(read(&stored), None);
     }
 }
