@@ -155,3 +155,90 @@ fn the_time_of_a_run_is_told_once_a_run_was_seen_and_not_before() {
     assert_eq!(other["eta"]["run_s"], Value::Null);
     assert!(other["eta"]["why_not"].as_str().unwrap().contains("no run of this model"), "{other}");
 }
+
+#[test]
+fn a_copy_or_a_touched_file_is_known_and_a_change_in_place_is_seen_whatever_its_time() {
+    let env = TestEnv::new();
+    job(&env, 10, 0);
+    let seen = || {
+        let plan = plan(&env);
+        (plan["data"]["cached"].clone(), plan["data"]["max"].clone())
+    };
+    let (is_cached, longest) = seen();
+    assert_eq!(is_cached, false);
+    // Another time, another inode and another name; the model lies elsewhere, too.
+    let file = std::fs::File::options().write(true).open(env.path("train.jsonl")).unwrap();
+    file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1 << 30)).unwrap();
+    assert_eq!(seen(), (json!(true), longest.clone()), "touched");
+    env.write("elsewhere/rows.jsonl", std::fs::read(env.path("train.jsonl")).unwrap());
+    std::fs::rename(env.path("Qwen2.5-0.5B"), env.path("elsewhere/Qwen2.5-0.5B")).unwrap();
+    env.write(
+        "job.json",
+        json!({"model": "elsewhere/Qwen2.5-0.5B", "dataset": "elsewhere/rows.jsonl", "length": "short"})
+            .to_string(),
+    );
+    assert_eq!(seen(), (json!(true), longest.clone()), "copied");
+    // As many bytes and the same time, but a word less and a longer one.
+    let path = env.path("elsewhere/rows.jsonl");
+    let modified = path.metadata().unwrap().modified().unwrap();
+    let changed = std::fs::read_to_string(&path).unwrap().replace("w w ", "www ");
+    std::fs::write(&path, changed).unwrap();
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+    let (is_cached, shorter) = seen();
+    assert_eq!(is_cached, false);
+    assert!(shorter.as_u64() < longest.as_u64(), "{shorter} {longest}");
+    // What the tokenizer makes of the same text counts, too.
+    let tokenizer = WORDS.replace("WhitespaceSplit", "Whitespace");
+    env.write("elsewhere/Qwen2.5-0.5B/tokenizer.json", tokenizer);
+    assert_eq!(seen().0, false, "another tokenizer");
+}
+
+#[test]
+fn unpacked_rows_are_sized_by_the_longest_of_the_data_where_that_is_sure() {
+    let env = TestEnv::new();
+    job(&env, 50, 0);
+    let spec = json!({"model": "./Qwen2.5-0.5B", "dataset": "train.jsonl", "args": {"packing": false}});
+    env.write("job.json", spec.to_string());
+    let row = |words: usize| format!("{}\n", json!({"query": "q", "response": "w ".repeat(words)}));
+    // The bound, whether each rung is sized by it, and what the first needs.
+    let sized = |plan: &Value| {
+        let rungs = plan["rungs"].as_array().unwrap();
+        let number = |value: &Value| value.as_u64().unwrap();
+        let full = |rung: &Value| number(&rung["tier"]["max_length"]);
+        let bound = plan["longest_row"].as_u64();
+        for rung in rungs {
+            let expected = bound.map_or(full(rung), |bound| bound.min(full(rung)));
+            assert_eq!(number(&rung["sized_row"]), expected, "{rung}");
+        }
+        (bound, number(&rungs[0]["predicted_peak_bytes"]))
+    };
+    let all = |rows: Vec<String>| env.write("train.jsonl", rows.concat());
+
+    let of_100 = plan(&env);
+    let longest = of_100["data"]["max"].as_u64().unwrap();
+    let (bound, need) = sized(&of_100);
+    // 16 tokens more, and a multiple of 64: docs/sizing.md, section 5.
+    assert_eq!(bound, Some((longest + 16).next_multiple_of(64)), "{longest}");
+    let notes = of_100["notes"].to_string();
+    assert!(notes.contains(&format!("the longest has {longest}")), "{notes}");
+
+    all(vec![row(100).repeat(50), row(700)]);
+    let (longer, more) = sized(&plan(&env));
+    assert!(longer > bound && more > need, "{longer:?} {more}");
+
+    // The rung's own length, where the longest row is beyond it or nobody knows the longest.
+    all(vec![row(100).repeat(50), row(9000)]);
+    let (_, most) = sized(&plan(&env));
+    assert!(most > more, "{most}");
+    all(vec![row(100).repeat(50), "{\"query\": \n".to_owned()]);
+    let damaged = plan(&env);
+    assert_eq!((&damaged["data"]["unreadable"], sized(&damaged)), (&json!(1), (None, most)));
+    for number in 0..=1000 {
+        env.write(&format!("many/{number}.jsonl"), row(100));
+    }
+    let spec = json!({"model": "./Qwen2.5-0.5B", "dataset": "./many", "args": {"packing": false}});
+    env.write("job.json", spec.to_string());
+    let many = plan(&env);
+    assert_eq!((&many["data"], sized(&many)), (&Value::Null, (None, most)));
+    assert!(many["notes"].to_string().contains("more than 1000 files"), "{}", many["notes"]);
+}

@@ -30,7 +30,7 @@ const BLOCK_BYTES: u64 = 64 << 10;
 /// Rows whose columns are looked at to know the form of all.
 const COLUMN_ROWS: usize = 100;
 
-/// Files of a data set that are looked at; a directory with more is looked at in part.
+/// Most files of a data set. A directory with more is not looked at: some of its files would pass for all.
 const FILES_MAX: usize = 1000;
 
 /// A format of data files.
@@ -57,6 +57,12 @@ pub enum DataError {
     /// A directory without data files, or a file of an unknown format.
     #[error("{} holds no jsonl, json, csv, txt or parquet data", path.display())]
     NoData {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A directory with more files than are looked at.
+    #[error("{} holds more than {FILES_MAX} files", path.display())]
+    TooMany {
         /// Which.
         path: PathBuf,
     },
@@ -112,7 +118,7 @@ pub struct Progress {
 /// Of a directory only files are taken that are of the train split by their names, if any is.
 ///
 /// # Errors
-/// There are none, or the directory cannot be read.
+/// There are none or too many, or the directory cannot be read.
 pub fn data_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
     let none = || DataError::NoData { path: path.to_owned() };
     if !path.is_dir() {
@@ -128,7 +134,9 @@ pub fn data_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
     if files.iter().any(is_train) {
         files.retain(is_train);
     }
-    files.truncate(FILES_MAX);
+    if files.len() > FILES_MAX {
+        return Err(DataError::TooMany { path: path.to_owned() });
+    }
     if files.is_empty() { Err(none()) } else { Ok(files) }
 }
 
