@@ -88,6 +88,11 @@ pub struct Observation {
 /// CUDA contexts that are believed: from below the smallest that is known to half a gibibyte above the usual ones.
 const CONTEXT_PLAUSIBLE: RangeInclusive<Bytes> = Bytes::from_mib(200)..=Bytes::from_mib(1100);
 
+/// Ratios of reserved to predicted memory that are believed: the widest 90 % interval that any prediction has, rounded
+/// outwards. Its lower end is 0.297, of what is resident of a model known by its name whose weights have unknown bits; its
+/// upper end is 7.76, of what grows with the batch of the same with Liger's loss and unequal rows in default blocks.
+pub(crate) const RATIO_PLAUSIBLE: RangeInclusive<f64> = 0.29..=8.0;
+
 /// A ratio of what was reserved to what was predicted.
 #[derive(Copy, Clone, Debug, PartialEq)]
 pub enum Reading {
@@ -113,7 +118,7 @@ impl Observation {
             Seen::MoreThan { limit } => Reading::MoreThan(self.ratio(limit.saturating_sub(context))?),
         };
         let (Reading::Exactly(ratio) | Reading::MoreThan(ratio)) = reading;
-        (0.3..=6.0).contains(&ratio).then_some(reading)
+        RATIO_PLAUSIBLE.contains(&ratio).then_some(reading)
     }
 
     /// Returns what its processes held on the card beside what the allocator had reserved: CUDA context, kernels and

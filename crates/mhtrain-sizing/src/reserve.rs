@@ -149,3 +149,42 @@ pub struct Ratio {
     /// 95th percentile.
     pub high: f64,
 }
+
+impl Ratio {
+    /// Returns a factor that changes no best guess, and by which it may be wrong.
+    pub(crate) fn about_one(low: f64, high: f64) -> Ratio {
+        Ratio { low, guess: 1.0, high }
+    }
+
+    /// Returns the ratio times factors around one that are not known any better, each independent of the others: the
+    /// logarithms of their widths are added as errors are, by the root of the sum of squares, above and below apart.
+    pub(crate) fn doubted<'a>(self, factors: impl Iterator<Item = &'a Ratio>) -> Ratio {
+        let width = |from: f64, to: f64| (to / from).ln().max(0.0).powi(2);
+        let (mut below, mut above) = (width(self.low, self.guess), width(self.guess, self.high));
+        for factor in factors {
+            below += width(factor.low, factor.guess);
+            above += width(factor.guess, factor.high);
+        }
+        Ratio {
+            low: self.guess * (-below.sqrt()).exp(),
+            guess: self.guess,
+            high: self.guess * above.sqrt().exp(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn doubts_that_do_not_depend_on_each_other_are_added_as_errors_are() {
+        let ratio = Ratio { low: 0.5, guess: 1.0, high: 2.0_f64.powi(3) };
+        let same = ratio.doubted(std::iter::empty());
+        assert!((same.low - 0.5).abs() < 1e-12 && (same.high - 8.0).abs() < 1e-12, "{same:?}");
+        // Three and four twofold widths are five; below 1 and 0 are 1.
+        let doubted = ratio.doubted([Ratio::about_one(1.0, 16.0)].iter());
+        assert!((doubted.low - 0.5).abs() < 1e-12 && (doubted.high - 32.0).abs() < 1e-9, "{doubted:?}");
+        assert_eq!(doubted.guess.to_bits(), 1.0_f64.to_bits());
+    }
+}

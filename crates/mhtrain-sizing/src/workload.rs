@@ -207,3 +207,27 @@ pub struct Workload {
     /// The load balancing loss of a mixture is on (`router_aux_loss_coef` above 0).
     pub router_loss: bool,
 }
+
+#[cfg(test)]
+impl Workload {
+    /// Returns the pass of a usual job, for tests.
+    pub(crate) fn packed_lora() -> Workload {
+        Workload {
+            train_type: TrainType::Lora,
+            lora_rank: 16,
+            targets: Targets::AllLinear,
+            dtype: Dtype::Bfloat16,
+            micro_batch: 2,
+            accumulation: 16,
+            max_length: 2048,
+            packing: true,
+            padded: false,
+            attn_impl: AttnImpl::FlashAttn,
+            gradient_checkpointing: true,
+            liger_kernel: false,
+            logit_share: 1.0,
+            experts: ExpertForm::Fused,
+            router_loss: false,
+        }
+    }
+}

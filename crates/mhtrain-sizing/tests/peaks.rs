@@ -7,9 +7,9 @@
 
 mod recipe;
 
-use mhtrain_sizing::estimate::{Estimate, estimate};
+use mhtrain_sizing::estimate::{Estimate, estimate, estimate_with};
 use mhtrain_sizing::model::{Model, Quantised, ShapeSource, WeightFiles};
-use mhtrain_sizing::reserve::Group;
+use mhtrain_sizing::reserve::{Group, Reserve};
 use mhtrain_sizing::units::Bytes;
 use mhtrain_sizing::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
 use proptest::prelude::*;
@@ -265,27 +265,49 @@ fn weight_files_count_by_parameters_and_not_by_bytes() {
 }
 
 #[test]
-fn unequal_rows_and_liger_widen_the_interval() {
+fn unequal_rows_widen_the_interval() {
     let width = |work: &Workload| {
         let estimate = estimate(&qwen(), work).unwrap();
         estimate.high_bytes.as_f64() / estimate.device_peak_bytes.as_f64()
     };
     let unequal = Workload { packing: false, padded: true, ..workload() };
     assert!(width(&unequal) > width(&workload()));
-    assert!(width(&Workload { liger_kernel: true, ..workload() }) > width(&workload()));
 }
 
-/// What comes and goes is half as much again at the upper end, because no peak with Liger's loss was measured.
+/// Half of the published figures on equal rows had a fused loss, none on unequal rows: there what comes and goes may be half
+/// as much again, as an error of its own.
 #[test]
-fn the_doubt_about_liger_is_half_of_what_comes_and_goes() {
-    let liger = estimate(&qwen(), &Workload { liger_kernel: true, ..workload() }).unwrap();
-    let terms = &liger.terms;
-    let resident: Bytes = [terms.weights, terms.adapter, terms.optimizer].into_iter().sum();
-    let [of_resident, of_dynamic] = Group::Equal.parts();
-    let dynamic = liger.allocated_peak_bytes.saturating_sub(resident).as_f64();
-    // A catalogue's entry can be another revision: 1 % and 2 %.
-    let least = 1.01 * of_resident.high * resident.as_f64() + 1.02 * 1.5 * of_dynamic.high * dynamic;
-    assert!(liger.high_bytes.as_f64() >= least, "{} {least}", liger.high_bytes.as_f64());
+fn a_fused_loss_is_doubted_where_no_published_figure_has_one() {
+    let high_of_dynamic = |group: Group, liger_kernel: bool| {
+        let work = Workload { liger_kernel, ..workload() };
+        let said = estimate_with(&qwen(), &work, &Reserve { group, history: None }).unwrap();
+        let terms = &said.terms;
+        let resident: Bytes = [terms.weights, terms.adapter, terms.optimizer].into_iter().sum();
+        let [of_resident, _] = group.parts();
+        let of_resident =
+            of_resident.guess * (of_resident.high / of_resident.guess).ln().hypot(1.01_f64.ln()).exp();
+        // The CUDA context: 512 MiB, 40 % more at most.
+        let context: f64 = 512.0 * 1_048_576.0;
+        let above: f64 = said.high_bytes.as_f64() - said.device_peak_bytes.as_f64();
+        let middle: f64 = said.device_peak_bytes.as_f64() - context;
+        let reserved = middle + (above.powi(2) - (0.4 * context).powi(2)).sqrt();
+        let dynamic = said.allocated_peak_bytes.saturating_sub(resident).as_f64();
+        (reserved - of_resident * resident.as_f64()) / dynamic
+    };
+    for (group, liger, widths) in [
+        (Group::Equal, false, vec![1.02]),
+        (Group::Equal, true, vec![1.02]),
+        (Group::Expandable, true, vec![1.02]),
+        (Group::Unequal, false, vec![1.02]),
+        (Group::Unequal, true, vec![1.02, 1.5]),
+    ] {
+        let [_, of_dynamic] = group.parts();
+        let own = (of_dynamic.high / of_dynamic.guess).ln();
+        let squares: f64 = widths.iter().map(|width: &f64| width.ln().powi(2)).sum();
+        let expected = of_dynamic.guess * own.hypot(squares.sqrt()).exp();
+        let high = high_of_dynamic(group, liger);
+        assert!((high / expected - 1.0).abs() < 2e-3, "{group}, {liger}: {high} {expected}");
+    }
 }
 
 /// The table in docs/sizing.md, section 3.
@@ -306,21 +328,6 @@ fn quantiles_pass_through_the_interval() {
     assert_eq!(estimate.quantile(0.5), estimate.device_peak_bytes);
     assert!(estimate.admission_bytes(0.1) > estimate.device_peak_bytes);
     assert!(estimate.admission_bytes(0.01) > estimate.admission_bytes(0.1));
-}
-
-#[test]
-fn an_estimate_is_cheap() {
-    let (model, work) = (qwen(), workload());
-    let start = std::time::Instant::now();
-    let rounds = 2000;
-    let sum: Bytes = (0..rounds).map(|_| estimate(&model, &work).unwrap().device_peak_bytes).sum();
-    assert!(sum > Bytes::ZERO);
-    // A bound for a busy machine without optimisation; the benchmark has the real figure.
-    assert!(
-        start.elapsed() / rounds < std::time::Duration::from_micros(500),
-        "{:?}",
-        start.elapsed() / rounds
-    );
 }
 
 fn any_work() -> impl Strategy<Value = (Model, Workload)> {
