@@ -148,7 +148,7 @@ pub fn shape_from_name(name: &str) -> Option<(ModelShape, f64)> {
         return None;
     }
     let shape = match (number("experts"), number("active")) {
-        (Some(experts), _) => mixture_shape(stated * experts * 0.83, stated * 0.27)?,
+        (Some(experts), _) => repeated_shape(stated, experts),
         (None, Some(active)) => mixture_shape(stated, active)?,
         (None, None) => dense_shape(stated),
     };
@@ -222,6 +222,27 @@ fn dense_shape(billions: f64) -> ModelShape {
         window: None,
         full_every: 0,
     }
+}
+
+/// Returns a mixture that is called `8x7B`: a dense model of `billions` whose MLP is there `count` times, two of which a token
+/// uses.
+///
+/// Source: Jiang et al. 2024, "Mixtral of Experts", section 2. Mistral 7B has 7.24 billion parameters, 5.64 of them in its
+/// MLPs: 7.24 + 7 x 5.64 = 46.7, which is what Mixtral 8x7B has.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "three digits at most")]
+fn repeated_shape(billions: f64, count: f64) -> ModelShape {
+    let dense = dense_shape(billions);
+    let count = (count as u64).max(1);
+    let experts = Experts {
+        count,
+        top_k: count.min(2),
+        intermediate: dense.intermediate,
+        shared_intermediate: 0,
+        dense_layers: Vec::new(),
+        biases: false,
+        normalises: true,
+    };
+    ModelShape { model_type: "qwen3_moe".to_owned(), experts: Some(experts), ..dense }
 }
 
 /// Returns a mixture of experts of `billions` parameters, of which a token uses `active`.
@@ -303,6 +324,26 @@ mod tests {
             assert_eq!(model.source, ShapeSource::Name, "{name}");
             let ratio = crate::block::float(model.parameters()) / (billions * 1e9);
             assert!((0.9..1.15).contains(&ratio), "{name}: {ratio}");
+        }
+    }
+
+    #[test]
+    fn a_mixture_by_its_name_needs_about_what_mixtral_needs() {
+        use crate::estimate::estimate;
+        use crate::workload::Workload;
+        for (guess, truth) in [("novel-8x7B", "Mixtral-8x7B"), ("novel-8x22B", "Mixtral-8x22B")] {
+            let [guess, truth] = [guess, truth].map(|name| Model::resolve(name, None, None).unwrap());
+            assert_eq!((guess.source, truth.source), (ShapeSource::Name, ShapeSource::Catalogue));
+            let work = Workload::packed_lora();
+            let [guess, truth] = [guess, truth].map(|model| estimate(&model, &work).unwrap());
+            let inside = guess.low_bytes..=guess.high_bytes;
+            assert!(inside.contains(&truth.device_peak_bytes), "{inside:?} {}", truth.device_peak_bytes);
+            // The guess has five times the vocabulary.
+            let grows = |said: &crate::estimate::Estimate| {
+                said.terms.activations.as_f64() + said.terms.logits.as_f64()
+            };
+            let ratio = grows(&truth) / grows(&guess);
+            assert!((0.35..1.1).contains(&ratio), "{ratio}");
         }
     }
 
