@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 
+use mhtrain_sizing::ladder::{RunAdvice, Values};
 use mhtrain_sizing::plan::{Plan, Rung, after_oom};
 use mhtrain_sizing::request::{Allow, Learning};
 use mhtrain_sizing::tier::Profile;
@@ -72,7 +73,7 @@ pub enum Adjustment {
     DataloaderWorkers(u32),
     /// Another rendezvous port.
     NewPort,
-    /// The recipe's stable learning (its section 5.3): 1e-4, warm-up 0.15, gradients clipped at 0.5.
+    /// The recipe's stable learning (its section 5.3; `[learning.stable]` of `config/tiers.toml`).
     RecipeStable,
 }
 
@@ -334,6 +335,8 @@ pub struct Policy {
     pub eval_batch: Knob,
     /// `dataloader_num_workers`.
     pub dataloader_workers: Knob,
+    /// Values of stable learning.
+    pub stable: Values,
     /// Longest wait for memory that a neighbour holds, in seconds.
     pub memory_wait_s: u64,
     /// First wait for hub or network, in seconds; each further one is twice as long.
@@ -350,15 +353,14 @@ const NETWORK_BACKOFF_MAX_S: u64 = 10 * 60;
 impl Policy {
     /// Returns the policy for a job.
     ///
-    /// `eval_batch` and `dataloader_workers` are the values that the command gets where the job pins none.
+    /// `advice` has the values that the command gets where the job pins none, and those of stable learning.
     ///
     /// # Errors
     /// A pinned value of the wrong type; none after [`JobSpec::parse`].
     pub fn for_job(
         job: &JobSpec,
         expandable_segments: ExpandableSegments,
-        eval_batch: u32,
-        dataloader_workers: u32,
+        advice: &RunAdvice,
     ) -> Result<Policy, SpecError> {
         let knob = |pin: Option<u32>, ours| Knob { value: pin.unwrap_or(ours), pinned: pin.is_some() };
         Ok(Policy {
@@ -368,8 +370,9 @@ impl Policy {
             learning_rate_pinned: job.pins()?.learning_rate.is_some(),
             expandable_segments,
             other_device: false,
-            eval_batch: knob(job.eval_batch()?, eval_batch),
-            dataloader_workers: knob(job.dataloader_workers()?, dataloader_workers),
+            eval_batch: knob(job.eval_batch()?, advice.per_device_eval_batch_size),
+            dataloader_workers: knob(job.dataloader_workers()?, advice.dataloader_num_workers),
+            stable: advice.stable.clone(),
             memory_wait_s: MEMORY_WAIT_S,
             network_backoff_s: NETWORK_BACKOFF_S,
             network_backoff_max_s: NETWORK_BACKOFF_MAX_S,
@@ -388,6 +391,18 @@ impl Policy {
 pub fn network_backoff(first: u64, failures: u32) -> Option<u64> {
     let again = failures < Bounds::default().network_backoffs;
     again.then(|| doubled(first, failures, NETWORK_BACKOFF_MAX_S))
+}
+
+/// Returns what stable learning sets, for people.
+fn stable_learning(values: &Values) -> String {
+    let said = [
+        ("learning rate", values.learning_rate),
+        ("warm-up", values.warmup_ratio),
+        ("gradient clipping at", values.max_grad_norm),
+    ];
+    let said: Vec<String> =
+        said.iter().filter_map(|(name, value)| Some(format!("{name} {:?}", (*value)?))).collect();
+    said.join(", ")
 }
 
 /// Returns `first`, doubled so many times, at most `max`.
@@ -700,8 +715,7 @@ impl Case<'_> {
             &[Adjustment::RecipeStable],
             Wait::None,
             ResumeWish::LastGoodWeights,
-            "the training diverged; on with learning rate 1e-4, warm-up 0.15 and gradients clipped at 0.5"
-                .to_owned(),
+            format!("the training diverged; on with {}", stable_learning(&self.policy.stable)),
         )
     }
 

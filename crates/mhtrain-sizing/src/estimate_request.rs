@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::estimate::{Estimate, EstimateError, estimate_with, experts_note};
-use crate::model::{Model, ResolveError, ShapeSource};
+use crate::model::{Model, ResolveError, ShapeSource, brief};
 use crate::reserve::{Group, Reserve};
 use crate::unique_json::Unique;
 use crate::workload::{AttnImpl, Dtype, ExpertForm, Targets, TrainType, Workload};
@@ -305,17 +305,6 @@ fn targets(object: &Map<String, Value>) -> Result<Targets, EstimateRequestError>
 
 fn unusable(key: &'static str, value: &Value, expected: &str) -> EstimateRequestError {
     EstimateRequestError::Unusable { key, found: brief(value), expected: expected.to_owned() }
-}
-
-/// Returns a value in a few words, however large it is.
-fn brief(value: &Value) -> String {
-    match value {
-        Value::Null | Value::Bool(_) | Value::Number(_) => value.to_string(),
-        Value::String(text) if text.len() <= 40 => format!("{text:?}"),
-        Value::String(_) => "a long text".to_owned(),
-        Value::Array(_) => "a list".to_owned(),
-        Value::Object(_) => "an object".to_owned(),
-    }
 }
 
 /// Returns the known key that is written most like `key`; `None` when none is near.

@@ -14,6 +14,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::estimate::Z_95;
 use crate::observation::{Fingerprint, Observation, Reading};
 use crate::reserve::Ratio;
 use crate::units::Bytes;
@@ -85,9 +86,6 @@ const CARD_DIFFERENCE: f64 = 0.02;
 /// that belief is worth.
 const NOISE: f64 = 0.02;
 const NOISE_RUNS: f64 = 6.0;
-
-/// 95th percentile of the standard normal distribution.
-const Z_95: f64 = 1.644_853_626_951_472_6;
 
 /// What one observation did to the prediction.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

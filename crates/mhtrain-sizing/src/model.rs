@@ -543,10 +543,9 @@ fn levels(config: &Value) -> Vec<&serde_json::Map<String, Value>> {
 }
 
 /// Returns a value in a few words, however large it is.
-fn brief(value: &Value) -> String {
+pub(crate) fn brief(value: &Value) -> String {
     match value {
-        Value::Null => "null".to_owned(),
-        Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => value.to_string(),
         Value::String(text) if text.len() <= 40 => format!("{text:?}"),
         Value::String(_) => "a long text".to_owned(),
         Value::Array(_) => "a list".to_owned(),

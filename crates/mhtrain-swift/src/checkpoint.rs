@@ -464,6 +464,10 @@ fn changes(old: &Tier, new: &Tier) -> Vec<String> {
     if before.target_modules != now.target_modules {
         changes.push(format!("target_modules {} -> {}", before.target_modules, now.target_modules));
     }
+    if old.quant_bits != new.quant_bits {
+        let bits = |tier: &Tier| tier.quant_bits.map_or("none".to_owned(), |bits| bits.to_string());
+        changes.push(format!("quant_bits {} -> {}", bits(old), bits(new)));
+    }
     changes
 }
 
@@ -475,6 +479,14 @@ mod tests {
 
     fn tier(micro_batch: u32, accumulation: u32) -> Tier {
         Tier { micro_batch, accumulation, num_train_epochs: 2.0, ..testing::tier() }
+    }
+
+    #[test]
+    fn weights_in_other_bits_are_named_as_what_changed() {
+        let packed = Tier { quant_bits: Some(4), ..tier(2, 16) };
+        assert!(!tier(2, 16).trains_the_same_as(&packed));
+        assert_eq!(changes(&tier(2, 16), &packed), ["quant_bits none -> 4"]);
+        assert_eq!(changes(&packed, &tier(4, 8)), ["quant_bits 4 -> none"]);
     }
 
     /// The text of the state of a run of 2 epochs with 10 steps each.

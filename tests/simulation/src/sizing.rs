@@ -9,7 +9,7 @@ use mhtrain_job::rerun::{ExpandableSegments, Policy};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_sizing::estimate::estimate;
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
-use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{Plan, plan, workload};
 use mhtrain_sizing::request::TrainerFeatures;
@@ -29,6 +29,11 @@ thread_local! {
     /// The engine is a function of its question, and the same question comes in thousands of histories.
     static ANSWERS: RefCell<HashMap<Question, Answer>> = RefCell::default();
     static BOOK: TierBook = TierBook::builtin();
+    /// Of any model: the simulated jobs have the same rows of evaluation and the same workers.
+    static ADVICE: RunAdvice = BOOK.with(|book| {
+        let model = Model::resolve("Qwen2.5-7B", None, None).expect("a model of the catalogue");
+        RunAdvice { per_device_eval_batch_size: 4, dataloader_num_workers: 4, ..book.run_advice(&model, 16) }
+    });
 }
 
 /// Returns the plan of a job for a card of so many GiB, of which so many are free.
@@ -64,7 +69,7 @@ fn ask(spec: &JobSpec, total_gib: u64, free_gib: u64) -> Answer {
 
 /// Returns the policy for a job of the daemon.
 pub(crate) fn policy(spec: &JobSpec, other_device: bool) -> Option<Policy> {
-    let mut policy = Policy::for_job(spec, ExpandableSegments::Off, 4, 4).ok()?;
+    let mut policy = ADVICE.with(|advice| Policy::for_job(spec, ExpandableSegments::Off, advice)).ok()?;
     policy.other_device = other_device;
     Some(policy)
 }

@@ -1,3 +1,5 @@
+use mhtrain_sizing::ladder::TierBook;
+use mhtrain_sizing::model::Model;
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -28,7 +30,13 @@ const KINDS: [Kind; 17] = [
 fn policy_of(job: serde_json::Value) -> Policy {
     let mut complete = json!({"model": "m", "dataset": "d"});
     complete.as_object_mut().unwrap().extend(job.as_object().unwrap().clone());
-    Policy::for_job(&JobSpec::from_value(&complete).unwrap(), ExpandableSegments::On, 4, 8).unwrap()
+    let model = Model::resolve("Qwen2.5-7B", None, None).unwrap();
+    let advice = RunAdvice {
+        per_device_eval_batch_size: 4,
+        dataloader_num_workers: 8,
+        ..TierBook::builtin().run_advice(&model, 16)
+    };
+    Policy::for_job(&JobSpec::from_value(&complete).unwrap(), ExpandableSegments::On, &advice).unwrap()
 }
 
 fn policy() -> Policy {
@@ -336,6 +344,11 @@ fn divergence_gets_the_stable_recipe_once_from_good_weights() {
 fn a_silent_divergence_is_not_taken_for_success() {
     let silent = Diagnosis { fatal: false, ..diagnosis(Kind::Diverged) };
     assert_eq!(rerun(first(&silent, &policy())).answer, Answer::RecipeStable);
+    // What it goes on with is what the tiers say.
+    let mut other = policy();
+    other.stable = Values { learning_rate: Some(3e-5), max_grad_norm: Some(0.25), ..Values::default() };
+    let why = rerun(first(&silent, &other)).reason;
+    assert_eq!(why, "the training diverged; on with learning rate 3e-5, gradient clipping at 0.25");
 }
 
 #[test]

@@ -309,13 +309,8 @@ impl<'a> Job<'a> {
                 return Err(failure);
             }
         }
-        let mut policy = Policy::for_job(
-            spec,
-            expandable_segments(&prepared),
-            prepared.advice.per_device_eval_batch_size,
-            prepared.advice.dataloader_num_workers,
-        )
-        .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
+        let mut policy = Policy::for_job(spec, expandable_segments(&prepared), &prepared.advice)
+            .map_err(|e| Failure::bad_input(e.code(), &e).help(e.help()))?;
         policy.other_device = other_device;
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
         policy.network_backoff_s = u64::from(config.attempt.network_backoff_s);
