@@ -1,13 +1,14 @@
-//! How many rows a second does a look at the data count?
+//! How many rows a second does a look at the data count, and how many bytes a second are hashed to know a file again?
 //!
 //! The figure that counts is rows a second (`thrpt`). The tokenizer is a toy of whole words, so a real one is slower: what is
-//! measured is everything around it, reading, templates and counting.
+//! measured is everything around it, reading, templates and counting. The file that is hashed is in the page cache.
 #![expect(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
 use std::hint::black_box;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use mhtrain_probe::content_hash::ContentHashes;
 use mhtrain_probe::data_files::DataFiles;
 use mhtrain_probe::token_lengths::{TemplateWish, TokenCounter, count_rows};
 
@@ -55,5 +56,21 @@ fn look(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, look);
+fn hash(c: &mut Criterion) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("rows.jsonl");
+    let lines = rows().repeat(64);
+    std::fs::write(&path, &lines).unwrap();
+    let mut group = c.benchmark_group("hash");
+    group.throughput(Throughput::Bytes(lines.len() as u64)).sample_size(10);
+    group.bench_function("a file that is not remembered", |bencher| {
+        bencher.iter(|| {
+            let deadline = Instant::now() + Duration::from_secs(600);
+            black_box(ContentHashes::default().content(&path, deadline))
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, look, hash);
 criterion_main!(benches);

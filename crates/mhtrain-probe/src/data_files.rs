@@ -6,7 +6,8 @@
 //! ```text
 //! jsonl, txt   blocks of bytes; a row belongs to the block in which its first byte lies
 //! parquet      row groups; the number of rows is known without reading them
-//! json, csv    from the beginning: where a row begins is not known before what stands in front of it is read
+//! json, csv    from the beginning: where a row begins is not known before what stands in front of it is read;
+//!              so are objects that are spread over lines, whatever the file is called
 //! ```
 
 use std::collections::BTreeSet;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mhtrain_sizing::unique_json::Unique;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde::de::{DeserializeSeed, SeqAccess, Visitor};
 use serde_json::{Map, Value};
@@ -27,6 +29,11 @@ const ROW_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of a portion of a file of lines: about 20 ms of work, so that the end of the time is met.
 const BLOCK_BYTES: u64 = 64 << 10;
 
+/// Longest file of objects that are spread over lines: the library that ms-swift reads them with takes a file in blocks of this
+/// size, and mostly refuses one whose block ends inside of an object. Source: `chunksize // 32` in
+/// `datasets/packaged_modules/json/json.py`, 3.6.0 and 4.8.4; tried around that size with both lines of ms-swift.
+const SPREAD_BYTES_MAX: u64 = (10 << 20) / 32;
+
 /// Rows whose columns are looked at to know the form of all.
 const COLUMN_ROWS: usize = 100;
 
@@ -36,7 +43,11 @@ const FILES_MAX: usize = 1000;
 /// A format of data files.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 enum Format {
+    /// Objects, each within one line.
     JsonLines,
+    /// Objects over several lines.
+    JsonStream,
+    /// A list of objects.
     Json,
     Csv,
     Text,
@@ -273,7 +284,7 @@ impl DataFiles {
                 Format::Parquet => {
                     (0..data.row_groups.len()).map(|index| PortionKind::RowGroup { index }).collect()
                 }
-                Format::Json | Format::Csv => vec![PortionKind::Whole],
+                Format::Json | Format::JsonStream | Format::Csv => vec![PortionKind::Whole],
             };
             portions.extend(kinds.into_iter().map(|kind| Portion { file, kind }));
         }
@@ -330,14 +341,25 @@ impl DataFile {
             }
             // A .json file may hold lines, and a .jsonl file a list: the library that ms-swift reads them with takes both.
             Format::Json | Format::JsonLines => {
-                let is_list = first_letter(file).map_err(|e| unreadable(e.to_string()))? == Some(b'[');
-                format = if is_list { Format::Json } else { Format::JsonLines };
+                let begins = |e: std::io::Error| unreadable(e.to_string());
+                format = match first_letter(file).map_err(begins)? {
+                    Some(b'[') => Format::Json,
+                    Some(b'{') if first_object_has_lines(path).map_err(begins)? => Format::JsonStream,
+                    Some(_) | None => Format::JsonLines,
+                };
             }
-            Format::Csv | Format::Text => {}
+            Format::JsonStream | Format::Csv | Format::Text => {}
+        }
+        if format == Format::JsonStream && found.len() > SPREAD_BYTES_MAX {
+            return Err(unreadable(format!(
+                "its objects are spread over lines, and the trainer mostly refuses such a file above {} KiB; write one \
+                 object a line",
+                SPREAD_BYTES_MAX >> 10
+            )));
         }
         let bytes = match format {
             Format::Parquet => row_groups.iter().map(|(_, bytes)| bytes).sum(),
-            Format::JsonLines | Format::Json | Format::Csv | Format::Text => found.len(),
+            Format::JsonLines | Format::JsonStream | Format::Json | Format::Csv | Format::Text => found.len(),
         };
         Ok(DataFile { path: path.to_owned(), format, bytes, row_groups })
     }
@@ -365,11 +387,11 @@ impl DataFile {
             Format::Parquet if self.row_groups.is_empty() => return Ok(columns),
             Format::Parquet => PortionKind::RowGroup { index: 0 },
             Format::JsonLines | Format::Text => PortionKind::Block { from: 0, to: self.bytes },
-            Format::Json | Format::Csv => PortionKind::Whole,
+            Format::Json | Format::JsonStream | Format::Csv => PortionKind::Whole,
         };
         self.read(first, &mut look)?;
         match problems.into_iter().next() {
-            // Objects over several lines, or none at all: some such files the trainer reads all the same.
+            // Nothing of a row was seen.
             Some(problem) if self.format == Format::JsonLines && columns.is_empty() => Err(problem),
             Some(_) | None => Ok(columns),
         }
@@ -380,6 +402,7 @@ impl DataFile {
             (Format::Parquet, PortionKind::RowGroup { index }) => self.read_row_group(index, give),
             (Format::Csv, _) => self.read_csv(give),
             (Format::Json, _) => self.read_list(give),
+            (Format::JsonStream, _) => self.read_objects(give),
             (_, PortionKind::Block { from, to }) => self.read_lines(from, to, give),
             (_, PortionKind::Whole | PortionKind::RowGroup { .. }) => self.read_lines(0, self.bytes, give),
         }
@@ -413,16 +436,50 @@ impl DataFile {
             if content.is_empty() {
                 continue;
             }
-            let row = match self.format {
-                Format::Text => text_row(content),
-                _ => json_row(content),
+            let rows = match self.format {
+                Format::Text => vec![text_row(content)],
+                _ => match json_rows(content) {
+                    Ok(rows) => rows.into_iter().map(Ok).collect(),
+                    Err(NoRows::Unfinished(what)) => {
+                        if goes_on(content.to_vec(), &mut reader).map_err(text)? {
+                            return Err(format!(
+                                "the object at byte {start} is spread over lines, behind others that are not"
+                            ));
+                        }
+                        reader.seek(SeekFrom::Start(at)).map_err(text)?;
+                        vec![Err(what)]
+                    }
+                    Err(NoRows::Damaged(what)) => vec![Err(what)],
+                },
             };
-            let row = row.map_err(|what| format!("the line at byte {start} {what}"));
-            if give(row).is_break() {
-                return Ok((at.saturating_sub(from), false));
+            for row in rows {
+                let row = match row {
+                    // Tried with ms-swift 4.6.0 and 3.12.6: the process ends by a signal.
+                    Ok(Value::Null) if start == 0 => Err("is null, and no first row can be".to_owned()),
+                    row => row,
+                };
+                let row = row.map_err(|what| format!("the line at byte {start} {what}"));
+                if give(row).is_break() {
+                    return Ok((at.saturating_sub(from), false));
+                }
             }
         }
         Ok((to - from, true))
+    }
+
+    /// Reads objects that are spread over lines, one after the other.
+    fn read_objects(&self, give: Give<'_>) -> PortionRead {
+        let read = Arc::new(AtomicU64::new(0));
+        let file = File::open(&self.path).map_err(|e| e.to_string())?;
+        let counted = Counted { file, read: Arc::clone(&read) };
+        let reader = BufReader::new(WithoutNan::new(counted));
+        for row in serde_json::Deserializer::from_reader(reader).into_iter::<Unique>() {
+            let row = row.map_err(|e| no_json(&e))?.0;
+            if give(json_row(row)).is_break() {
+                return Ok((read.load(Ordering::Relaxed), false));
+            }
+        }
+        Ok((self.bytes, true))
     }
 
     fn read_csv(&self, give: Give<'_>) -> PortionRead {
@@ -486,7 +543,8 @@ impl DataFile {
         let file = File::open(&self.path).map_err(|e| e.to_string())?;
         let counted = Counted { file, read: Arc::clone(&read) };
         let mut is_broken_off = false;
-        let mut deserializer = serde_json::Deserializer::from_reader(BufReader::new(counted));
+        let mut deserializer =
+            serde_json::Deserializer::from_reader(BufReader::new(WithoutNan::new(counted)));
         let each = EachRow { give, is_broken_off: &mut is_broken_off };
         let result = each.deserialize(&mut deserializer);
         match result {
@@ -519,12 +577,163 @@ fn text_row(line: &[u8]) -> Result<Value, String> {
     Ok(Value::Object(Map::from_iter([("text".to_owned(), Value::String(text))])))
 }
 
-/// Returns a line as a row: what is no object is none for the library that ms-swift reads lines with, either.
-fn json_row(line: &[u8]) -> Result<Value, String> {
-    match serde_json::from_slice(line) {
-        Ok(row @ Value::Object(_)) => Ok(row),
-        Ok(_) => Err("is no JSON object".to_owned()),
-        Err(error) => Err(format!("is no JSON: {error}")),
+/// Why a line holds no rows; a clause that follows "the line".
+enum NoRows {
+    /// It ends inside of a value.
+    Unfinished(String),
+    /// It is no JSON, or none of a row.
+    Damaged(String),
+}
+
+/// Returns the rows of a line. The library that ms-swift reads lines with takes several objects on one, with or without
+/// blanks between them, and the numbers that JSON has no word for, and refuses an object with two equal keys.
+///
+/// Source: tried with `load_dataset` of ms-swift 4.6.0 and 3.12.6; `docs/sizing.md`, section 5.
+fn json_rows(line: &[u8]) -> Result<Vec<Value>, NoRows> {
+    let parsed = |line: &[u8]| -> Result<Vec<Value>, serde_json::Error> {
+        serde_json::Deserializer::from_slice(line).into_iter::<Unique>().map(|row| Ok(row?.0)).collect()
+    };
+    let rows = parsed(line).or_else(|error| {
+        // The usual line has no such number, and is not read twice.
+        let mut words = Vec::with_capacity(line.len());
+        match WithoutNan::new(line).read_to_end(&mut words) {
+            Ok(_) if words != line => parsed(&words),
+            Ok(_) | Err(_) => Err(error),
+        }
+    });
+    match rows {
+        Ok(rows) => rows.into_iter().map(json_row).collect::<Result<_, _>>().map_err(NoRows::Damaged),
+        Err(error) if error.is_eof() => Err(NoRows::Unfinished(no_json(&error))),
+        Err(error) => Err(NoRows::Damaged(no_json(&error))),
+    }
+}
+
+fn no_json(error: &serde_json::Error) -> String {
+    if error.is_data() {
+        format!("has an object with a key twice: {error}")
+    } else {
+        format!("is no JSON: {error}")
+    }
+}
+
+/// Returns a value as a row: what is no object is none for the library that ms-swift reads with, either, and stops it; but
+/// for `null`, of which it makes a row without anything, and its template leaves that out.
+fn json_row(row: Value) -> Result<Value, String> {
+    match row {
+        Value::Object(_) | Value::Null => Ok(row),
+        _ => Err("is no JSON object".to_owned()),
+    }
+}
+
+/// Returns whether the first object of a file ends on a later line than it begins on.
+fn first_object_has_lines(path: &Path) -> std::io::Result<bool> {
+    let mut reader = BufReader::new(File::open(path)?);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        if reader.by_ref().take(ROW_BYTES_MAX).read_until(b'\n', &mut line)? == 0 {
+            return Ok(false);
+        }
+        let content = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line).trim_ascii();
+        if !content.is_empty() {
+            let is_unfinished = matches!(json_rows(content), Err(NoRows::Unfinished(_)));
+            return Ok(is_unfinished && goes_on(content.to_vec(), &mut reader)?);
+        }
+    }
+}
+
+/// Returns whether a value that a line ends inside of is whole together with the lines that follow.
+fn goes_on(mut text: Vec<u8>, reader: &mut impl BufRead) -> std::io::Result<bool> {
+    // Read again each time twice as much is there, so that a long object is not read once for each of its lines.
+    let mut read_again = text.len();
+    loop {
+        text.push(b'\n');
+        let left = ROW_BYTES_MAX.saturating_sub(text.len() as u64);
+        let is_end = reader.by_ref().take(left).read_until(b'\n', &mut text)? == 0;
+        if is_end || text.len() >= 2 * read_again {
+            let words = WithoutNan::new(&text[..]);
+            let first =
+                serde_json::Deserializer::from_reader(BufReader::new(words)).into_iter::<Unique>().next();
+            match first {
+                Some(Err(error)) if error.is_eof() && !is_end => read_again = text.len(),
+                Some(first) => return Ok(first.is_ok()),
+                None => return Ok(false),
+            }
+        }
+    }
+}
+
+/// Numbers that JSON has no word for, as the parser of that library reads them (RapidJSON, `kParseNanAndInfFlag`).
+const NO_NUMBERS: [&[u8]; 6] = [b"NaN", b"-NaN", b"Inf", b"-Inf", b"Infinity", b"-Infinity"];
+
+/// JSON whose numbers that JSON has no word for are `null`; all else is as it was.
+struct WithoutNan<R> {
+    from: R,
+    /// What was read and not handed out yet.
+    ready: Vec<u8>,
+    handed: usize,
+    /// The beginning of a word that may be such a number, with its sign.
+    word: Vec<u8>,
+    is_quoted: bool,
+    is_escaped: bool,
+}
+
+impl<R: Read> WithoutNan<R> {
+    fn new(from: R) -> WithoutNan<R> {
+        let (ready, word) = (Vec::new(), Vec::new());
+        WithoutNan { from, ready, handed: 0, word, is_quoted: false, is_escaped: false }
+    }
+
+    fn take(&mut self, byte: u8) {
+        if self.is_quoted {
+            self.ready.push(byte);
+            (self.is_quoted, self.is_escaped) =
+                (self.is_escaped || byte != b'"', !self.is_escaped && byte == b'\\');
+            return;
+        }
+        self.word.push(byte);
+        if !NO_NUMBERS.iter().any(|word| word.starts_with(&self.word)) {
+            self.word.pop();
+            self.end_word();
+            // It may be the first of the next.
+            self.word.push(byte);
+            if !NO_NUMBERS.iter().any(|word| word.starts_with(&self.word)) {
+                self.is_quoted = byte == b'"';
+                self.ready.append(&mut self.word);
+            }
+        }
+    }
+
+    /// Hands out a word that nothing more belongs to.
+    fn end_word(&mut self) {
+        if NO_NUMBERS.contains(&&self.word[..]) {
+            self.word.clear();
+            self.ready.extend_from_slice(b"null");
+        } else {
+            self.ready.append(&mut self.word);
+        }
+    }
+}
+
+impl<R: Read> Read for WithoutNan<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        while self.handed == self.ready.len() {
+            self.ready.clear();
+            self.handed = 0;
+            let mut piece = [0; 8192];
+            let read = self.from.read(&mut piece)?;
+            piece[..read].iter().for_each(|byte| self.take(*byte));
+            if read == 0 {
+                self.end_word();
+                if self.ready.is_empty() {
+                    return Ok(0);
+                }
+            }
+        }
+        let length = buffer.len().min(self.ready.len() - self.handed);
+        buffer[..length].copy_from_slice(&self.ready[self.handed..self.handed + length]);
+        self.handed += length;
+        Ok(length)
     }
 }
 
@@ -765,7 +974,7 @@ mod tests {
     #[test]
     fn what_is_damaged_is_named() {
         let files: [(&str, &[u8]); 4] = [
-            ("d.json", b"{\n  \"id\": 1\n}\n{\n  \"id\": 2\n}\n"),
+            ("d.json", b"{\n  \"id\": oops\n}\n"),
             ("a.parquet", b"no parquet"),
             ("b.json", b"[{\"id\": 1}, {\"id\""),
             ("c.jsonl", b"{\"id\": 1}\n{oops\n"),
@@ -822,11 +1031,19 @@ mod tests {
 
     #[test]
     fn rows_at_which_the_trainer_stops_are_told_from_the_others() {
-        let rows: [(&str, &[u8], usize); 5] = [
+        let rows: [(&str, &[u8], usize); 9] = [
             ("text.csv", b"id,text\n1,ok\n2,\xff\xfe\n3,ok\n4,\xff\n", 2),
             ("more.csv", b"id,text\n1,ok\n2,ok,more\n3\n", 1),
             ("index.csv", b"id,text\n1,ok,more\n2,ok,more\n", 0),
-            ("a.jsonl", b"\xef\xbb\xbf{\"id\": 1}\n3\n{\"id\": 2}\n[1]\n", 2),
+            ("a.jsonl", b"\xef\xbb\xbf{\"id\": 1}\n3\n{\"id\": 2}\n[1]\nnull\n", 2),
+            (
+                "twice.jsonl",
+                b"{\"id\": 1}\n{\"id\": 1, \"id\": 2}\n{\"id\": 3}{\"a\": [{\"b\": 1, \"b\": 1}]}\n",
+                2,
+            ),
+            ("cut.jsonl", b"{\"id\": 1}\n{\"id\": [\n{\"id\": 1}\n{\"id\": {\"a\"", 2),
+            ("behind.jsonl", b"{\"id\": 1}\n{\"id\": 2}, {\"id\": 3}\n{\"id\": 4} oops\n", 2),
+            ("null.jsonl", b"null\n{\"id\": 1}\nnull\n", 1),
             ("a.txt", b"one\n\xff\xfe\ntwo\n", 1),
         ];
         for (name, content, expected) in rows {
@@ -836,6 +1053,86 @@ mod tests {
             assert_eq!(errors.len(), expected, "{name}: {errors:?}");
             assert!(errors.iter().all(|error| error.contains(name)), "{errors:?}");
         }
+    }
+
+    /// Each of these was loaded by ms-swift 4.6.0 and 3.12.6, with as many rows.
+    #[test]
+    fn objects_are_rows_however_they_are_spread_over_lines() {
+        let object = "{\n  \"id\": 1,\n\n  \"text\": \"NaN }{ \\\" \\\\\"\n}\n";
+        let file = |text: &str| text.replace("ONE", "{\"id\": 1, \"text\": \"a\"}");
+        let files = [
+            ("two.jsonl", file("ONE\nONEONE\nONE\n"), 4),
+            ("blank.jsonl", file("ONE ONE\t ONE"), 3),
+            ("first.json", file("ONEONEONE\nONE\n"), 4),
+            ("pretty.jsonl", object.repeat(3), 3),
+            ("pretty.json", file(&format!("{object}ONE\nONE{object}")), 4),
+            ("one.json", object.to_owned(), 1),
+            ("one_line.json", file("ONE"), 1),
+        ];
+        for (name, text, expected) in files {
+            let directory = directory(&[(name, text.as_bytes())]);
+            let files = DataFiles::open(&[directory.path().join(name)]).unwrap();
+            assert_eq!(files.columns().collect::<Vec<_>>(), ["id", "text"], "{name}");
+            let (seen, progress) = ids(&files, 2, usize::MAX);
+            assert_eq!(
+                (seen.len(), progress.rows, progress.rows_known),
+                (expected, expected as u64, true),
+                "{name}"
+            );
+        }
+        // ms-swift reads the first of these too; here it is not looked at, and nobody says that the trainer will stop.
+        let late = file(&format!("ONE\n{object}ONE\n"));
+        let long = object.repeat(usize::try_from(SPREAD_BYTES_MAX).unwrap() / object.len() + 1);
+        for (name, text, what) in
+            [("late.jsonl", late, "spread over lines, behind"), ("long.jsonl", long, "above 320 KiB")]
+        {
+            let directory = directory(&[(name, text.as_bytes())]);
+            let files = DataFiles::open(&[directory.path().join(name)]);
+            let error = files.and_then(|files| unreadable(&files)).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_json_has_no_word_for_are_no_damage() {
+        let rows = "{\"id\": 1, \"a\": NaN}\n{\"id\": 2, \"a\": [-Infinity,Infinity, -NaN]}\n{\"id\": 3, \"a\": \"NaN\"}\n";
+        let list = format!("[{}]", rows.trim_end().replace('\n', ","));
+        for (name, text) in
+            [("a.jsonl", rows), ("a.json", &list), ("pretty.json", &rows.replace(", ", ",\n"))]
+        {
+            let directory = directory(&[(name, text.as_bytes())]);
+            let files = DataFiles::open(&[directory.path().join(name)]).unwrap();
+            let seen = Mutex::new(Vec::new());
+            files
+                .read(1, &|row| {
+                    seen.lock().unwrap().push(row.unwrap());
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            let expected = serde_json::json!([
+                {"id": 1, "a": null}, {"id": 2, "a": [null, null, null]}, {"id": 3, "a": "NaN"}]);
+            assert_eq!(Value::from(seen.into_inner().unwrap()), expected, "{name}");
+        }
+        let directory =
+            directory(&[("b.jsonl", b"{\"id\": 1}\n{\"id\": Nan}\n{\"id\": -}\n{\"id\": Infinity}Infin\n")]);
+        let files = DataFiles::open(&[directory.path().join("b.jsonl")]).unwrap();
+        assert_eq!(unreadable(&files).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn words_are_found_wherever_a_read_ends() {
+        struct ByteByByte<'a>(&'a [u8]);
+        impl Read for ByteByByte<'_> {
+            fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+                self.0.read(&mut buffer[..1])
+            }
+        }
+        let text = br#"{"NaN": NaN, "a\\": -Infinity, "b\"": "Infinity", "c": -1, "d": -Inf, "e": Info, "f": -Infin"#;
+        let mut words = Vec::new();
+        WithoutNan::new(ByteByByte(text)).read_to_end(&mut words).unwrap();
+        let expected =
+            br#"{"NaN": null, "a\\": null, "b\"": "Infinity", "c": -1, "d": null, "e": nullo, "f": -Infin"#;
+        assert_eq!(String::from_utf8_lossy(&words), String::from_utf8_lossy(expected));
     }
 
     #[test]
