@@ -174,7 +174,7 @@ fn fewer_targets_are_a_rung_of_their_own_where_the_job_allows_them() {
     let job = json!({"model": "Qwen/Qwen2.5-7B-Instruct", "dataset": "org/data",
         "allow": {"fewer_targets": true, "emergency": false}});
     env.write("job.json", job.to_string());
-    let small = ["--gpu-free", "22GiB", "--compute-capability", "8.6", "--flash-attn", "yes"];
+    let small = ["--gpu-free", "21.5GiB", "--compute-capability", "8.6", "--flash-attn", "yes"];
     let plan = plan(&env, "job.json", &small).expect(0).json();
     assert_eq!(plan["chosen"]["name"], "fewer_targets", "{plan}");
     let words = plan["command"].as_array().unwrap();
