@@ -684,6 +684,21 @@ impl<R: Read> WithoutNan<R> {
         WithoutNan { from, ready, handed: 0, word, is_quoted: false, is_escaped: false }
     }
 
+    fn take_all(&mut self, mut piece: &[u8]) {
+        while let Some(byte) = piece.first() {
+            let ends: &[u8] = if self.is_quoted { b"\"\\" } else { b"\"NI-" };
+            let is_plain = self.word.is_empty() && !self.is_escaped;
+            let plain = piece.iter().position(|byte| ends.contains(byte)).unwrap_or(piece.len());
+            if is_plain && plain > 0 {
+                self.ready.extend_from_slice(&piece[..plain]);
+                piece = &piece[plain..];
+            } else {
+                self.take(*byte);
+                piece = &piece[1..];
+            }
+        }
+    }
+
     fn take(&mut self, byte: u8) {
         if self.is_quoted {
             self.ready.push(byte);
@@ -722,7 +737,7 @@ impl<R: Read> Read for WithoutNan<R> {
             self.handed = 0;
             let mut piece = [0; 8192];
             let read = self.from.read(&mut piece)?;
-            piece[..read].iter().for_each(|byte| self.take(*byte));
+            self.take_all(&piece[..read]);
             if read == 0 {
                 self.end_word();
                 if self.ready.is_empty() {
