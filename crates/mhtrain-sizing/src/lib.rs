@@ -17,6 +17,7 @@ pub mod estimate;
 pub mod estimate_request;
 pub mod explain;
 pub mod gpu;
+pub mod known;
 pub mod ladder;
 pub mod learn;
 pub mod model;

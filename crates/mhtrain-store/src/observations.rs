@@ -2,23 +2,11 @@
 //!
 //! The newest [`OBSERVATIONS_KEPT`] are kept, also those of jobs that were removed.
 
-use mhtrain_sizing::observation::Observation;
+pub use mhtrain_sizing::known::{OBSERVATIONS_KEPT, ObservationOf};
 use rusqlite::{Connection, params};
 
 use crate::error::StoreError;
 use crate::job::JobId;
-
-/// Observations that are kept at most.
-pub const OBSERVATIONS_KEPT: u32 = 2_000;
-
-/// What one attempt showed.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ObservationOf {
-    /// User id of the job's owner.
-    pub owner_uid: u32,
-    /// The observation.
-    pub observation: Observation,
-}
 
 /// Notes an observation; a second one of the same attempt takes the place of the first.
 pub(crate) fn note(

@@ -19,6 +19,7 @@ pub mod parameters;
 pub mod progress;
 pub mod proof;
 pub mod python_json;
+pub mod showed;
 pub mod stall;
 pub mod template;
 #[cfg(test)]

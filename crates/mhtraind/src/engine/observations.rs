@@ -10,19 +10,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mhtrain_job::diagnosis::{Diagnosis, Kind, Phase};
+use mhtrain_job::diagnosis::Diagnosis;
+use mhtrain_sizing::known::{Known, OBSERVATIONS_KEPT, ObservationOf};
 use mhtrain_sizing::observation::{Observation, Seen, Versions};
 use mhtrain_sizing::pace::Pace;
 use mhtrain_sizing::plan::History;
-use mhtrain_sizing::units::Bytes;
-use mhtrain_store::{OBSERVATIONS_KEPT, ObservationOf};
 use mhtrain_swift::environment::TrainerEnvironment;
+use mhtrain_swift::showed::{self, STEPS_MIN, Showed};
 
 use super::directory::{Lasting, write_whole};
 use super::follow::Follower;
-
-/// Optimizer steps after which a peak is one: the first has the moments made, the second everything at once.
-const STEPS_MIN: u64 = 2;
 
 /// Returns what decides about memory in an environment.
 pub fn versions(environment: &TrainerEnvironment) -> Versions {
@@ -37,30 +34,14 @@ pub fn versions(environment: &TrainerEnvironment) -> Versions {
 
 /// Returns what an attempt that began after `from_step` showed about memory; `None` when it says nothing about what it needed.
 pub fn seen(follower: &Follower, diagnosis: &Diagnosis, from_step: u64) -> Option<Seen> {
-    if diagnosis.kind == Kind::DeviceOom {
-        // An evaluation, a load and a save take other memory than what is predicted.
-        if !diagnosis.certain || !matches!(diagnosis.phase, None | Some(Phase::Train)) {
-            return None;
-        }
-        let evidence = &diagnosis.evidence;
-        // It held this much, there was this much more, and that was not enough.
-        let held = evidence.this_process_bytes?;
-        return Some(Seen::MoreThan {
-            limit: held.saturating_add(evidence.free_bytes.unwrap_or(Bytes::ZERO)),
-        });
-    }
-    if follower.glance(None).step < from_step + STEPS_MIN {
-        return None;
-    }
-    // Without the companion there is the trainer's own figure, at each line that it logs.
-    let logged = follower.log.latest().filter(|logged| logged.step >= from_step + STEPS_MIN);
-    let peaks = follower.telemetry.peaks();
-    let seen = Seen::Peak {
-        allocated: peaks.map(|peaks| peaks.allocated),
-        reserved: peaks.map(|peaks| peaks.reserved).or_else(|| logged?.memory),
-        device: follower.peak.filter(|peak| *peak > Bytes::ZERO),
-    };
-    (seen != Seen::Peak { allocated: None, reserved: None, device: None }).then_some(seen)
+    showed::seen(&Showed {
+        diagnosis,
+        from_step,
+        step: follower.glance(None).step,
+        logged: follower.log.latest(),
+        peaks: follower.telemetry.peaks(),
+        device: follower.peak,
+    })
 }
 
 /// Returns how fast an attempt trained; `None` when it did too few steps to say.
@@ -80,10 +61,6 @@ pub fn pace(follower: &Follower) -> Option<Pace> {
     is_a_time.then_some(Pace { seconds_per_step, steps, row_tokens: None })
 }
 
-/// Most runs of one user's model, method, versions, card and rung that are remembered: the spread of sixteen is known well
-/// enough, and every plan of a job reads all of them.
-const ALIKE_KEPT: usize = 16;
-
 /// Whoever keeps observations.
 pub trait Observer: std::fmt::Debug + Send {
     /// Keeps what an attempt showed. Nothing follows on it, so it cannot fail.
@@ -92,61 +69,44 @@ pub trait Observer: std::fmt::Debug + Send {
 
 /// What is known. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Observations(Arc<Mutex<Known>>);
+pub struct Observations(Arc<Mutex<Kept>>);
 
 #[derive(Debug, Default)]
-struct Known {
-    noted: Vec<ObservationOf>,
+struct Kept {
+    known: Known,
     /// By user and versions, because it is asked for at every look at the queue.
     histories: BTreeMap<(u32, String), Arc<History>>,
-}
-
-impl Known {
-    fn add(&mut self, new: ObservationOf) {
-        let is_alike = |noted: &ObservationOf| {
-            noted.owner_uid == new.owner_uid
-                && noted.observation.fingerprint == new.observation.fingerprint
-                && noted.observation.tier == new.observation.tier
-        };
-        let alike: Vec<usize> = (0..self.noted.len()).filter(|at| is_alike(&self.noted[*at])).collect();
-        if alike.len() >= ALIKE_KEPT {
-            self.noted.remove(alike[0]);
-        }
-        self.noted.push(new);
-        let surplus = self.noted.len().saturating_sub(OBSERVATIONS_KEPT as usize);
-        self.noted.drain(..surplus);
-        self.histories.clear();
-    }
 }
 
 impl Observations {
     /// Returns these, oldest first.
     pub fn new(noted: Vec<ObservationOf>) -> Observations {
-        let mut known = Known::default();
-        noted.into_iter().for_each(|new| known.add(new));
-        Observations(Arc::new(Mutex::new(known)))
+        let mut kept = Kept::default();
+        noted.into_iter().for_each(|new| kept.known.add(new));
+        Observations(Arc::new(Mutex::new(kept)))
     }
 
     /// Adds one.
     pub fn add(&self, new: ObservationOf) {
-        self.known().add(new);
+        let mut kept = self.kept();
+        kept.known.add(new);
+        kept.histories.clear();
     }
 
     /// Returns what corrects the predictions for a user.
     pub fn history(&self, uid: u32, versions: &Versions) -> Arc<History> {
-        let mut known = self.known();
+        let mut kept = self.kept();
         let key = (uid, format!("{versions:?}"));
-        if let Some(history) = known.histories.get(&key) {
+        if let Some(history) = kept.histories.get(&key) {
             return Arc::clone(history);
         }
-        let own = known.noted.iter().filter(|noted| noted.owner_uid == uid);
-        let observations = own.map(|noted| noted.observation.clone()).collect();
+        let observations = kept.known.of(uid).cloned().collect();
         let history = Arc::new(History { observations, versions: versions.clone() });
-        known.histories.insert(key, Arc::clone(&history));
+        kept.histories.insert(key, Arc::clone(&history));
         history
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn kept(&self) -> MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -207,6 +167,7 @@ mod tests {
     use super::*;
     use mhtrain_sizing::observation::Fingerprint;
     use mhtrain_sizing::reserve::Group;
+    use mhtrain_sizing::units::Bytes;
     use mhtrain_sizing::workload::TrainType;
 
     fn noted(owner_uid: u32, seen: Seen) -> ObservationOf {
@@ -252,7 +213,7 @@ mod tests {
         let file = ObservationFile(dir.path().join("below/observations.jsonl"));
         let one = noted(0, Seen::MoreThan { limit: Bytes::from_gib(20) }).observation;
         file.observe(1, one.clone());
-        assert_eq!(file.read().known().noted.len(), 1);
+        assert_eq!(file.read().kept().known.all().len(), 1);
         let wanted = OBSERVATIONS_KEPT as usize;
         let of_model = |n: usize| {
             let mut other = one.clone();
@@ -262,23 +223,6 @@ mod tests {
         let many: String = (0..2 * wanted).map(of_model).collect();
         fs::write(&file.0, format!("not JSON\n{many}")).unwrap();
         file.observe(1, one);
-        assert_eq!(file.read().known().noted.len(), wanted);
-    }
-
-    #[test]
-    fn of_runs_that_are_alike_the_newest_are_kept() {
-        let named = |n: u64| {
-            let mut noted = noted(0, Seen::MoreThan { limit: Bytes::from_gib(n) });
-            noted.observation.name = format!("run {n}");
-            noted
-        };
-        let mut other = named(0);
-        other.observation.fingerprint.model = "another".to_owned();
-        let runs = (1..=ALIKE_KEPT as u64 + 3).map(named);
-        let known = Observations::new(std::iter::once(other).chain(runs).collect());
-        let names: Vec<String> =
-            known.known().noted.iter().map(|noted| noted.observation.name.clone()).collect();
-        assert_eq!(names.len(), ALIKE_KEPT + 1);
-        assert_eq!((names[0].as_str(), names[1].as_str()), ("run 0", "run 4"));
+        assert_eq!(file.read().kept().known.all().len(), wanted);
     }
 }
