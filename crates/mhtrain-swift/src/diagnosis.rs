@@ -243,6 +243,11 @@ impl Diagnoser {
         }
     }
 
+    /// Returns the diagnosis of a training that ended with a loss that was no number.
+    pub fn ended_diverged(&self) -> Option<Diagnosis> {
+        self.metrics.divergence().map(|line| diverged(line, false))
+    }
+
     /// Returns the diagnosis of a training that diverged and cannot come back, while it still runs.
     pub fn diverged_for_good(&self) -> Option<Diagnosis> {
         self.metrics.lost().map(|line| diverged(line, true))

@@ -25,7 +25,12 @@ pub fn diagnose_end(
     loop_ended: bool,
     ended: Option<&EndedByUs>,
 ) -> Diagnosis {
+    // What it printed may lack the line that its log of metrics has.
+    let diverged = printed.ended_diverged().filter(|_| *exit == Exit::Lost && loop_ended);
     let mut diagnosis = printed.finish(facts);
+    if let (Some(diverged), Kind::Interrupted) = (diverged, diagnosis.kind) {
+        diagnosis = diverged;
+    }
     if *exit == Exit::Lost && names_no_cause(&diagnosis) && !loop_ended {
         // It died with its recorder. To a reader of its output alone it may still be running, but it is gone.
         diagnosis = Diagnosis { evidence: diagnosis.evidence, ..Diagnosis::interrupted() };
@@ -115,6 +120,13 @@ mod tests {
             let line = format!("{{'loss': nan, 'grad_norm': nan, 'global_step/max_steps': '{step}/10'}}\n");
             printed.push_bytes(line.as_bytes());
         }
+        // The end may be in its log of metrics alone.
+        let facts = ExitFacts { we_stopped_it: true, ..ExitFacts::default() };
+        assert_eq!(
+            diagnose_end(printed.clone(), &Exit::Lost, facts.clone(), true, None).kind,
+            Kind::Diverged
+        );
+        assert_eq!(diagnose_end(printed.clone(), &Exit::Lost, facts, false, None).kind, Kind::Interrupted);
         printed.push_bytes(b"{'train_runtime': 12.0, 'train_loss': nan, 'epoch': 1.0}\n");
         for (we_stopped_it, oom_kill) in [(false, None), (true, None), (true, Some(true))] {
             let facts = ExitFacts { we_stopped_it, oom_kill, ..ExitFacts::default() };
