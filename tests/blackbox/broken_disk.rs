@@ -109,6 +109,39 @@ impl Broken {
         assert_eq!(trained, (1..=10).collect::<Vec<_>>());
     }
 
+    /// Asserts that the first job trains to its end while the database cannot be written, that this is told to nobody, and that
+    /// the other one waits.
+    #[track_caller]
+    fn assert_ends_untold(&self, first: &str, second: &str) {
+        self.wait_for_ten_steps(first);
+        std::thread::sleep(Duration::from_secs(3));
+        let state = self.served.state(first);
+        assert!(
+            ["running", "recovering"].contains(&state.as_str()),
+            "{state}: no end that is not on disk is told"
+        );
+        assert_eq!(self.served.state(second), "waiting");
+        assert!(self.hits().contains("state/mhtraind.db"), "{}", self.hits());
+    }
+
+    /// Lets the disk be well again, and asserts that both jobs end as if nothing had been, that the one that was refused can be
+    /// submitted now, and that the next daemon knows these three and no other.
+    #[track_caller]
+    fn assert_goes_on_by_itself(&mut self, first: &str, second: &str) {
+        self.is_well_again();
+        self.assert_undisturbed(first, "a");
+        self.assert_undisturbed(second, "b");
+        self.assert_said(1..=4);
+        let third = self.submit(json!({}), "c", &["--key", "k"]).expect(0).stdout.trim().to_owned();
+        self.assert_undisturbed(&third, "c");
+        self.served.kill_and_restart();
+        let jobs = self.served.run(&["status", "--json"]).expect(0).json()["jobs"].clone();
+        assert_eq!(jobs.as_array().unwrap().len(), 3, "what was refused is not there: {jobs:#}");
+        assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "succeeded"), "{jobs:#}");
+        let exit = &self.served.receipt(first)["attempts"][0]["exit"];
+        assert_eq!(*exit, json!({"kind": "code", "code": 0}));
+    }
+
     /// Asserts that what went wrong was said, and not again and again.
     #[track_caller]
     fn assert_said(&self, times: std::ops::RangeInclusive<usize>) {
@@ -138,27 +171,9 @@ fn a_database_whose_fsync_fails_takes_no_job_and_keeps_those_it_has() {
     assert!(refused.stderr.contains("mhtraind.db") && refused.stderr.contains("help:"), "{}", refused.stderr);
     assert_eq!(refused.stderr.lines().count(), 2, "one clear error: {}", refused.stderr);
     // The first ends meanwhile; its end can be read from its files, and not be written down.
-    disk.wait_for_ten_steps(&first);
-    std::thread::sleep(Duration::from_secs(3));
-    let state = disk.served.state(&first);
-    assert!(
-        ["running", "recovering"].contains(&state.as_str()),
-        "{state}: no end that is not on disk is told"
-    );
-    assert_eq!(disk.served.state(&second), "waiting");
-    assert!(disk.hits().contains("state/mhtraind.db"), "{}", disk.hits());
+    disk.assert_ends_untold(&first, &second);
     assert!(disk.hits().contains(&format!("state/jobs/{first}/attempt-1/exit.json")), "{}", disk.hits());
-    disk.is_well_again();
-    disk.assert_undisturbed(&first, "a");
-    disk.assert_undisturbed(&second, "b");
-    disk.assert_said(1..=4);
-    let third = disk.submit(json!({}), "c", &["--key", "k"]).expect(0).stdout.trim().to_owned();
-    disk.assert_undisturbed(&third, "c");
-    disk.served.kill_and_restart();
-    let jobs = disk.served.run(&["status", "--json"]).expect(0).json()["jobs"].clone();
-    assert_eq!(jobs.as_array().unwrap().len(), 3, "what was refused is not there: {jobs:#}");
-    assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "succeeded"), "{jobs:#}");
-    assert_eq!(disk.served.receipt(&first)["attempts"][0]["exit"], json!({"kind": "code", "code": 0}));
+    disk.assert_goes_on_by_itself(&first, &second);
 }
 
 #[test]
@@ -172,26 +187,8 @@ fn a_state_directory_that_turns_read_only_takes_no_job_and_keeps_those_it_has() 
     let refused = disk.submit(json!({}), "c", &["--key", "k"]).expect(1);
     assert!(refused.stderr.contains("read-only") && refused.stderr.contains("help:"), "{}", refused.stderr);
     disk.served.run(&["cancel", &second]).expect(1);
-    disk.wait_for_ten_steps(&first);
-    std::thread::sleep(Duration::from_secs(3));
-    let state = disk.served.state(&first);
-    assert!(
-        ["running", "recovering"].contains(&state.as_str()),
-        "{state}: no end that is not on disk is told"
-    );
-    assert_eq!(disk.served.state(&second), "waiting");
-    assert!(disk.hits().contains("state/mhtraind.db"), "{}", disk.hits());
-    disk.is_well_again();
-    disk.assert_undisturbed(&first, "a");
-    disk.assert_undisturbed(&second, "b");
-    disk.assert_said(1..=4);
-    let third = disk.submit(json!({}), "c", &["--key", "k"]).expect(0).stdout.trim().to_owned();
-    disk.assert_undisturbed(&third, "c");
-    disk.served.kill_and_restart();
-    let jobs = disk.served.run(&["status", "--json"]).expect(0).json()["jobs"].clone();
-    assert_eq!(jobs.as_array().unwrap().len(), 3, "what was refused is not there: {jobs:#}");
-    assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "succeeded"), "{jobs:#}");
-    assert_eq!(disk.served.receipt(&first)["attempts"][0]["exit"], json!({"kind": "code", "code": 0}));
+    disk.assert_ends_untold(&first, &second);
+    disk.assert_goes_on_by_itself(&first, &second);
 }
 
 #[test]
@@ -298,4 +295,28 @@ fn a_job_leaves_a_card_that_failed_although_its_own_files_cannot_be_written_then
     let failed = ask(&disk.served, "GET", "/v1/daemon", "").1;
     assert!(failed.contains("uncorrectable ECC"), "{failed}");
     disk.assert_said(1..=3);
+}
+
+#[test]
+fn a_rerun_whose_record_cannot_be_made_waits_for_the_disk_and_goes_on_by_itself() {
+    let disk = Broken::new();
+    let text = "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. \
+                port: 29500, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use";
+    let fails = json!({"attempts": {"1": {"step_seconds": 0.4, "fail": {"at_step": 8, "text": text}}}});
+    let id = disk.submitted(fails, "a");
+    disk.served.wait_until("a step", |served| served.job(&id)["progress"]["step"].as_u64() >= Some(1));
+    let records: Vec<String> =
+        ["attempt-2", "attempt-3.trial"].iter().map(|name| format!("state/jobs/{id}/{name}")).collect();
+    disk.breaks(&[("read-only", &records[0]), ("read-only", &records[1])]);
+    disk.served.wait_until("its waiting", |served| served.state(&id) == "waiting");
+    let reason = disk.served.job(&id)["reason"].to_string();
+    assert!(reason.contains("cannot be written") && reason.contains("attempt-2"), "{reason}");
+    disk.served.wait_until("another try", |_| disk.hits().contains("attempt-3.trial"));
+    assert_eq!(disk.served.state(&id), "waiting");
+    disk.is_well_again();
+    disk.served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let attempts = disk.served.receipt(&id)["attempts"].clone();
+    assert_eq!(attempts.as_array().unwrap().len(), 3, "{attempts:#}");
+    assert_eq!(attempts[2]["resume"]["from_step"], 6);
+    disk.assert_said(1..=1);
 }

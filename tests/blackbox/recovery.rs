@@ -208,6 +208,19 @@ fn the_network_is_waited_for_longer_each_time_and_at_last_given_up() {
 }
 
 #[test]
+fn the_time_of_a_job_goes_on_while_it_waits_and_no_attempt_begins_after_it() {
+    let host = host();
+    set(&host, "network_backoff_s = 3600");
+    let fail = json!({"at_step": 5, "text": traceback("  File \"hub.py\", line 3, in get", NO_NETWORK)});
+    host.job(json!({"time_limit": "4s"}));
+    let ran = host.run(&["run", "job.json"], json!({"fail": fail})).expect(1);
+    assert!(ran.stdout.contains("until the next try"), "{}", ran.stdout);
+    let receipt = host.receipt();
+    assert_eq!((&receipt["state"], attempts(&receipt).len()), (&json!("failed"), 1), "{receipt:#}");
+    assert!(receipt["reason"].as_str().unwrap().contains("time limit of 4 s"), "{receipt:#}");
+}
+
+#[test]
 fn a_port_in_use_is_answered_with_another_one() {
     let host = host();
     let text = traceback(

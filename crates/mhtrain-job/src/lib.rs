@@ -17,6 +17,7 @@ pub mod schema;
 pub mod secrets;
 pub mod spec;
 pub mod state;
+pub mod stop;
 pub mod take_over;
 
 #[cfg(test)]

@@ -148,12 +148,26 @@ pub enum SpawnError {
     },
 }
 
+/// Returns whether an error is about the disk as it is now and not about what was asked of it.
+#[must_use]
+pub fn is_of_the_disk(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let now = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS, Errno::ACCESS, Errno::PERM, Errno::IO];
+    Errno::from_io_error(error).is_some_and(|errno| now.contains(&errno))
+}
+
 impl SpawnError {
     /// Returns whether a signal ended the recorder before it was up. Then nothing is wrong with what was to be run, and
     /// another attempt may be started.
     #[must_use]
     pub fn is_recorder_killed(&self) -> bool {
         matches!(self, SpawnError::RecorderDied { status, .. } if status.signal().is_some())
+    }
+
+    /// Returns whether the disk does not take the record now: it is full, broken, or must not be written.
+    #[must_use]
+    pub fn is_unwritable(&self) -> bool {
+        matches!(self, SpawnError::Record(RecordError::Io { source, .. }) if is_of_the_disk(source))
     }
 
     /// Returns what the reader can do, where there is something.

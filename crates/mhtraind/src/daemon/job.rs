@@ -15,6 +15,7 @@ use mhtrain_job::event::{Exit, JobEvent, Record};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
+use mhtrain_job::stop;
 use mhtrain_job::take_over::needs_other_device;
 use mhtrain_sizing::observation::Observation;
 use mhtrain_store::{JobId, ObservationOf};
@@ -241,7 +242,7 @@ impl Worker {
         let id = self.id;
         let state = self.daemon.store.call_blocking(move |store| store.state(id))?;
         if let Some(by) = state.stop().filter(|_| !state.is_final()) {
-            self.append(JobEvent::Cancelled { reason: by.to_owned() })?;
+            self.append(stop::end(by, self.spec.time_limit))?;
             self.daemon.queued().remove(&self.id);
         }
         Ok(())
@@ -307,7 +308,7 @@ impl Worker {
             self.end_attempt(attempt.number)?;
         }
         self.append(match state.stop() {
-            Some(by) => JobEvent::Cancelled { reason: by.to_owned() },
+            Some(by) => stop::end(by, self.spec.time_limit),
             None => JobEvent::Failed { reason: failure.message.clone(), help: failure.help.clone() },
         })?;
         // It may have been on its way to another card.

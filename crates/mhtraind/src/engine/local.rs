@@ -25,6 +25,7 @@ use mhtrain_job::rerun::{
     Adjustment, Decision, ExpandableSegments, History, Policy, Rerun, ResumeWish, Wait, decide,
 };
 use mhtrain_job::state::JobState;
+use mhtrain_job::stop;
 use mhtrain_job::take_over::{GoesOn, NextAttempt, attempts_made, goes_on, last_start, unreadable_steps};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::observation::Seen;
@@ -62,6 +63,9 @@ use crate::cli::{diagnose, output};
 use crate::config::Config;
 use crate::engine::secrets;
 use crate::failure::{Failure, Status, unreadable, unwritable};
+
+/// How often is tried whether the disk takes the record of an attempt now.
+const DISK_LOOK: Duration = Duration::from_secs(2);
 
 /// How often a running attempt is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -181,6 +185,8 @@ type Beginning = (Option<Resume>, Option<PathBuf>);
 #[derive(Debug)]
 enum Step {
     Start(Next),
+    /// The disk does not take the record of the next attempt, for this reason.
+    WaitForDisk(Next, Failure),
     Adopt(AttemptStart, Attempt),
     Over(Status),
     OtherDevice,
@@ -234,6 +240,8 @@ impl DueStop {
 enum Unlaunched {
     /// Somebody killed its recorder: another attempt can be made.
     Killed(String),
+    /// The disk does not take its record now.
+    Unwritable(Failure),
     /// It cannot be started.
     Failed(Failure),
 }
@@ -461,6 +469,7 @@ impl<'a> Job<'a> {
                     self.clean_up();
                     return Ok(Verdict { status: Some(status), receipt: self.receipt.clone() });
                 }
+                Step::WaitForDisk(next, failure) => self.wait_for_disk(next, failure).await?,
                 Step::OtherDevice => {
                     self.save_receipt()?;
                     self.clean_up();
@@ -514,19 +523,31 @@ impl<'a> Job<'a> {
         self.ended.drain(..).for_each(|attempt| clean_up(&attempt));
     }
 
-    /// Waits for what must pass before an attempt; returns a step when that ends the job.
+    /// Waits for what must pass before an attempt; returns a step when that ends the job. Its time goes on meanwhile.
     async fn wait(&mut self, next: &Next) -> Result<Option<Step>, Failure> {
+        self.set_deadline();
+        let deadline = self.deadline;
+        let late = until(deadline);
         let waited = match next.wait {
+            Wait::None if deadline.is_some_and(|at| Instant::now() >= at) => {
+                Waited::Stopped(StopCause::TimeLimit)
+            }
             Wait::None => Waited::Free,
             Wait::Seconds(seconds) => {
                 self.waiting(format!("{seconds} s until the next try"))?;
-                pause(Duration::from_secs(seconds), &mut self.signals).await
+                tokio::select! {
+                    waited = pause(Duration::from_secs(seconds), &mut self.signals) => waited,
+                    () = late => Waited::Stopped(StopCause::TimeLimit),
+                }
             }
             Wait::ForMemory { need, seconds_max } => {
                 let holders = self.card.holders().join(", ");
                 self.waiting(format!("{need} of device memory are needed; {holders}"))?;
                 let limit = Duration::from_secs(seconds_max);
-                self.card.wait_for(need, limit, &mut self.signals, &self.screen).await
+                tokio::select! {
+                    waited = self.card.wait_for(need, limit, &mut self.signals, &self.screen) => waited,
+                    () = late => Waited::Stopped(StopCause::TimeLimit),
+                }
             }
         };
         match waited {
@@ -579,18 +600,15 @@ impl<'a> Job<'a> {
         match self.spawn(&start, checkpoint) {
             Ok(attempt) => Ok(Ok((start, attempt))),
             Err(Unlaunched::Killed(why)) => {
-                self.screen.say(format!("attempt {number} was interrupted: {why}"));
-                let diagnosis = Diagnosis::interrupted();
-                self.note_end(&Exit::Lost, &diagnosis, None);
-                self.journal.record(JobEvent::AttemptEnded {
-                    attempt: number,
-                    exit: Exit::Lost,
-                    diagnosis: Box::new(diagnosis.clone()),
-                    last_step: None,
-                })?;
+                let diagnosis = self.never_ran(number, &why)?;
                 self.answer(&diagnosis, None).map(Err)
             }
-            Err(Unlaunched::Failed(failure)) => {
+            // Whoever starts a job by hand is told at once.
+            Err(Unlaunched::Unwritable(failure)) if self.receipt.id.is_some() || number > 1 => {
+                self.never_ran(number, &failure.message)?;
+                Ok(Err(Step::WaitForDisk(next.clone(), failure)))
+            }
+            Err(Unlaunched::Unwritable(failure) | Unlaunched::Failed(failure)) => {
                 let exit = Exit::SpawnFailed { error: failure.message.clone() };
                 let diagnosis = Diagnosis { kind: Kind::Unknown, certain: true, ..Diagnosis::interrupted() };
                 self.note_end(&exit, &diagnosis, None);
@@ -601,6 +619,42 @@ impl<'a> Job<'a> {
                     last_step: None,
                 })?;
                 self.failed(failure.message, failure.help).map(Err)
+            }
+        }
+    }
+
+    /// Writes down that an attempt ended before there was a trainer.
+    fn never_ran(&mut self, number: u32, why: &str) -> Result<Diagnosis, Failure> {
+        self.screen.say(format!("attempt {number} was interrupted: {why}"));
+        let diagnosis = Diagnosis::interrupted();
+        self.note_end(&Exit::Lost, &diagnosis, None);
+        self.journal.record(JobEvent::AttemptEnded {
+            attempt: number,
+            exit: Exit::Lost,
+            diagnosis: Box::new(diagnosis.clone()),
+            last_step: None,
+        })?;
+        Ok(diagnosis)
+    }
+
+    /// Waits until the disk takes the record of an attempt, and starts one then.
+    async fn wait_for_disk(&mut self, next: Next, failure: Failure) -> Result<Step, Failure> {
+        let error = &failure.message;
+        let job = self.receipt.id;
+        tracing::error!(job, error, "the next attempt waits until its record can be written");
+        self.waiting(format!("its record cannot be written: {error}"))?;
+        let number = u32::try_from(self.receipt.attempts.len() + 1).unwrap_or(u32::MAX);
+        let record = self.directory.record(number);
+        loop {
+            let waited = tokio::select! {
+                waited = pause(DISK_LOOK, &mut self.signals) => waited,
+                () = until(self.deadline) => Waited::Stopped(StopCause::TimeLimit),
+            };
+            if let Waited::Stopped(cause) = waited {
+                return self.cancelled(cause);
+            }
+            if can_be_written(&record) {
+                return Ok(Step::Start(Next { wait: Wait::None, ..next }));
             }
         }
     }
@@ -742,9 +796,13 @@ impl<'a> Job<'a> {
             identity: self.origin.identity.clone(),
             extent: Extent::Cgroup,
         };
-        Attempt::launch(&own_exe()?, &record, &spec, &env).map_err(|error| match error.is_recorder_killed() {
-            true => Unlaunched::Killed(chain(&error)),
-            false => Failure::failed("cannot_start", chain(&error)).help(error.help()).into(),
+        Attempt::launch(&own_exe()?, &record, &spec, &env).map_err(|error| {
+            let failure = || Failure::failed("cannot_start", chain(&error)).help(error.help());
+            match error.is_recorder_killed() {
+                true => Unlaunched::Killed(chain(&error)),
+                false if error.is_unwritable() => Unlaunched::Unwritable(failure()),
+                false => failure().into(),
+            }
         })
     }
 
@@ -793,11 +851,7 @@ impl<'a> Job<'a> {
         let mut end = recorder_end();
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        if self.deadline.is_none() {
-            let used = self.time_used();
-            let left = self.prepared.spec.time_limit.map(|limit| limit.saturating_sub(used));
-            self.deadline = left.map(|left| Instant::now() + left);
-        }
+        self.set_deadline();
         self.screen.start_bar(start.attempt);
         loop {
             let asked = tokio::select! {
@@ -927,15 +981,20 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
+    /// Finds out when the job's time is over, once it has begun.
+    fn set_deadline(&mut self) {
+        if self.deadline.is_none() {
+            let left = self.time_used().and_then(|used| stop::time_left(self.prepared.spec.time_limit, used));
+            self.deadline = left.map(|left| Instant::now() + left);
+        }
+    }
+
     /// Returns the time since the job's first attempt was started, by the clock on the wall: a process before us may
-    /// have started it.
-    fn time_used(&self) -> Duration {
-        let first =
-            self.journal.records().iter().find(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
-        let began = first.and_then(|record| record.at.parse::<jiff::Timestamp>().ok());
-        began
-            .and_then(|began| Duration::try_from(jiff::Timestamp::now().duration_since(began)).ok())
-            .unwrap_or_default()
+    /// have started it; `None` before that.
+    fn time_used(&self) -> Option<Duration> {
+        let began = stop::time_began(self.journal.records())?.parse::<jiff::Timestamp>().ok()?;
+        // A clock that was set back says nothing.
+        Some(Duration::try_from(jiff::Timestamp::now().duration_since(began)).unwrap_or_default())
     }
 
     fn grace(&self) -> Duration {
@@ -1157,13 +1216,13 @@ impl<'a> Job<'a> {
         Ok(Step::Over(Status::Failed))
     }
 
+    /// Ends the job as whoever stopped it has it: its time limit fails it, everybody else cancels it.
     fn cancelled(&mut self, cause: StopCause) -> Result<Step, Failure> {
-        if cause == StopCause::TimeLimit {
-            let limit = self.prepared.spec.time_limit.unwrap_or_default().as_secs();
-            let help = "raise `time_limit` and start it again with --continue: it goes on";
-            return self.failed(format!("its time limit of {limit} s is over"), Some(help.to_owned()));
+        let end = stop::end(&cause.to_string(), self.prepared.spec.time_limit);
+        if let JobEvent::Failed { reason, help } = end {
+            return self.failed(reason, help);
         }
-        self.journal.record(JobEvent::Cancelled { reason: cause.to_string() })?;
+        self.journal.record(end)?;
         let help = "start it again with --continue: it goes on from its last checkpoint".to_owned();
         self.over("cancelled", Some(cause.to_string()), Some(help));
         Ok(Step::Over(cause.status()))
@@ -1268,6 +1327,28 @@ async fn arrival(arrivals: Option<&AsyncFd<Arrivals>>) {
     readable(arrivals).await;
     if let Some(arrivals) = arrivals {
         arrivals.get_ref().forget();
+    }
+}
+
+/// Returns whether a directory like this one, with something in it, can be made. Nothing is left of it.
+fn can_be_written(record: &Path) -> bool {
+    let trial = record.with_extension("trial");
+    let file = trial.join("trial");
+    let made = std::fs::create_dir(&trial).or_else(|e| match e.kind() {
+        std::io::ErrorKind::AlreadyExists => Ok(()),
+        _ => Err(e),
+    });
+    let written = made.and_then(|()| std::fs::write(&file, [0; 4096]));
+    let _not_made = std::fs::remove_file(&file);
+    let _not_made = std::fs::remove_dir(&trial);
+    written.is_ok()
+}
+
+/// Waits for a moment; for ever where there is none.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use mhtrain_job::stop;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -30,7 +31,7 @@ impl fmt::Display for StopCause {
             StopCause::CtrlC => "Ctrl-C",
             StopCause::Sigterm => "SIGTERM",
             StopCause::Hangup => "SIGHUP (the terminal was closed)",
-            StopCause::TimeLimit => "its time limit",
+            StopCause::TimeLimit => stop::TIME_LIMIT,
             StopCause::Cancel => "cancel",
             StopCause::StopFile => "its stop file",
         })
