@@ -17,7 +17,10 @@ use mhtrain_job::rerun::{
 };
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
+use mhtrain_job::stop;
 use mhtrain_job::take_over::{GoesOn, NextAttempt, attempts_made, goes_on, last_start, unreadable_steps};
+use mhtrain_sizing::known::ObservationOf;
+use mhtrain_sizing::observation::Seen;
 use mhtrain_sizing::plan::Plan;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_swift::beginning::{self, Beginning, Saved, Wanted};
@@ -25,6 +28,7 @@ use mhtrain_swift::diagnosis::{Diagnoser, ExitFacts};
 use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::progress::{StderrWatch, TrainerLog};
 use mhtrain_swift::proof::{ExitStatus, PlannedSteps, Proof, ProofInput, ProofKind, Unproven, prove};
+use mhtrain_swift::showed::{Showed, seen};
 use mhtrain_swift::stall::Stall;
 use mhtrain_swift::verdict::{Conclusion, EndedByUs, conclude, diagnose_end};
 
@@ -61,7 +65,10 @@ pub(crate) struct JobLoop {
     spec: Rc<JobSpec>,
     policy: Rc<Policy>,
     records: Vec<Record>,
-    stop: bool,
+    /// Who asked for the end, as the events name it.
+    stop: Option<String>,
+    /// When the job's time is over, once it is known.
+    deadline: Option<u64>,
     step: Step,
     take_overs: u32,
     tries: u32,
@@ -88,6 +95,8 @@ enum Step {
     Follow { start: AttemptStart, noted: bool, stop_sent: bool },
     /// Writes down how it ended.
     Ended { start: AttemptStart, exit: Exit, oom_kill: Option<bool>, stall: Option<Stall> },
+    /// Lets later plans learn from it.
+    Observe { start: AttemptStart, exit: Exit, diagnosis: Diagnosis },
     /// Asks what that means.
     Conclude { start: AttemptStart, exit: Exit, diagnosis: Diagnosis },
     /// Asks what is tried next.
@@ -182,7 +191,8 @@ impl JobLoop {
             spec,
             policy: Rc::new(policy),
             records: Vec::new(),
-            stop: false,
+            stop: None,
+            deadline: None,
             step: Step::Open,
             take_overs: 0,
             tries: 0,
@@ -200,12 +210,14 @@ impl JobLoop {
 
     /// Returns whether there is something to do now.
     pub(crate) fn is_ready(&self, world: &World<'_>) -> bool {
-        if world.disk.full && self.writes() {
+        if world.disk.full && self.writes(world) {
             // The real one asks the store again and again: nothing follows on an event that is not recorded.
             return false;
         }
         match &self.step {
-            Step::Wait { until, .. } => self.asked_to_stop || has_passed(until, self.sized.card, world),
+            Step::Wait { until, .. } => {
+                self.asked_to_stop || self.is_late(world) || has_passed(until, self.sized.card, world)
+            }
             Step::Pause { until } => *until <= world.now,
             Step::Started(start) => {
                 let id = (self.id, start.attempt);
@@ -216,7 +228,8 @@ impl JobLoop {
                 let id = (self.id, start.attempt);
                 let Some(files) = world.disk.attempts.get(&id) else { return true };
                 let started = files.trainer.is_some() && !noted;
-                let asked = (self.asked_to_stop || self.stop) && !stop_sent;
+                let late = self.is_late(world) && self.stop.is_none();
+                let asked = (self.asked_to_stop || self.stop.is_some() || late) && !stop_sent;
                 let gone = files.exit.is_some() || !world.recorders.contains_key(&id);
                 started || asked || gone || self.is_stalled(id, world)
             }
@@ -226,6 +239,7 @@ impl JobLoop {
             | Step::Launch(_)
             | Step::Spawn(..)
             | Step::Ended { .. }
+            | Step::Observe { .. }
             | Step::Conclude { .. }
             | Step::Answer { .. }
             | Step::Leave
@@ -235,9 +249,33 @@ impl JobLoop {
         }
     }
 
+    /// Returns whether the job's time is over.
+    fn is_late(&self, world: &World<'_>) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= world.now)
+    }
+
+    /// Returns whether its time is over and it can do something about that now.
+    pub(crate) fn is_late_and_ready(&self, world: &World<'_>) -> bool {
+        self.is_late(world) && self.is_ready(world)
+    }
+
+    /// Finds out when the job's time is over, once it has begun.
+    fn set_deadline(&mut self, world: &World<'_>) {
+        let Some(began) = stop::time_began(&self.records).filter(|_| self.deadline.is_none()) else { return };
+        let used = (world.wall_seconds() - seconds_of(began)).max(0).unsigned_abs();
+        let used = match world.bug {
+            Some(Bug::TimeBeginsAgain) => 0,
+            Some(Bug::TimeCountedTwice) => 2 * used,
+            _ => used,
+        };
+        let left = stop::time_left(self.spec.time_limit, Duration::from_secs(used));
+        self.deadline = left.map(|left| world.now + left.as_secs());
+    }
+
     /// Returns whether the next step writes an event.
-    fn writes(&self) -> bool {
+    fn writes(&self, world: &World<'_>) -> bool {
         match &self.step {
+            Step::Follow { stop_sent: false, .. } if self.is_late(world) && self.stop.is_none() => true,
             Step::NeverStarted(_)
             | Step::Wait { until: Until::Told, .. }
             | Step::Launch(_)
@@ -251,6 +289,7 @@ impl JobLoop {
             | Step::Wait { .. }
             | Step::Spawn(..)
             | Step::Follow { .. }
+            | Step::Observe { .. }
             | Step::Conclude { .. }
             | Step::Leave
             | Step::Keep { .. }
@@ -262,18 +301,20 @@ impl JobLoop {
     fn is_stalled(&self, id: AttemptId, world: &World<'_>) -> bool {
         let since =
             world.truth.hangs_since(id).filter(|_| world.trainers.get(&id).is_some_and(|it| it.hangs()));
-        since.is_some_and(|since| since + STALL_S <= world.now) && !self.asked_to_stop && !self.stop
+        since.is_some_and(|since| since + STALL_S <= world.now) && !self.asked_to_stop && self.stop.is_none()
     }
 
     /// Returns when the loop goes on by the clock alone.
     pub(crate) fn timer(&self, world: &World<'_>) -> Option<u64> {
+        let deadline = self.deadline.filter(|_| self.stop.is_none());
         match &self.step {
             Step::Wait { until: Until::Returned(at) | Until::Time(at) | Until::Memory(_, at), .. } => {
-                Some(*at)
+                Some(deadline.map_or(*at, |deadline| deadline.min(*at)))
             }
             Step::Pause { until } => Some(*until),
             Step::Follow { start, .. } => {
-                world.truth.hangs_since((self.id, start.attempt)).map(|since| since + STALL_S)
+                let stalls = world.truth.hangs_since((self.id, start.attempt)).map(|since| since + STALL_S);
+                stalls.into_iter().chain(deadline).filter(|at| *at > world.now).min()
             }
             _ => None,
         }
@@ -363,6 +404,10 @@ impl JobLoop {
             Step::Ended { start, exit, oom_kill, stall } => {
                 self.ended(world, start, exit, oom_kill, stall.as_ref())
             }
+            Step::Observe { start, exit, diagnosis } => {
+                self.observe(world, &start, &diagnosis)?;
+                Ok(Step::Conclude { start, exit, diagnosis })
+            }
             Step::Conclude { start, exit, diagnosis } => Ok(self.conclude(world, &start, &exit, diagnosis)),
             Step::Answer { diagnosis, unproven } => self.answer(world, &diagnosis, unproven),
             Step::Leave => {
@@ -371,8 +416,8 @@ impl JobLoop {
                 if let Some(daemon) = &mut world.daemon {
                     daemon.failed_cards.insert(card);
                 }
-                if world.disk.job(self.id).state.stop().is_some() {
-                    return Ok(Step::End(JobEvent::Cancelled { reason: "cancel".to_owned() }));
+                if let Some(by) = world.disk.job(self.id).state.stop() {
+                    return Ok(Step::End(self.end_of_stopped(by)));
                 }
                 if let Some(daemon) = &mut world.daemon {
                     daemon.queued.insert(self.id, Waiting::default());
@@ -397,17 +442,24 @@ impl JobLoop {
 
     fn open(&mut self, world: &World<'_>) -> Result<Step, Failure> {
         self.asked_to_stop = false;
+        self.deadline = None;
         self.records.clone_from(&world.disk.job(self.id).records);
         let state = self.state()?;
         if state.is_final() {
             return Ok(Step::Over);
         }
-        self.stop = state.stop().is_some();
+        self.stop = state.stop().map(str::to_owned);
+        if world.bug == Some(Bug::TimeLimitCancels) {
+            self.stop = self.stop.as_ref().map(|_| "cancel".to_owned());
+        }
         match goes_on(&self.records).map_err(|e| Failure(e.to_string()))? {
             GoesOn::Begin => Err(Failure("a job with a device was planned".to_owned())),
-            GoesOn::Cancel => Ok(cancelled()),
+            GoesOn::Cancel => Ok(self.cancelled()),
             GoesOn::Follow(start) if world.bug == Some(Bug::DoubleStart) => Ok(Step::NeverStarted(start)),
             GoesOn::Follow(start) => Ok(self.adopt(start)),
+            GoesOn::Judge { start, exit, diagnosis } if world.bug == Some(Bug::LearnedTwice) => {
+                Ok(Step::Observe { start, exit, diagnosis })
+            }
             GoesOn::Judge { start, exit, diagnosis } => Ok(Step::Conclude { start, exit, diagnosis }),
             GoesOn::Start(NextAttempt { rung, adjustments, resume, wait }) => {
                 self.start_again(rung.unwrap_or(self.plan().chosen), adjustments, resume, wait)
@@ -435,7 +487,11 @@ impl JobLoop {
 
     fn wait(&mut self, world: &mut World<'_>, next: Next, until: Until) -> Result<Step, Failure> {
         if self.asked_to_stop && !matches!(until, Until::Begin | Until::Told) {
-            return Ok(cancelled());
+            return Ok(self.cancelled());
+        }
+        self.set_deadline(world);
+        if self.is_late(world) && !matches!(until, Until::Begin | Until::Told | Until::Returned(_)) {
+            return Ok(self.time_is_over());
         }
         let then = |until| Ok(Step::Wait { next: next.clone(), until });
         match until {
@@ -460,6 +516,11 @@ impl JobLoop {
 
     /// Decides from where an attempt goes on, and writes down that it is about to be started.
     fn launch(&mut self, world: &mut World<'_>, next: &Next) -> Result<Step, Failure> {
+        // The real one looks at the clock and launches without anybody in between.
+        self.set_deadline(world);
+        if self.is_late(world) {
+            return Ok(self.time_is_over());
+        }
         let number = self.state()?.attempts() + 1;
         let mut tier = self.plan().rungs[next.rung].tier.clone();
         let saved = self.saved(world, next.wish);
@@ -559,6 +620,8 @@ impl JobLoop {
         stop_sent: bool,
     ) -> Result<Step, Failure> {
         let id = (self.id, start.attempt);
+        self.set_deadline(world);
+        let late = self.is_late(world) && self.stop.is_none() && !self.asked_to_stop;
         let stalled = self.is_stalled(id, world);
         let Some(files) = world.disk.attempts.get_mut(&id) else {
             // The intention was recorded and nothing else: no recorder ever was.
@@ -569,9 +632,14 @@ impl JobLoop {
             files.abandoned = true;
             return Ok(Step::NeverStarted(start));
         }
-        if (self.asked_to_stop || self.stop) && !stop_sent {
+        if late {
+            self.append(world, JobEvent::StopRequested { by: stop::TIME_LIMIT.to_owned() })?;
+            self.stop = Some(stop::TIME_LIMIT.to_owned());
+            return Ok(Step::Follow { start, noted, stop_sent });
+        }
+        if (self.asked_to_stop || self.stop.is_some()) && !stop_sent {
             files.stop = true;
-            self.stop = true;
+            self.stop.get_or_insert_with(|| "cancel".to_owned());
             return Ok(Step::Follow { start, noted, stop_sent: true });
         }
         if let (Some(process), false) = (files.trainer.clone(), noted) {
@@ -626,7 +694,7 @@ impl JobLoop {
             code: if let Exit::Code { code } = exit { Some(code) } else { None },
             signal: if let Exit::Signal { signal } = exit { Some(signal) } else { None },
             oom_kill,
-            we_stopped_it: self.stop || stall.is_some(),
+            we_stopped_it: self.stop.is_some() || stall.is_some(),
             expandable_segments: Some(
                 self.policy.expandable_segments != ExpandableSegments::Off
                     || start.adjustments.contains(&Adjustment::ExpandableSegments),
@@ -639,7 +707,34 @@ impl JobLoop {
         let ended = stall.cloned().map(EndedByUs::Stalled);
         let diagnosis = diagnose_end(follower.diagnoser, &exit, facts, loop_ended, ended.as_ref());
         self.note_end(world, start.attempt, exit.clone(), &diagnosis, last_step)?;
-        Ok(Step::Conclude { start, exit, diagnosis })
+        Ok(match world.script.learns {
+            true => Step::Observe { start, exit, diagnosis },
+            false => Step::Conclude { start, exit, diagnosis },
+        })
+    }
+
+    /// Keeps what an attempt showed, for this daemon and, unless that gets lost, for the next.
+    fn observe(
+        &self,
+        world: &mut World<'_>,
+        start: &AttemptStart,
+        diagnosis: &Diagnosis,
+    ) -> Result<(), Failure> {
+        let id = (self.id, start.attempt);
+        let follower = Follower::read(files_of(world, id)?);
+        let from_step = start.resume.as_ref().map_or(0, |resume| resume.from_step);
+        let step = follower.last_step().unwrap_or(0);
+        let logged = follower.log.latest();
+        let mut shown = seen(&Showed { diagnosis, from_step, step, logged, peaks: None, device: None });
+        if let (Some(Bug::CensoredAsPeak), Some(Seen::MoreThan { limit })) = (world.bug, shown) {
+            shown = Some(Seen::Peak { allocated: None, reserved: Some(limit), device: None });
+        }
+        let Some(shown) = shown else { return Ok(()) };
+        let name = format!("job {}, attempt {}", id.0, id.1);
+        let Some(observation) = self.plan().observation(start.rung, name, shown, None) else { return Ok(()) };
+        let noted = ObservationOf { owner_uid: world.disk.job(self.id).owner_uid, observation };
+        world.learn(id, noted);
+        Ok(())
     }
 
     fn note_end(
@@ -668,13 +763,13 @@ impl JobLoop {
             }
             _ => proven,
         };
-        match conclude(proven, &diagnosis, exit, self.stop) {
+        match conclude(proven, &diagnosis, exit, self.stop.is_some()) {
             Conclusion::Succeeded(proof) => {
                 let last = proof.steps;
                 let proof = serde_json::to_value(proof).unwrap_or_default();
                 Step::Keep { id: (self.id, start.attempt), last, event: JobEvent::Succeeded { proof } }
             }
-            Conclusion::Cancelled => cancelled(),
+            Conclusion::Cancelled => self.cancelled(),
             Conclusion::NotStarted(error) => failed(format!("the trainer could not be started: {error}")),
             Conclusion::Answer(unproven) => Step::Answer { diagnosis, unproven },
         }
@@ -702,6 +797,19 @@ impl JobLoop {
             planned: PlannedSteps::Epochs(start.tier.num_train_epochs),
             checkpoint: last.as_ref(),
         })
+    }
+
+    /// Ends the job as whoever stopped it has it.
+    fn cancelled(&self) -> Step {
+        Step::End(self.end_of_stopped(self.stop.as_deref().unwrap_or("cancel")))
+    }
+
+    fn time_is_over(&self) -> Step {
+        Step::End(self.end_of_stopped(stop::TIME_LIMIT))
+    }
+
+    fn end_of_stopped(&self, by: &str) -> JobEvent {
+        stop::end(by, self.spec.time_limit)
     }
 
     fn answer(
@@ -753,10 +861,10 @@ impl JobLoop {
             self.note_end(world, attempt.number, Exit::Lost, &Diagnosis::interrupted(), None)?;
         }
         let event = match state.stop() {
-            Some(by) => JobEvent::Cancelled { reason: by.to_owned() },
+            Some(by) => self.end_of_stopped(by),
             None => JobEvent::Failed { reason: why.to_owned(), help: None },
         };
-        if matches!(event, JobEvent::Failed { .. }) && world.broken.is_none() {
+        if state.stop().is_none() && world.broken.is_none() {
             world.broken = Some(Violation::FailedByAccident { job: self.id, why: why.to_owned() });
         }
         self.append(world, event)?;
@@ -799,8 +907,11 @@ fn has_memory(need: Bytes, card: usize, world: &World<'_>) -> bool {
     !world.nvml_answers() || Bytes::from_gib(world.free(card)) >= need
 }
 
-fn cancelled() -> Step {
-    Step::End(JobEvent::Cancelled { reason: "cancel".to_owned() })
+/// Returns the seconds that a time of [`World::wall`] stands for.
+fn seconds_of(wall: &str) -> i64 {
+    let number =
+        |at: std::ops::Range<usize>| wall.get(at).and_then(|text| text.parse::<i64>().ok()).unwrap_or(0);
+    (number(8..10) - 1) * 86_400 + number(11..13) * 3600 + number(14..16) * 60 + number(17..19)
 }
 
 fn failed(reason: String) -> Step {

@@ -23,11 +23,27 @@ pub enum Bug {
     ForgottenCancel,
     /// A trainer is started before that is written down.
     EffectBeforeIntention,
+    /// A daemon that starts gives every job its whole time again.
+    TimeBeginsAgain,
+    /// What a daemon before used of a job's time counts twice.
+    TimeCountedTwice,
+    /// A daemon that starts takes a job that its time limit stops for one that its user cancelled.
+    TimeLimitCancels,
+    /// A key is looked up without its user.
+    KeyOfAnybody,
+    /// Whose job it is is not looked at by a cancel.
+    CancelByAnybody,
+    /// What anybody's attempts showed counts for everybody.
+    LearnedFromOthers,
+    /// What an attempt held that ran out of memory is taken for all that it needs.
+    CensoredAsPeak,
+    /// An end that is judged again is learned from again.
+    LearnedTwice,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 9] = [
+    pub const ALL: [Bug; 17] = [
         Bug::LostAck,
         Bug::DoubleStart,
         Bug::LowerTierOnKill,
@@ -37,5 +53,13 @@ impl Bug {
         Bug::PidAlone,
         Bug::ForgottenCancel,
         Bug::EffectBeforeIntention,
+        Bug::TimeBeginsAgain,
+        Bug::TimeCountedTwice,
+        Bug::TimeLimitCancels,
+        Bug::KeyOfAnybody,
+        Bug::CancelByAnybody,
+        Bug::LearnedFromOthers,
+        Bug::CensoredAsPeak,
+        Bug::LearnedTwice,
     ];
 }

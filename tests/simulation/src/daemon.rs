@@ -9,6 +9,8 @@ use mhtrain_job::queue::{self, Dependency, DependencyState, Fit, Leases, Offer, 
 use mhtrain_job::spec::DeviceWish;
 use mhtrain_job::state::JobState;
 use mhtrain_job::take_over::{Place, place};
+use mhtrain_sizing::known::{Known, ObservationOf};
+use mhtrain_sizing::observation::Observation;
 use mhtrain_sizing::plan::Plan;
 use mhtrain_sizing::units::Bytes;
 use serde_json::{Value, json};
@@ -17,7 +19,7 @@ use crate::attempts::JobLoop;
 use crate::bugs::Bug;
 use crate::disk::StoreError;
 use crate::invariants::{self, Violation};
-use crate::sizing::size;
+use crate::sizing::{Learned, size};
 use crate::world::World;
 
 /// A daemon that lives. All of it is lost when it dies.
@@ -29,6 +31,10 @@ pub(crate) struct Daemon {
     pub(crate) live: BTreeMap<u64, JobLoop>,
     pub(crate) drained: bool,
     pub(crate) failed_cards: BTreeSet<usize>,
+    /// What attempts showed.
+    known: Known,
+    /// What of that counts for whom.
+    learned: BTreeMap<u32, Rc<Learned>>,
     /// What the last look decided and is not done yet.
     effects: VecDeque<Effect>,
     /// What the last look saw.
@@ -49,12 +55,14 @@ enum Effect {
 }
 
 /// What a job is started with.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Sized {
     pub(crate) card: usize,
     /// What was free then: with it the plan can be made again.
     pub(crate) free: u64,
     pub(crate) plan: Rc<Plan>,
+    /// What was known then.
+    pub(crate) learned: Rc<Learned>,
 }
 
 /// All that a look depends on.
@@ -67,6 +75,7 @@ struct View {
     queued: Vec<u64>,
     live: Vec<u64>,
     over: usize,
+    observations: usize,
 }
 
 impl Daemon {
@@ -79,11 +88,36 @@ impl Daemon {
             queued: self.queued.keys().copied().collect(),
             live: self.live.keys().copied().collect(),
             over: world.disk.jobs().filter(|(_, job)| job.state.is_final()).count(),
+            observations: self.known.all().len(),
         }
     }
 
     pub(crate) fn wants_to_look(&self, world: &World<'_>) -> bool {
         !self.effects.is_empty() || (!self.queued.is_empty() && self.seen.as_ref() != Some(&self.view(world)))
+    }
+
+    /// Adds what an attempt showed.
+    pub(crate) fn learn(&mut self, noted: ObservationOf) {
+        self.known.add(noted);
+        self.learned.clear();
+    }
+
+    /// Returns how often an observation of this name is known.
+    pub(crate) fn knows(&self, name: &str) -> usize {
+        self.known.all().iter().filter(|noted| noted.observation.name == name).count()
+    }
+
+    /// Lets everything be ready that counts for a user.
+    fn read_up(&mut self, uid: u32, bug: Option<Bug>) {
+        if !self.learned.contains_key(&uid) {
+            let counts: Vec<Observation> = match bug {
+                Some(Bug::LearnedFromOthers) => {
+                    self.known.all().iter().map(|noted| noted.observation.clone()).collect()
+                }
+                _ => self.known.of(uid).cloned().collect(),
+            };
+            self.learned.insert(uid, Rc::new(Learned::from(counts)));
+        }
     }
 
     fn leases(&self) -> Leases {
@@ -109,6 +143,9 @@ impl World<'_> {
             failed_cards: self.disk.failed_cards.clone(),
             ..Daemon::default()
         };
+        if self.script.learns {
+            self.disk.observations.iter().for_each(|(_, noted, _)| daemon.learn(noted.clone()));
+        }
         if let Err(job) = self.disk.open() {
             self.broken = Some(Violation::StoreDiffers { job });
         }
@@ -150,9 +187,8 @@ impl World<'_> {
         })?;
         let number = |key: &str| planned.get(key).and_then(Value::as_u64);
         let (card, free) = (usize::try_from(number("card")?).ok()?, number("free")?);
-        let job = &self.script.jobs[stored.context.script];
-        let plan = size(&stored.spec, &job.wish, self.cards.get(card)?.total, free).ok()?;
-        Some(Sized { card, free, plan })
+        let plan = Rc::clone(self.disk.plans.get(usize::try_from(number("plan")?).ok()?)?);
+        Some(Sized { card, free, plan, learned: Rc::default() })
     }
 
     /// Looks through the queue, or does what the last look decided.
@@ -171,6 +207,9 @@ impl World<'_> {
     }
 
     fn look(&mut self, daemon: &mut Daemon) {
+        for id in daemon.queued.keys().copied().collect::<Vec<_>>() {
+            daemon.read_up(self.disk.job(id).owner_uid, self.bug);
+        }
         let jobs: Vec<QueuedJob> = daemon.queued.keys().map(|id| self.queued_job(*id, daemon)).collect();
         let leases =
             if self.bug == Some(Bug::TwoJobsOnADevice) { Leases::default() } else { daemon.leases() };
@@ -192,7 +231,7 @@ impl World<'_> {
             name: format!("GPU {card}"),
             fit: match daemon.failed_cards.contains(&card) {
                 true => Fit::Unusable { why: "it failed".to_owned() },
-                false => self.fit(id, card, self.used(card)).0,
+                false => self.fit(daemon, id, card, self.used(card)).0,
             },
         };
         let offers = (0..cards).filter(wished).map(offer).collect();
@@ -208,8 +247,9 @@ impl World<'_> {
     }
 
     /// Returns how a job fits on a card of which so much is used.
-    fn fit(&self, id: u64, card: usize, used: u64) -> (Fit, Option<Sized>) {
+    fn fit(&self, daemon: &Daemon, id: u64, card: usize, used: u64) -> (Fit, Option<Sized>) {
         let stored = self.disk.job(id);
+        let learned = daemon.learned.get(&stored.owner_uid).cloned().unwrap_or_default();
         let wish = &self.script.jobs[stored.context.script].wish;
         let total = self.cards[card].total;
         let free = total.saturating_sub(used);
@@ -220,9 +260,20 @@ impl World<'_> {
             held_by_others: Bytes::from_gib(used),
             holders: String::new(),
         };
-        let Ok((fit, plan)) =
-            queue::fit(&room, |free, _held| Ok::<_, Infallible>(size(&stored.spec, wish, total, gib(free))));
-        (fit, plan.map(|plan| Sized { card, free, plan }))
+        let Ok((fit, plan)) = queue::fit(&room, |free, _held| {
+            Ok::<_, Infallible>(size(&stored.spec, wish, total, gib(free), &learned))
+        });
+        (fit, plan.map(|plan| Sized { card, free, plan, learned }))
+    }
+
+    /// Returns whether a job is sized otherwise than it would be if nothing were known.
+    fn is_moved(&self, id: u64, sized: &Sized) -> bool {
+        let stored = self.disk.job(id);
+        let wish = &self.script.jobs[stored.context.script].wish;
+        let total = self.cards[sized.card].total;
+        !sized.learned.is_empty()
+            && size(&stored.spec, wish, total, sized.free, &Learned::default())
+                .map_or(true, |plan| plan.chosen_rung() != sized.plan.chosen_rung())
     }
 
     fn carry_out(&mut self, daemon: &mut Daemon, effect: Effect) -> Result<(), StoreError> {
@@ -244,7 +295,18 @@ impl World<'_> {
                 };
                 // As the card was at the look: the answer is about that.
                 let used = daemon.seen.as_ref().map_or(0, |seen| seen.used[card]);
-                let Some(sized) = self.fit(id, card, used).1 else { return Ok(()) };
+                daemon.read_up(self.disk.job(id).owner_uid, self.bug);
+                let Some(sized) = self.fit(daemon, id, card, used).1 else {
+                    // What was learned since then speaks against it.
+                    daemon.seen = None;
+                    return Ok(());
+                };
+                self.truth.plans_moved += u64::from(self.is_moved(id, &sized));
+                if let Err(violation) = invariants::is_sized_by_its_own(self, id, &sized)
+                    && self.broken.is_none()
+                {
+                    self.broken = Some(violation);
+                }
                 if !invariants::is_promised_only_what_is_there(self.cards[card].total, used, &sized)
                     && self.broken.is_none()
                 {
@@ -254,7 +316,9 @@ impl World<'_> {
                     chosen: sized.plan.chosen,
                     rungs: sized.plan.rungs.len(),
                     tier: sized.plan.chosen_rung().tier.clone(),
-                    sized: Some(json!({"card": sized.card, "free": sized.free})),
+                    sized: Some(
+                        json!({"card": sized.card, "free": sized.free, "plan": self.disk.keep_plan(&sized.plan)}),
+                    ),
                 };
                 self.append(id, event)?;
                 daemon.effects.push_front(Effect::Start(id, sized));

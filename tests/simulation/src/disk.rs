@@ -7,6 +7,8 @@ use std::rc::Rc;
 use mhtrain_job::event::{JobEvent, ProcessIdentity, Record, read_journal};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::{IllegalEvent, JobState};
+use mhtrain_sizing::known::ObservationOf;
+use mhtrain_sizing::plan::Plan;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_swift::checkpoint::{CheckpointFacts, TrainerState};
 
@@ -27,6 +29,10 @@ pub(crate) struct Disk {
     pub(crate) full: bool,
     /// What attempts left.
     pub(crate) attempts: BTreeMap<AttemptId, AttemptFiles>,
+    /// Plans that jobs were started with: the real store has each whole in the event that names it.
+    pub(crate) plans: Vec<Rc<Plan>>,
+    /// What attempts showed about memory, oldest first, and whether it is certain to be there after a power cut.
+    pub(crate) observations: Vec<(AttemptId, ObservationOf, bool)>,
 }
 
 /// A job in the store: its events as text, and their fold beside them, as the real store has both.
@@ -34,6 +40,8 @@ pub(crate) struct Disk {
 pub(crate) struct StoredJob {
     /// The key that it was submitted with.
     pub(crate) key: String,
+    /// Whose it is.
+    pub(crate) owner_uid: u32,
     /// What its submitter left.
     pub(crate) context: Context,
     /// The job, as its first event has it.
@@ -157,16 +165,23 @@ pub(crate) struct Checkpoint {
 }
 
 impl Disk {
-    /// Adds a job, or finds the one with this key. Returns its number and whether it was there before.
+    /// Adds a job, or finds the one with this key of `whose`. Returns its number and whether it was there before.
+    #[expect(clippy::too_many_arguments, reason = "a row of the store")]
     pub(crate) fn submit(
         &mut self,
+        owner_uid: u32,
+        whose: Option<u32>,
         key: &str,
         spec: &JobSpec,
         record: &Record,
         context: Context,
         sync: Sync,
     ) -> Result<(u64, bool), StoreError> {
-        if let Some(known) = self.jobs.iter().position(|job| job.key == key) {
+        if let Some(known) = self
+            .jobs
+            .iter()
+            .position(|job| job.key == key && whose.is_none_or(|whose| job.owner_uid == whose))
+        {
             return Ok((number(known), true));
         }
         if self.full {
@@ -175,6 +190,7 @@ impl Disk {
         let state = JobState::begin(&record.event)?;
         let mut job = StoredJob {
             key: key.to_owned(),
+            owner_uid,
             context,
             spec: Rc::new(spec.clone()),
             lines: vec![record.to_line()],
@@ -200,6 +216,23 @@ impl Disk {
         job.state = state;
         job.synced = job.lines.len();
         Ok(())
+    }
+
+    /// Notes what an attempt showed; a second observation of the same attempt takes the place of the first.
+    pub(crate) fn note_observation(&mut self, of: AttemptId, noted: ObservationOf) {
+        if !self.full {
+            self.observations.retain(|(known, _, _)| *known != of);
+            self.observations.push((of, noted, false));
+        }
+    }
+
+    /// Returns the number of a plan.
+    pub(crate) fn keep_plan(&mut self, plan: &Rc<Plan>) -> usize {
+        let known = self.plans.iter().position(|known| Rc::ptr_eq(known, plan));
+        known.unwrap_or_else(|| {
+            self.plans.push(Rc::clone(plan));
+            self.plans.len() - 1
+        })
     }
 
     /// Reads everything again from its text, as a store does that is opened. Returns the first job that is not what it was.
@@ -235,6 +268,11 @@ impl Disk {
             job.lines.truncate(job.synced);
             job.records.truncate(job.synced);
         }
+        // They are not synced one by one, and the last ones may be gone.
+        let unsynced = self.observations.iter().filter(|(_, _, synced)| !synced).count();
+        let kept = self.observations.len() - draws.below(unsynced + 1);
+        self.observations.truncate(kept);
+        self.observations.iter_mut().for_each(|(_, _, synced)| *synced = true);
         for files in self.attempts.values_mut() {
             for text in [&mut files.output, &mut files.metrics] {
                 let lost = draws.pick(&[0, 0, 30, 200]);

@@ -40,6 +40,8 @@ pub enum Fault {
     PidReused(usize),
     /// The user cancels the job.
     Cancel(usize),
+    /// Another user asks for its end.
+    CancelByAnother(usize),
     /// The user asks for it once more.
     Retry(usize),
     /// Somebody drains the daemon, for so many events.
@@ -69,6 +71,7 @@ impl fmt::Display for Fault {
                 write!(f, "a stranger gets the process id of the trainer of {}", name(*job))
             }
             Fault::Cancel(job) => write!(f, "the user cancels {}", name(*job)),
+            Fault::CancelByAnother(job) => write!(f, "another user wants to cancel {}", name(*job)),
             Fault::Retry(job) => write!(f, "the user retries {}", name(*job)),
             Fault::Drain(events) => write!(f, "the daemon is drained, for {events} events"),
         }

@@ -10,14 +10,18 @@ use mhtrain_job::event::{AttemptStart, JobEvent, Record, Resume, ResumeKind};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::rerun::Rerun;
 use mhtrain_job::state::JobState;
+use mhtrain_job::stop;
 use mhtrain_job::take_over::last_start;
+use mhtrain_sizing::known::ObservationOf;
+use mhtrain_sizing::observation::{Observation, Seen};
 use mhtrain_sizing::tier::Profile;
 use mhtrain_sizing::units::Bytes;
 use serde_json::Value;
 
 use crate::daemon::Sized;
 use crate::disk::{AttemptId, Checkpoint, Lineage, StoredJob, path};
-use crate::sizing::policy;
+use crate::sizing::{card_name, policy};
+use crate::users::Acknowledged;
 use crate::world::World;
 
 /// A promise that was broken.
@@ -92,11 +96,29 @@ pub enum Violation {
         "(3) attempt {attempt} of job {job} was the 6th in a row that was interrupted and came no further, and there is to be another"
     )]
     InterruptedForEver { job: u64, attempt: u32 },
+    #[error("job {job} is stopped by its time limit {early} s too early")]
+    TimeLimitEarly { job: u64, early: u64 },
+    #[error("the time of job {job} is over, and its trainer went on for {steps} steps")]
+    TimeLimitIgnored { job: u64, steps: u32 },
+    #[error("attempt {attempt} of job {job} begins, and the time of the job is over")]
+    BeganAfterItsTime { job: u64, attempt: u32 },
+    #[error("(4) a submit of user {uid} was answered with job {job}, which is another user's")]
+    OthersJob { job: u64, uid: u32 },
+    #[error("job {job} is sized by what job {of} showed, which is another user's")]
+    LearnedFromOthers { job: u64, of: u64 },
+    #[error("attempt {attempt} of job {job} is said to have shown {what}, and did not")]
+    NotShown { job: u64, attempt: u32, what: &'static str },
+    #[error("attempt {attempt} of job {job} is learned from twice")]
+    LearnedTwice { job: u64, attempt: u32 },
     #[error("something is left when everything is over: {what}")]
     LeftOver { what: String },
     #[error("the simulation itself is wrong: {what}")]
     Nonsense { what: String },
 }
+
+/// Steps that a trainer makes at most after the time of its job, while a daemon is there: one that could not go on with the job
+/// looks again after five seconds.
+const LATE_STEPS_MAX: u32 = 6;
 
 /// What really happened.
 #[derive(Clone, Debug, Default)]
@@ -104,13 +126,31 @@ pub(crate) struct Truth {
     pub(crate) attempts: BTreeMap<AttemptId, AttemptTruth>,
     /// Jobs that were seen to be over, and how.
     over: BTreeMap<u64, &'static str>,
+    /// Jobs with a time limit that began.
+    times: BTreeMap<u64, Time>,
+    pub(crate) observations: u64,
+    pub(crate) plans_moved: u64,
+}
+
+/// The time of a job.
+#[derive(Copy, Clone, Debug)]
+struct Time {
+    /// When it is over.
+    until: u64,
+    /// Whether the clock was set since it began: nobody can know any more.
+    clock_was_set: bool,
+    /// Steps after that, while a daemon was there that could have ended it.
+    late_steps: u32,
 }
 
 /// What really happened to one attempt.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct AttemptTruth {
     began: bool,
-    ran_out: bool,
+    /// GiB that were needed and not there.
+    ran_out: Option<u64>,
+    /// The most GiB that it held.
+    held: u64,
     finished: Option<(u64, Lineage)>,
     /// The last step that it made.
     reached: u64,
@@ -126,8 +166,21 @@ impl Truth {
         self.of(id).began = true;
     }
 
-    pub(crate) fn ran_out(&mut self, id: AttemptId) {
-        self.of(id).ran_out = true;
+    pub(crate) fn ran_out(&mut self, id: AttemptId, needed: u64) {
+        self.of(id).ran_out = Some(needed);
+    }
+
+    pub(crate) fn held(&mut self, id: AttemptId, gib: u64) {
+        self.of(id).held = gib;
+    }
+
+    pub(crate) fn clock_was_set(&mut self) {
+        self.times.values_mut().for_each(|time| time.clock_was_set = true);
+    }
+
+    /// Returns how many steps the trainer of a job made after its time.
+    pub(crate) fn late_steps(&self, job: u64) -> u32 {
+        self.times.get(&job).map_or(0, |time| time.late_steps)
     }
 
     pub(crate) fn finished(&mut self, id: AttemptId, steps: u64, lineage: Lineage) {
@@ -153,7 +206,10 @@ pub(crate) fn is_promised_only_what_is_there(total: u64, used: u64, sized: &Size
     let rung = sized.plan.chosen_rung();
     let free = Bytes::from_gib(total.saturating_sub(used));
     let fits = rung.fits && rung.admission_bytes <= free;
-    fits || (used == 0 && rung.tier.name == Profile::Emergency)
+    // Where what was learned leaves a ladder no rung that fits, its last one is tried: the emergency profile, or where the job
+    // does not allow that the most frugal that it allows.
+    let is_last = sized.plan.chosen + 1 == sized.plan.rungs.len();
+    fits || (used == 0 && is_last)
 }
 
 /// Looks at an event that was just written down.
@@ -162,6 +218,7 @@ pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), 
     let before = &job.records[..job.records.len().saturating_sub(1)];
     match event {
         JobEvent::AttemptStarting(start) => {
+            is_in_time(world, id, start)?;
             is_as_promised(world, id, job, before, start)?;
             begins_where_it_should(world, id, before, start)
         }
@@ -170,13 +227,20 @@ pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), 
             is_interrupted_within_bounds(world, id, before, rerun)
         }
         JobEvent::AttemptEnded { .. } => nobody_lives(world, id, job),
-        JobEvent::Failed { .. } => {
+        JobEvent::Failed { reason, .. } => {
             nobody_lives(world, id, job)?;
+            if reason.contains("time limit") {
+                return is_late(world, id);
+            }
             is_not_amid_progress(world, id, before)
         }
+        JobEvent::StopRequested { by } if by == stop::TIME_LIMIT => is_late(world, id),
+        JobEvent::StopRequested { .. } => match world.users.wished_to_cancel(job.context.script) {
+            true => Ok(()),
+            false => Err(Violation::CancelledByNobody { job: id }),
+        },
         JobEvent::Cancelled { .. } => {
-            let asked = before.iter().any(|record| matches!(record.event, JobEvent::StopRequested { .. }));
-            if !asked && !world.users.wished_to_cancel(job.context.script) {
+            if !world.users.wished_to_cancel(job.context.script) {
                 return Err(Violation::CancelledByNobody { job: id });
             }
             nobody_lives(world, id, job)
@@ -189,8 +253,7 @@ pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), 
         | JobEvent::Planned { .. }
         | JobEvent::Waiting { .. }
         | JobEvent::Started { .. }
-        | JobEvent::Warned { .. }
-        | JobEvent::StopRequested { .. } => Ok(()),
+        | JobEvent::Warned { .. } => Ok(()),
     }
 }
 
@@ -224,7 +287,7 @@ pub(crate) fn always(world: &mut World<'_>) -> Result<(), Violation> {
     }
     let mut keys = BTreeSet::new();
     for (id, job) in world.disk.jobs() {
-        if !keys.insert(&job.key) {
+        if !keys.insert((job.owner_uid, &job.key)) {
             return Err(Violation::Twice { key: job.key.clone() });
         }
         let is = job.state.name();
@@ -238,10 +301,15 @@ pub(crate) fn always(world: &mut World<'_>) -> Result<(), Violation> {
             return Err(Violation::NoSuccess { job: id, why: "the last checkpoint is not whole".to_owned() });
         }
     }
-    for (id, key) in &world.users.acknowledged {
-        if world.disk.find(*id).is_none_or(|job| job.key != *key) {
-            return Err(Violation::Lost { job: *id, key: key.clone() });
+    for Acknowledged { id, uid, key } in &world.users.acknowledged {
+        match world.disk.find(*id) {
+            Some(job) if job.owner_uid != *uid => return Err(Violation::OthersJob { job: *id, uid: *uid }),
+            Some(job) if job.key == *key => {}
+            Some(_) | None => return Err(Violation::Lost { job: *id, key: key.clone() }),
         }
+    }
+    if let Some((job, time)) = world.truth.times.iter().find(|(_, time)| time.late_steps > LATE_STEPS_MAX) {
+        return Err(Violation::TimeLimitIgnored { job: *job, steps: time.late_steps });
     }
     let forgotten = |id: &&u64| {
         world.disk.find(**id).is_none_or(|job| !job.state.is_final() && job.state.stop().is_none())
@@ -249,6 +317,82 @@ pub(crate) fn always(world: &mut World<'_>) -> Result<(), Violation> {
     match world.users.cancelled.iter().find(forgotten) {
         Some(job) => Err(Violation::CancelForgotten { job: *job }),
         None => Ok(()),
+    }
+}
+
+/// Looks at what is said to have been learned from an attempt.
+pub(crate) fn observation(
+    world: &mut World<'_>,
+    (id, attempt): AttemptId,
+    noted: &ObservationOf,
+) -> Result<(), Violation> {
+    world.truth.observations += 1;
+    let not_shown = |what| Err(Violation::NotShown { job: id, attempt, what });
+    let Observation { name, fingerprint, tier, seen, .. } = &noted.observation;
+    if world.daemon.as_ref().is_some_and(|daemon| daemon.knows(name) > 0) {
+        return Err(Violation::LearnedTwice { job: id, attempt });
+    }
+    let job = world.disk.job(id);
+    let launch = world.disk.attempts.get(&(id, attempt)).map(|files| &files.launch);
+    let Some((truth, launch)) = world.truth.attempts.get(&(id, attempt)).zip(launch) else {
+        return not_shown("anything");
+    };
+    if noted.owner_uid != world.script.jobs[job.context.script].uid() {
+        return not_shown("this for its user");
+    }
+    if fingerprint.card != card_name(world.cards[launch.card].total) || fingerprint.model != job.spec.model {
+        return not_shown("this on that card and model");
+    }
+    if tier.as_ref() != Some(&launch.tier) {
+        return not_shown("this on that rung");
+    }
+    match seen {
+        Seen::MoreThan { limit } => match truth.ran_out {
+            Some(needed) if *limit < Bytes::from_gib(needed) => Ok(()),
+            Some(_) => not_shown("that it needs so much"),
+            None => not_shown("that it needs more than there was"),
+        },
+        // Its last words may be gone with the power.
+        Seen::Peak { .. } if truth.ran_out.is_some() && world.has_first_boot() => {
+            not_shown("all that it needs: it ran out of memory")
+        }
+        Seen::Peak { reserved, .. } if reserved.is_some_and(|it| it > Bytes::from_gib(truth.held)) => {
+            not_shown("so high a peak")
+        }
+        Seen::Peak { .. } => Ok(()),
+    }
+}
+
+/// Looks at what a job that is about to start is sized by.
+pub(crate) fn is_sized_by_its_own(world: &World<'_>, id: u64, sized: &Sized) -> Result<(), Violation> {
+    let owner = world.disk.job(id).owner_uid;
+    for seen in &sized.learned.history.observations {
+        let of = seen.name.strip_prefix("job ").and_then(|rest| rest.split(',').next()?.parse().ok());
+        let of = of.unwrap_or(0);
+        if world.disk.find(of).is_none_or(|job| job.owner_uid != owner) {
+            return Err(Violation::LearnedFromOthers { job: id, of });
+        }
+    }
+    Ok(())
+}
+
+/// A time limit that stops a job is over.
+fn is_late(world: &World<'_>, id: u64) -> Result<(), Violation> {
+    match world.truth.times.get(&id) {
+        Some(time) if time.clock_was_set || time.until <= world.now => Ok(()),
+        time => {
+            Err(Violation::TimeLimitEarly { job: id, early: time.map_or(0, |time| time.until - world.now) })
+        }
+    }
+}
+
+/// No attempt begins when the time of the job is over.
+fn is_in_time(world: &World<'_>, id: u64, start: &AttemptStart) -> Result<(), Violation> {
+    match world.truth.times.get(&id) {
+        Some(time) if !time.clock_was_set && time.until <= world.now => {
+            Err(Violation::BeganAfterItsTime { job: id, attempt: start.attempt })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -343,7 +487,7 @@ fn keeps_the_ladder(world: &World<'_>, id: u64, before: &[Record], rerun: &Rerun
     if rerun.answer != Answer::LowerTier {
         return if from == to { Ok(()) } else { Err(Violation::OtherRung { job: id, from, to }) };
     }
-    if !world.truth.attempts.get(&(id, dead.attempt)).is_some_and(|truth| truth.ran_out) {
+    if !world.truth.attempts.get(&(id, dead.attempt)).is_some_and(|truth| truth.ran_out.is_some()) {
         return Err(Violation::LowerTierWithoutOom { job: id });
     }
     let Some(sized) = world.sized_as(id) else { return Ok(()) };
@@ -558,6 +702,30 @@ fn is_known_to_have_diverged(world: &World<'_>, (id, number): AttemptId) -> bool
 }
 
 impl World<'_> {
+    /// Lets the time of a job begin.
+    pub(crate) fn note_start(&mut self, id: u64) {
+        if let Some(limit) = self.disk.job(id).spec.time_limit {
+            let time = Time { until: self.now + limit.as_secs(), clock_was_set: false, late_steps: 0 };
+            self.truth.times.entry(id).or_insert(time);
+        }
+    }
+
+    /// Counts a step of a trainer whose time is over, unless nobody is there who could end it.
+    pub(crate) fn note_late_step(&mut self, id: u64) {
+        let (now, full) = (self.now, self.disk.full);
+        let has_loop = self.daemon.as_ref().is_some_and(|daemon| daemon.live.contains_key(&id));
+        let is_asked = self.disk.job(id).state.stop().is_some();
+        if let Some(time) = self.truth.times.get_mut(&id)
+            && time.until <= now
+            && !time.clock_was_set
+            && has_loop
+            && !full
+            && !is_asked
+        {
+            time.late_steps += 1;
+        }
+    }
+
     fn truth_of(&self, id: u64) -> impl Iterator<Item = &AttemptTruth> {
         self.truth.attempts.range((id, 0)..=(id, u32::MAX)).map(|(_, truth)| truth)
     }

@@ -40,6 +40,8 @@ struct Sum {
     events: AtomicU64,
     jobs: AtomicU64,
     attempts: AtomicU64,
+    observations: AtomicU64,
+    plans_moved: AtomicU64,
 }
 
 #[expect(clippy::print_stdout, reason = "a command for developers reports on standard output")]
@@ -50,15 +52,17 @@ fn main() -> ExitCode {
     }
     let began = Instant::now();
     let (sum, broken) = run_all(&args);
-    let Sum { histories, events, jobs, attempts } = &sum;
+    let Sum { histories, events, jobs, attempts, observations, plans_moved } = &sum;
     let get = |number: &AtomicU64| number.load(Ordering::Relaxed);
     println!(
-        "{} histories of seed {}: {} events, {} jobs, {} attempts in {:.1} s",
+        "{} histories of seed {}: {} events, {} jobs, {} attempts, {} of them learned from, {} plans moved by that, in {:.1} s",
         get(histories),
         args.seed,
         get(events),
         get(jobs),
         get(attempts),
+        get(observations),
+        get(plans_moved),
         began.elapsed().as_secs_f64()
     );
     match broken {
@@ -96,11 +100,13 @@ fn run_all(args: &Args) -> (Sum, Option<(u64, Violation)>) {
                             course
                         }
                     };
-                    let Course { events, jobs, attempts, .. } = course;
+                    let Course { events, jobs, attempts, observations, plans_moved, .. } = course;
                     sum.histories.fetch_add(1, Ordering::Relaxed);
                     sum.events.fetch_add(u64::from(events), Ordering::Relaxed);
                     sum.jobs.fetch_add(jobs, Ordering::Relaxed);
                     sum.attempts.fetch_add(attempts, Ordering::Relaxed);
+                    sum.observations.fetch_add(observations, Ordering::Relaxed);
+                    sum.plans_moved.fetch_add(plans_moved, Ordering::Relaxed);
                 }
             });
         }

@@ -17,6 +17,8 @@ pub struct Script {
     pub cards: Vec<u64>,
     /// Whether the trainer is of the line 3.x: it takes the micro-batch of a checkpoint, and replays the first epoch.
     pub three: bool,
+    /// Whether jobs are sized by what earlier ones showed.
+    pub learns: bool,
     /// Whether each attempt has a cgroup, whose counter knows of memory kills.
     pub cgroups: bool,
     /// The jobs, in the order in which they are submitted.
@@ -30,6 +32,10 @@ pub struct Script {
 pub struct JobScript {
     /// Event before which it is submitted.
     pub at: u32,
+    /// Whose it is.
+    pub user: usize,
+    /// Seconds after the start of its first attempt when it is to be over.
+    pub time_limit: Option<u64>,
     /// What is trained and how it may be changed.
     pub wish: Wish,
     /// The card that it names.
@@ -141,6 +147,10 @@ const DEATHS: [Death; 15] = [
     Death::SaveOom,
 ];
 
+/// One history of so many is sized by what earlier attempts showed. The sizing engine is asked something new in it again and
+/// again, which costs most of the time.
+const LEARNS_ONE_OF: usize = 4;
+
 /// Events within which jobs come and faults strike.
 const EVENTS: usize = 160;
 
@@ -155,6 +165,11 @@ impl Script {
             jobs.push(JobScript::draw(&mut draws, n, cards.len()));
         }
         jobs.sort_by_key(|job: &JobScript| job.at);
+        for n in 0..jobs.len() {
+            // Nobody may wait for another user's job: `must_exist` of mhtraind.
+            let user = jobs[n].user;
+            jobs[n].after = jobs[n].after.filter(|after| jobs[*after].user == user);
+        }
         let mut faults: Vec<(u32, Fault)> = Vec::new();
         for _ in 0..draws.below(8) {
             let fault = draw_fault(&mut draws, jobs.len(), cards.len());
@@ -162,7 +177,8 @@ impl Script {
         }
         faults.sort_by_key(|(at, _)| *at);
         let (three, cgroups) = (draws.below(3) == 0, draws.below(2) == 0);
-        Script { seed: mix(mixed), cards, three, cgroups, jobs, faults }
+        let learns = draws.below(LEARNS_ONE_OF) == 0;
+        Script { seed: mix(mixed), cards, three, learns, cgroups, jobs, faults }
     }
 }
 
@@ -175,6 +191,8 @@ impl JobScript {
         });
         let misfortunes = misfortunes.collect();
         JobScript {
+            user: draws.pick(&[0, 0, 1]),
+            time_limit: draws.pick(&[None, None, None, None, None, Some(40), Some(90), Some(240)]),
             at: if n == 0 { draw_u32(draws, 4) } else { event(draws) / 2 },
             wish: Wish::draw(draws),
             card: (draws.below(4) == 0).then(|| draws.below(cards)),
@@ -189,6 +207,11 @@ impl JobScript {
             misfortunes,
             killed_each: draws.pick(&[None, None, None, None, None, None, None, None, Some(1), Some(3)]),
         }
+    }
+
+    /// Returns the user id of its user.
+    pub fn uid(&self) -> u32 {
+        1000 + u32::try_from(self.user).unwrap_or(0)
     }
 
     /// Returns what the user submits. `after`: ids of the jobs that must have succeeded.
@@ -210,6 +233,9 @@ impl JobScript {
         }
         if let Some(least) = wish.min_effective_batch {
             job["min_effective_batch"] = json!(least);
+        }
+        if let Some(seconds) = self.time_limit {
+            job["time_limit"] = json!(seconds);
         }
         if let Some(card) = self.card {
             job["device"] = json!(card);
@@ -262,7 +288,7 @@ fn draw_fault(draws: &mut Draws, jobs: usize, cards: usize) -> Fault {
         15 => Fault::CardFails(card),
         16 => Fault::ClockJump(draws.pick(&[-86_400, -30, 30, 3600, 86_400])),
         17 => Fault::PidReused(job),
-        18 => draws.pick(&[Fault::Cancel(job), Fault::Retry(job)]),
+        18 => draws.pick(&[Fault::Cancel(job), Fault::Retry(job), Fault::CancelByAnother(job)]),
         _ => Fault::Drain(events),
     }
 }

@@ -79,6 +79,8 @@ fn smaller(script: &Script) -> Vec<Script> {
         with(&|job| job.priority = 0);
         with(&|job| job.vague = false);
         with(&|job| job.killed_each = None);
+        with(&|job| job.time_limit = None);
+        with(&|job| job.user = 0);
     }
     for fault in 0..script.faults.len() {
         let mut earlier = script.clone();
@@ -106,6 +108,7 @@ fn without_job(script: &Script, gone: usize) -> Script {
         | Fault::OomKill(job)
         | Fault::PidReused(job)
         | Fault::Cancel(job)
+        | Fault::CancelByAnother(job)
         | Fault::Retry(job) => moved(*job).map(|new| *job = new).is_some(),
         Fault::KillDaemon
         | Fault::KillEverything

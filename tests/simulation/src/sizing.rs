@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
 use mhtrain_job::queue::TooSmall;
@@ -11,7 +12,8 @@ use mhtrain_sizing::estimate::estimate;
 use mhtrain_sizing::gpu::{Card, ComputeCapability};
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
-use mhtrain_sizing::plan::{Plan, plan, workload};
+use mhtrain_sizing::observation::{Observation, Versions};
+use mhtrain_sizing::plan::{History, Plan, plan_learned, workload};
 use mhtrain_sizing::request::TrainerFeatures;
 use mhtrain_sizing::tier::Tier;
 use mhtrain_sizing::units::Bytes;
@@ -19,15 +21,20 @@ use mhtrain_sizing::workload::ExpertForm;
 
 use crate::script::Wish;
 
-/// What the ladder of a job depends on beside the job: GiB of the card, and what is free.
-type Question = (Wish, u64, u64);
+/// What the ladder of a job depends on beside the job: GiB of the card, what is free, and what is known of earlier attempts.
+type Question = (Wish, u64, u64, u64);
 
 /// A plan, or why there is none.
 pub(crate) type Answer = Result<Rc<Plan>, TooSmall>;
 
+/// Answers that are kept at most where they rest on earlier attempts.
+const LEARNED_KEPT: usize = 2000;
+
 thread_local! {
     /// The engine is a function of its question, and the same question comes in thousands of histories.
     static ANSWERS: RefCell<HashMap<Question, Answer>> = RefCell::default();
+    /// Answers that rest on earlier attempts: there is no end of different ones.
+    static LEARNED: RefCell<HashMap<Question, Answer>> = RefCell::default();
     static BOOK: TierBook = TierBook::builtin();
     /// Of any model: the simulated jobs have the same rows of evaluation and the same workers.
     static ADVICE: RunAdvice = BOOK.with(|book| {
@@ -36,22 +43,58 @@ thread_local! {
     });
 }
 
+/// What counts for the plans of one user.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Learned {
+    pub(crate) history: History,
+    /// Two of the same number are the same, for a plan.
+    digest: u64,
+}
+
+impl Learned {
+    pub(crate) fn from(observations: Vec<Observation>) -> Learned {
+        let mut hasher = DefaultHasher::new();
+        for seen in &observations {
+            // All but its name.
+            format!("{:?}", (&seen.fingerprint, &seen.tier, seen.predicted, seen.sized_row, seen.seen))
+                .hash(&mut hasher);
+        }
+        let digest = if observations.is_empty() { 0 } else { hasher.finish() };
+        Learned { history: History { observations, versions: Versions::default() }, digest }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.history.observations.is_empty()
+    }
+}
+
 /// Returns the plan of a job for a card of so many GiB, of which so many are free.
-pub(crate) fn size(spec: &JobSpec, wish: &Wish, total_gib: u64, free_gib: u64) -> Answer {
-    let question = (wish.clone(), total_gib, free_gib);
-    if let Some(answer) = ANSWERS.with_borrow(|answers| answers.get(&question).cloned()) {
+pub(crate) fn size(spec: &JobSpec, wish: &Wish, total_gib: u64, free_gib: u64, learned: &Learned) -> Answer {
+    let question = (wish.clone(), total_gib, free_gib, learned.digest);
+    let answers = if learned.is_empty() { &ANSWERS } else { &LEARNED };
+    if let Some(answer) = answers.with_borrow(|answers| answers.get(&question).cloned()) {
         return answer;
     }
-    let answer = ask(spec, total_gib, free_gib);
-    ANSWERS.with_borrow_mut(|answers| answers.insert(question, answer.clone()));
+    let answer = ask(spec, total_gib, free_gib, &learned.history);
+    answers.with_borrow_mut(|answers| {
+        if !learned.is_empty() && answers.len() >= LEARNED_KEPT {
+            answers.clear();
+        }
+        answers.insert(question, answer.clone());
+    });
     answer
 }
 
-fn ask(spec: &JobSpec, total_gib: u64, free_gib: u64) -> Answer {
+/// Returns the name of a card of so many GiB.
+pub(crate) fn card_name(total_gib: u64) -> String {
+    format!("card of {total_gib} GiB")
+}
+
+fn ask(spec: &JobSpec, total_gib: u64, free_gib: u64, history: &History) -> Answer {
     let refused = |why: String, help| TooSmall { why, help };
     let model = Model::resolve(&spec.model, None, None).map_err(|e| refused(e.to_string(), e.help()))?;
     let card = Card {
-        name: format!("card of {total_gib} GiB"),
+        name: card_name(total_gib),
         index: Some(0),
         total: Bytes::from_gib(total_gib),
         free: Bytes::from_gib(free_gib),
@@ -63,7 +106,7 @@ fn ask(spec: &JobSpec, total_gib: u64, free_gib: u64) -> Answer {
     let request = spec
         .sizing_request(model, card, held, features, 0.10)
         .map_err(|e| refused(e.to_string(), e.help()))?;
-    let planned = BOOK.with(|book| plan(&request, book));
+    let planned = BOOK.with(|book| plan_learned(&request, book, history));
     planned.map(Rc::new).map_err(|e| refused(e.to_string(), e.help()))
 }
 

@@ -180,7 +180,7 @@ impl World<'_> {
                     newest.has_state = true;
                 }
                 // Older ones are deleted when the newest is whole.
-                let surplus = files.checkpoints.len().saturating_sub(2);
+                let surplus = files.checkpoints.len().saturating_sub(3);
                 files.checkpoints.drain(..surplus);
                 trainer.stage = Stage::Saved;
                 None
@@ -254,7 +254,7 @@ impl World<'_> {
         let need = trainer.need;
         let need = if at_peak { need } else { need.div_ceil(2).max(trainer.held) };
         if need > self.room(trainer) {
-            self.truth.ran_out(id);
+            self.truth.ran_out(id, need);
             if job.vague {
                 let _ = writeln!(files.output, "{VAGUE}");
             } else {
@@ -266,6 +266,8 @@ impl World<'_> {
         trainer.held = trainer.held.max(need);
         trainer.step += 1;
         self.truth.reached(id, trainer.step);
+        self.truth.held(id, trainer.held);
+        self.note_late_step(id.0);
         trainer.bad_steps += u64::from(trainer.lineage.spoilt);
         self.now += STEP_S;
         let (step, max) = (trainer.step, trainer.max_steps);
@@ -274,7 +276,12 @@ impl World<'_> {
         let _ =
             writeln!(files.output, "Train: {percent:3}%|####      | {step}/{max} [00:05<00:05,  7.00s/it]");
         let _ = writeln!(files.output, "{{'loss': {loss}, 'global_step/max_steps': '{step}/{max}'}}");
-        let _ = writeln!(files.metrics, "{{\"loss\": {loss}, \"global_step/max_steps\": \"{step}/{max}\"}}");
+        // What the allocator reserved is all but the CUDA context.
+        let memory = trainer.held - 1;
+        let _ = writeln!(
+            files.metrics,
+            "{{\"loss\": {loss}, \"global_step/max_steps\": \"{step}/{max}\", \"memory(GiB)\": {memory}.5}}"
+        );
         let save = step >= max || step.is_multiple_of(u64::from(job.wish.save_steps));
         if save && self.disk.full {
             let _ = writeln!(files.output, "OSError: [Errno 28] No space left on device: 'optimizer.pt'");
@@ -366,8 +373,10 @@ impl World<'_> {
                     return None;
                 }
                 print(TRAINING);
-                self.truth.ran_out(id);
-                self.out_of_memory(trainer, files, trainer.held + 1, true);
+                // What is free does not do for it in one piece, nor does what is reserved.
+                let need = self.room(trainer).max(trainer.held) + 1;
+                self.truth.ran_out(id, need);
+                self.out_of_memory(trainer, files, need, true);
                 Ended::Code(1)
             }
             Death::EvalOom | Death::SaveOom => {

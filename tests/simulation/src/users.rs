@@ -22,14 +22,22 @@ pub(crate) struct Users {
     came: usize,
     /// The number that each job of the script was acknowledged with, the last one after retries.
     pub(crate) numbers: Vec<Option<u64>>,
-    /// Submits that were acknowledged: number and key.
-    pub(crate) acknowledged: Vec<(u64, String)>,
+    /// Submits that were acknowledged.
+    pub(crate) acknowledged: Vec<Acknowledged>,
     /// Cancels that were acknowledged.
     pub(crate) cancelled: Vec<u64>,
     /// Jobs of the script whose user wanted the end.
     unwanted: BTreeSet<usize>,
     /// How often each job of the script was retried.
     retries: Vec<u32>,
+}
+
+/// What a user was told of a submit.
+#[derive(Clone, Debug)]
+pub(crate) struct Acknowledged {
+    pub(crate) id: u64,
+    pub(crate) uid: u32,
+    pub(crate) key: String,
 }
 
 /// Something that somebody asks the daemon.
@@ -44,8 +52,13 @@ struct Ask {
 
 #[derive(Clone, Debug, PartialEq)]
 enum What {
-    Submit { key: String, retry_of: Option<u64> },
+    Submit {
+        key: String,
+        retry_of: Option<u64>,
+    },
     Cancel,
+    /// By somebody whose job it is not.
+    CancelByAnother,
 }
 
 impl Users {
@@ -56,7 +69,9 @@ impl Users {
             if job.after.is_some_and(|after| self.numbers.get(after).copied().flatten().is_none()) {
                 return;
             }
-            let what = What::Submit { key: name(self.came), retry_of: None };
+            // Two users may choose the same key.
+            let before = script.jobs[..self.came].iter().filter(|earlier| earlier.user == job.user).count();
+            let what = What::Submit { key: name(before), retry_of: None };
             self.asks.push(Ask { what, job: self.came, written: None });
             self.came += 1;
             self.numbers.resize(self.came, None);
@@ -82,11 +97,18 @@ impl Users {
         }
     }
 
+    /// Lets another user want the end of a job.
+    pub(crate) fn another_wishes_to_cancel(&mut self, job: usize) {
+        if self.numbers.get(job).copied().flatten().is_some() {
+            self.asks.push(Ask { what: What::CancelByAnother, job, written: None });
+        }
+    }
+
     /// Lets the user of a job want it once more.
     pub(crate) fn wish_to_retry(&mut self, job: usize) {
         if let Some(number) = self.numbers.get(job).copied().flatten() {
             self.retries[job] += 1;
-            let key = format!("{}-again-{}", name(job), self.retries[job]);
+            let key = format!("{}-again-{number}-{}", name(job), self.retries[job]);
             let what = What::Submit { key, retry_of: Some(number) };
             self.asks.push(Ask { what, job, written: None });
         }
@@ -104,8 +126,18 @@ impl World<'_> {
         let goes_on = match (ask.what.clone(), ask.written) {
             (What::Submit { key, retry_of }, None) => self.take_in(&mut ask, &key, retry_of),
             (What::Submit { key, .. }, Some((_, id))) => self.acknowledge(ask.job, id, key),
-            (What::Cancel, None) => self.take_cancel(&mut ask),
-            (What::Cancel, Some((_, id))) => self.acknowledge_cancel(id),
+            // As `Caller::may_touch` of mhtraind, which looks at the owner that the store has.
+            (What::CancelByAnother, None) if self.bug != Some(Bug::CancelByAnybody) => {
+                let user = 1 - script_user(self, ask.job);
+                let owner = self.users.numbers[ask.job].map(|id| self.disk.job(id).owner_uid);
+                let is_theirs = owner == Some(1000 + user);
+                self.tell(|| {
+                    format!("cancel by another user: {}", if is_theirs { "taken" } else { "refused" })
+                });
+                is_theirs && self.take_cancel(&mut ask)
+            }
+            (What::Cancel | What::CancelByAnother, None) => self.take_cancel(&mut ask),
+            (What::Cancel | What::CancelByAnother, Some((_, id))) => self.acknowledge_cancel(id),
         };
         if goes_on {
             self.users.asks.push(ask);
@@ -128,9 +160,11 @@ impl World<'_> {
             }
         };
         let record = Record::new(self.wall(), JobEvent::Submitted { spec: spec.to_json() });
+        let uid = job.uid();
         let context = Context { script: ask.job, retry_of };
         let sync = if self.bug == Some(Bug::LostAck) { Sync::Later } else { Sync::Now };
-        match self.disk.submit(key, &spec, &record, context, sync) {
+        let whose = (self.bug != Some(Bug::KeyOfAnybody)).then_some(uid);
+        match self.disk.submit(uid, whose, key, &spec, &record, context, sync) {
             Ok((id, existed)) => {
                 self.tell(|| {
                     format!("submit {key}: job {id} is written down{}", if existed { " already" } else { "" })
@@ -156,7 +190,8 @@ impl World<'_> {
     fn acknowledge(&mut self, job: usize, id: u64, key: String) -> bool {
         self.tell(|| format!("submit {key}: acknowledged as job {id}"));
         self.users.numbers[job] = Some(id);
-        self.users.acknowledged.push((id, key));
+        let uid = self.script.jobs[job].uid();
+        self.users.acknowledged.push(Acknowledged { id, uid, key });
         if let Some(daemon) = &mut self.daemon
             && !daemon.live.contains_key(&id)
             && self.disk.find(id).is_some_and(|job| !job.state.is_final())
@@ -215,4 +250,8 @@ impl World<'_> {
         }
         false
     }
+}
+
+fn script_user(world: &World<'_>, job: usize) -> u32 {
+    u32::try_from(world.script.jobs[job].user).unwrap_or(0)
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mhtrain_job::event::{JobEvent, ProcessIdentity, Record};
+use mhtrain_sizing::known::ObservationOf;
 
 use crate::bugs::Bug;
 use crate::daemon::Daemon;
@@ -86,6 +87,10 @@ pub struct Course {
     pub jobs: u64,
     /// Attempts that were started.
     pub attempts: u64,
+    /// Attempts that later plans learned from.
+    pub observations: u64,
+    /// Plans that came out otherwise for what was known.
+    pub plans_moved: u64,
     /// What the store held at the end: the events of each job, as text.
     pub journals: Vec<Vec<String>>,
     /// What happened, if it was to be told.
@@ -199,7 +204,15 @@ impl<'a> World<'a> {
     fn course(self) -> Course {
         let journals: Vec<_> = self.disk.jobs().map(|(_, job)| job.lines().to_vec()).collect();
         let attempts = self.truth.attempts.len() as u64;
-        Course { events: self.event, jobs: journals.len() as u64, attempts, journals, story: self.story }
+        Course {
+            events: self.event,
+            jobs: journals.len() as u64,
+            attempts,
+            observations: self.truth.observations,
+            plans_moved: self.truth.plans_moved,
+            journals,
+            story: self.story,
+        }
     }
 
     /// Tells what happened, to whoever reads the history.
@@ -235,8 +248,33 @@ impl<'a> World<'a> {
             Actor::Queue => self.look_through_queue(),
             Actor::Job(id) => self.go_on_with_job(id),
             Actor::Recorder(id) => self.record(id),
+            Actor::Trainer((job, _)) if self.looks_at_the_clock_first(job) => self.go_on_with_job(job),
             Actor::Trainer(id) => self.train(id),
             Actor::User(ask) => self.ask(ask),
+        }
+    }
+
+    /// Returns whether the loop of a job whose time is over comes before its trainer: a step takes seconds, and the loop looks
+    /// at the clock each second.
+    fn looks_at_the_clock_first(&mut self, job: u64) -> bool {
+        let is_due = |daemon: &Daemon| daemon.live.get(&job).is_some_and(|it| it.is_late_and_ready(self));
+        let is_due = self.daemon.as_ref().is_some_and(is_due);
+        is_due && (self.truth.late_steps(job) >= 2 || self.draws.below(2) == 0)
+    }
+
+    /// Keeps what an attempt showed.
+    pub(crate) fn learn(&mut self, id: AttemptId, noted: ObservationOf) {
+        let seen = noted.observation.seen;
+        self.tell(|| format!("learned from {id:?}: {seen:?}"));
+        let found = invariants::observation(self, id, &noted);
+        if let Some(daemon) = &mut self.daemon {
+            daemon.learn(noted.clone());
+        }
+        self.disk.note_observation(id, noted);
+        if let Err(violation) = found
+            && self.broken.is_none()
+        {
+            self.broken = Some(violation);
         }
     }
 
@@ -251,9 +289,14 @@ impl<'a> World<'a> {
 
     // -- time, processes, disk
 
-    /// Returns the time on the wall. What it says is for people: nothing is decided by it.
+    /// Returns the seconds of the time on the wall.
+    pub(crate) fn wall_seconds(&self) -> i64 {
+        i64::try_from(self.now).unwrap_or(0) + self.wall_offset + 7 * 86_400
+    }
+
+    /// Returns the time on the wall. What it says is for people: nothing but a time limit is decided by it.
     pub(crate) fn wall(&self) -> String {
-        let seconds = i64::try_from(self.now).unwrap_or(0) + self.wall_offset + 7 * 86_400;
+        let seconds = self.wall_seconds();
         let (day, rest) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
         let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
         format!("2026-01-{:02}T{hour:02}:{minute:02}:{second:02}Z", day.clamp(0, 27) + 1)
@@ -297,7 +340,11 @@ impl<'a> World<'a> {
         self.disk.append(id, record)?;
         let (state, shown) = (self.disk.job(id).state.name(), self.shown(id));
         self.tell(|| format!("{shown}: {}; it is {state}", crate::history::in_words(&event)));
-        if let Err(violation) = invariants::event(self, id, &event)
+        let found = invariants::event(self, id, &event);
+        if matches!(event, JobEvent::AttemptStarting(_)) {
+            self.note_start(id);
+        }
+        if let Err(violation) = found
             && self.broken.is_none()
         {
             self.broken = Some(violation);
@@ -393,8 +440,12 @@ impl<'a> World<'a> {
                 self.cards[card].neighbours.push((gib, self.event + events));
             }
             Fault::CardFails(card) => self.cards[card].broken = true,
-            Fault::ClockJump(seconds) => self.wall_offset += seconds,
+            Fault::ClockJump(seconds) => {
+                self.wall_offset += seconds;
+                self.truth.clock_was_set();
+            }
             Fault::PidReused(job) => self.reuse_pid(job),
+            Fault::CancelByAnother(job) => self.users.another_wishes_to_cancel(job),
             Fault::Cancel(job) => self.users.wish_to_cancel(job),
             Fault::Retry(job) => self.users.wish_to_retry(job),
             Fault::Drain(events) => {

@@ -11,7 +11,7 @@ use mhtrain_simulation::world::{Course, run};
 use mhtrain_store::{NewJob, Owner, Store};
 
 /// Histories of one test: some seconds without optimisation. `cargo xtask simulate` runs 20,000.
-const HISTORIES: u64 = 300;
+const HISTORIES: u64 = 700;
 
 /// Histories in which a planted mistake must have been seen.
 const SEEN_WITHIN: u64 = 2000;
@@ -35,7 +35,11 @@ fn caught(bug: Bug) -> (Script, Violation) {
 
 #[test]
 fn no_promise_is_broken_and_everything_happens() {
-    let text: String = (0..HISTORIES).map(|history| course(history).journals.concat().concat()).collect();
+    let courses: Vec<Course> = (0..HISTORIES).map(course).collect();
+    let sum = |of: fn(&Course) -> u64| courses.iter().map(of).sum::<u64>();
+    assert!(sum(|course| course.plans_moved) > 5, "what earlier attempts showed moves no plan");
+    let text: String = courses.iter().map(|course| course.journals.concat().concat()).collect();
+    assert!(text.contains("its time limit of"), "no time limit ends a job");
     let answers = [
         "lower_tier",
         "wait_same_tier",
@@ -79,6 +83,17 @@ fn every_planted_mistake_is_caught_and_told_in_few_lines() {
             Bug::PidAlone => matches!(violation, Violation::NotOver { .. }),
             Bug::ForgottenCancel => matches!(violation, Violation::CancelForgotten { .. }),
             Bug::EffectBeforeIntention => matches!(violation, Violation::UnknownTrainer { .. }),
+            Bug::TimeBeginsAgain => {
+                matches!(violation, Violation::TimeLimitIgnored { .. } | Violation::BeganAfterItsTime { .. })
+            }
+            Bug::TimeCountedTwice => matches!(violation, Violation::TimeLimitEarly { .. }),
+            Bug::TimeLimitCancels | Bug::CancelByAnybody => {
+                matches!(violation, Violation::CancelledByNobody { .. })
+            }
+            Bug::KeyOfAnybody => matches!(violation, Violation::OthersJob { .. }),
+            Bug::LearnedFromOthers => matches!(violation, Violation::LearnedFromOthers { .. }),
+            Bug::CensoredAsPeak => matches!(violation, Violation::NotShown { .. }),
+            Bug::LearnedTwice => matches!(violation, Violation::LearnedTwice { .. }),
         };
         assert!(expected, "{bug:?} was taken for something else: {violation}");
         let before = (script.faults.len(), script.jobs.len());
