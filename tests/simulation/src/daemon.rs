@@ -301,7 +301,7 @@ impl World<'_> {
                     daemon.seen = None;
                     return Ok(());
                 };
-                self.truth.plans_moved += u64::from(self.is_moved(id, &sized));
+                self.truth.plans_moved += u32::from(self.is_moved(id, &sized));
                 if let Err(violation) = invariants::is_sized_by_its_own(self, id, &sized)
                     && self.broken.is_none()
                 {

@@ -128,8 +128,8 @@ pub(crate) struct Truth {
     over: BTreeMap<u64, &'static str>,
     /// Jobs with a time limit that began.
     times: BTreeMap<u64, Time>,
-    pub(crate) observations: u64,
-    pub(crate) plans_moved: u64,
+    pub(crate) observations: u32,
+    pub(crate) plans_moved: u32,
 }
 
 /// The time of a job.
@@ -487,7 +487,7 @@ fn keeps_the_ladder(world: &World<'_>, id: u64, before: &[Record], rerun: &Rerun
     if rerun.answer != Answer::LowerTier {
         return if from == to { Ok(()) } else { Err(Violation::OtherRung { job: id, from, to }) };
     }
-    if !world.truth.attempts.get(&(id, dead.attempt)).is_some_and(|truth| truth.ran_out.is_some()) {
+    if world.truth.attempts.get(&(id, dead.attempt)).is_none_or(|truth| truth.ran_out.is_none()) {
         return Err(Violation::LowerTierWithoutOom { job: id });
     }
     let Some(sized) = world.sized_as(id) else { return Ok(()) };

@@ -104,9 +104,9 @@ fn run_all(args: &Args) -> (Sum, Option<(u64, Violation)>) {
                     sum.histories.fetch_add(1, Ordering::Relaxed);
                     sum.events.fetch_add(u64::from(events), Ordering::Relaxed);
                     sum.jobs.fetch_add(jobs, Ordering::Relaxed);
-                    sum.attempts.fetch_add(attempts, Ordering::Relaxed);
-                    sum.observations.fetch_add(observations, Ordering::Relaxed);
-                    sum.plans_moved.fetch_add(plans_moved, Ordering::Relaxed);
+                    sum.attempts.fetch_add(u64::from(attempts), Ordering::Relaxed);
+                    sum.observations.fetch_add(u64::from(observations), Ordering::Relaxed);
+                    sum.plans_moved.fetch_add(u64::from(plans_moved), Ordering::Relaxed);
                 }
             });
         }

@@ -86,11 +86,11 @@ pub struct Course {
     /// Jobs that were acknowledged.
     pub jobs: u64,
     /// Attempts that were started.
-    pub attempts: u64,
+    pub attempts: u32,
     /// Attempts that later plans learned from.
-    pub observations: u64,
+    pub observations: u32,
     /// Plans that came out otherwise for what was known.
-    pub plans_moved: u64,
+    pub plans_moved: u32,
     /// What the store held at the end: the events of each job, as text.
     pub journals: Vec<Vec<String>>,
     /// What happened, if it was to be told.
@@ -203,7 +203,7 @@ impl<'a> World<'a> {
 
     fn course(self) -> Course {
         let journals: Vec<_> = self.disk.jobs().map(|(_, job)| job.lines().to_vec()).collect();
-        let attempts = self.truth.attempts.len() as u64;
+        let attempts = u32::try_from(self.truth.attempts.len()).unwrap_or(u32::MAX);
         Course {
             events: self.event,
             jobs: journals.len() as u64,

@@ -36,7 +36,7 @@ fn caught(bug: Bug) -> (Script, Violation) {
 #[test]
 fn no_promise_is_broken_and_everything_happens() {
     let courses: Vec<Course> = (0..HISTORIES).map(course).collect();
-    let sum = |of: fn(&Course) -> u64| courses.iter().map(of).sum::<u64>();
+    let sum = |of: fn(&Course) -> u32| courses.iter().map(of).sum::<u32>();
     assert!(sum(|course| course.plans_moved) > 5, "what earlier attempts showed moves no plan");
     let text: String = courses.iter().map(|course| course.journals.concat().concat()).collect();
     assert!(text.contains("its time limit of"), "no time limit ends a job");
