@@ -13,7 +13,7 @@
 
 use std::fs::{File, Metadata};
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -145,11 +145,12 @@ impl ContentHashes {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         }
         let newest = &self.remembered[self.remembered.len().saturating_sub(REMEMBERED_MAX)..];
-        let unfinished = memory.with_extension(format!("{}.tmp", std::process::id()));
-        let mut file =
-            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-        file.write_all(&serde_json::to_vec(newest)?)?;
-        std::fs::rename(&unfinished, memory)
+        // JSON has no words for other paths, and the rest is worth keeping.
+        let told: Vec<_> = newest.iter().filter(|known| known.identity.path.to_str().is_some()).collect();
+        let mut file = tempfile::NamedTempFile::new_in(memory.parent().unwrap_or(Path::new(".")))?;
+        file.write_all(&serde_json::to_vec(&told)?)?;
+        file.persist(memory)?;
+        Ok(())
     }
 }
 

@@ -635,6 +635,10 @@ fn first_object_has_lines(path: &Path) -> std::io::Result<bool> {
             return Ok(false);
         }
         let content = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line).trim_ascii();
+        // What is longer is refused as spread over lines, and is much to read.
+        if content.len() as u64 > SPREAD_BYTES_MAX {
+            return Ok(false);
+        }
         if !content.is_empty() {
             let is_unfinished = matches!(json_rows(content), Err(NoRows::Unfinished(_)));
             return Ok(is_unfinished && goes_on(content.to_vec(), &mut reader)?);
@@ -650,6 +654,9 @@ fn goes_on(mut text: Vec<u8>, reader: &mut impl BufRead) -> std::io::Result<bool
         text.push(b'\n');
         let left = ROW_BYTES_MAX.saturating_sub(text.len() as u64);
         let is_end = reader.by_ref().take(left).read_until(b'\n', &mut text)? == 0;
+        if text.len() as u64 > SPREAD_BYTES_MAX {
+            return Ok(true);
+        }
         if is_end || text.len() >= 2 * read_again {
             let words = WithoutNan::new(&text[..]);
             let first =

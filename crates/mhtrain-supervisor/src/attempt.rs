@@ -148,11 +148,10 @@ pub enum SpawnError {
     },
 }
 
-/// Returns whether an error is about the disk as it is now and not about what was asked of it.
-#[must_use]
-pub fn is_of_the_disk(error: &io::Error) -> bool {
+/// Returns whether an error is about the disk as it is now and not about what was asked of it, or by whom.
+fn is_of_the_disk(error: &io::Error) -> bool {
     use rustix::io::Errno;
-    let now = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS, Errno::ACCESS, Errno::PERM, Errno::IO];
+    let now = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS, Errno::IO];
     Errno::from_io_error(error).is_some_and(|errno| now.contains(&errno))
 }
 
@@ -164,7 +163,7 @@ impl SpawnError {
         matches!(self, SpawnError::RecorderDied { status, .. } if status.signal().is_some())
     }
 
-    /// Returns whether the disk does not take the record now: it is full, broken, or must not be written.
+    /// Returns whether the disk does not take the record now: it is full, broken or read-only.
     #[must_use]
     pub fn is_unwritable(&self) -> bool {
         matches!(self, SpawnError::Record(RecordError::Io { source, .. }) if is_of_the_disk(source))
@@ -737,7 +736,9 @@ fn spawn_recorder(
     let null = File::options().read(true).write(true).open("/dev/null")?;
     let arguments = [OsStr::new(verb), record.path().as_os_str()];
     let stdio = [null.as_fd(), null.as_fd(), log.as_fd()];
-    let start = Start { program: exe, arguments: &arguments, environment, stdio, group };
+    // To become somebody else in memory that is shared would make the daemon somebody whom that user's debugger may look at.
+    let copies_memory = switch.is_some();
+    let start = Start { program: exe, arguments: &arguments, environment, stdio, group, copies_memory };
     // The child begins with the rights of this thread, and only root's put it into the cgroup.
     let _as_ourselves = FileRights::of_this_process();
     // SAFETY: all of it is system calls through rustix, which takes neither memory nor locks for them.

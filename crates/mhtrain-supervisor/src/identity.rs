@@ -108,7 +108,7 @@ impl Switch {
         {
             return Err(Errno::PERM);
         }
-        // Until the exec this process is a copy of mhtraind's memory: that user's debugger must not look. The exec makes it
+        // Until the exec this process has a copy of mhtraind's memory (`Start::copies_memory`): that user's debugger must not look. The exec makes it
         // dumpable again, unless that user may not read the executable, so the tools of that user work on the trainer.
         set_dumpable_behavior(DumpableBehavior::NotDumpable)
     }

@@ -37,6 +37,8 @@ pub(crate) struct Start<'a> {
     pub(crate) stdio: [BorrowedFd<'a>; 3],
     /// Where to start it. Best effort: ask [`Group::holds`] afterwards.
     pub(crate) group: Option<&'a Group>,
+    /// Whether the child gets a copy of our memory, though it costs more than to lend it ours.
+    pub(crate) copies_memory: bool,
 }
 
 /// A copy of this process, and with what it begins.
@@ -56,7 +58,7 @@ pub(crate) struct Copy<'a> {
 /// `prepare` may only make system calls: no memory is to be taken, no lock, nothing of the C library that could do either.
 pub(crate) unsafe fn spawn(start: Start<'_>, prepare: impl Fn() -> Result<(), Errno>) -> io::Result<Pid> {
     // SAFETY: the caller's promise about `prepare`; the rest of the child makes system calls only and ends in an exec or exit.
-    unsafe { spawn_by(borrow_into, start, prepare) }
+    unsafe { spawn_by(if start.copies_memory { copy_into } else { borrow_into }, start, prepare) }
 }
 
 /// How a child comes into a cgroup: given the directory of that and what the child does, which never returns. Returns the
@@ -250,7 +252,7 @@ unsafe fn borrow_into(directory: BorrowedFd<'_>, then: &dyn Fn()) -> io::Result<
     let mut stack = vec![Line([0; 16]); CHILD_STACK_BYTES / std::mem::size_of::<Line>()];
     let mut arguments = arguments(directory);
     arguments.flags |= (libc::CLONE_VM | libc::CLONE_VFORK).cast_unsigned() as u64;
-    arguments.stack = stack.as_mut_ptr().addr() as u64;
+    arguments.stack = stack.as_mut_ptr().expose_provenance() as u64;
     arguments.stack_size = CHILD_STACK_BYTES as u64;
     let mut pid = libc::SYS_clone3;
     // SAFETY: a live structure and its size; a stack that nobody else uses, aligned as a call wants it, from whose end the child
@@ -329,7 +331,14 @@ mod tests {
 
     fn sleep<'a>(null: &'a File, arguments: &'a [&'a OsStr], group: Option<&'a Group>) -> Start<'a> {
         let stdio = [null.as_fd(), null.as_fd(), null.as_fd()];
-        Start { program: Path::new("/bin/sleep"), arguments, environment: Vec::new(), stdio, group }
+        Start {
+            program: Path::new("/bin/sleep"),
+            arguments,
+            environment: Vec::new(),
+            stdio,
+            group,
+            copies_memory: false,
+        }
     }
 
     #[test]
@@ -353,6 +362,34 @@ mod tests {
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
             waitpid(Some(pid), WaitOptions::empty()).unwrap();
             assert!(inside);
+        }
+        cgroup.remove().unwrap();
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn a_child_that_borrows_our_memory_writes_in_it() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+
+        let record = tempfile::tempdir().unwrap();
+        let made = Cgroup::plan(record.path()).and_then(|plan| Cgroup::create(&plan, None).ok());
+        let Some(cgroup) = made else {
+            eprintln!("skipped: no cgroup can be made here");
+            return;
+        };
+        let directory = cgroup.trainer().open_directory().unwrap();
+        let written = AtomicU32::new(0);
+        let then = || {
+            written.fetch_add(1, Ordering::Relaxed);
+            // SAFETY: it runs nothing of the parent.
+            unsafe { libc::_exit(7) }
+        };
+        for (way, seen) in [(copy_into as Into, 0), (borrow_into, 1)] {
+            // SAFETY: an addition and an end.
+            let pid = unsafe { way(directory.as_fd(), &then) }.unwrap();
+            let ended = waitpid(Pid::from_raw(pid), WaitOptions::empty()).unwrap().unwrap();
+            assert_eq!(ended.1.exit_status(), Some(7));
+            assert_eq!(written.load(Ordering::Relaxed), seen);
         }
         cgroup.remove().unwrap();
     }

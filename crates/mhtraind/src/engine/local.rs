@@ -64,8 +64,15 @@ use crate::config::Config;
 use crate::engine::secrets;
 use crate::failure::{Failure, Status, unreadable, unwritable};
 
-/// How often is tried whether the disk takes the record of an attempt now.
+/// How often is tried whether the disk takes the record of an attempt now; twice as seldom after each that it refused all the
+/// same, down to a 32nd.
 const DISK_LOOK: Duration = Duration::from_secs(2);
+
+/// How often in a row the disk may refuse the record of an attempt after it took a trial.
+const REFUSED_MAX: u32 = 10;
+
+/// What a trial writes: many times the files of a record before its trainer runs.
+const TRIAL_BYTES: usize = 256 << 10;
 
 /// How often a running attempt is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -271,6 +278,8 @@ struct Job<'a> {
     earlier: Vec<OldAttempt>,
     /// Attempts of which the kernel may still hold something.
     ended: Vec<Attempt>,
+    /// How often in a row the disk refused the record of an attempt.
+    refused: u32,
     /// Processes of the last attempt, as long as its memory was not waited for.
     last_pids: Vec<u32>,
     /// Processes whose memory was waited for: the driver may still count some.
@@ -344,6 +353,7 @@ impl<'a> Job<'a> {
             deadline: None,
             earlier,
             ended: Vec::new(),
+            refused: 0,
             last_pids: Vec::new(),
             waited_for: Vec::new(),
             others_before: None,
@@ -482,7 +492,10 @@ impl<'a> Job<'a> {
                         None => match self.wait(&next).await? {
                             Some(over) => over,
                             None => match self.launch(&next)? {
-                                Ok((start, attempt)) => Step::Adopt(start, attempt),
+                                Ok((start, attempt)) => {
+                                    self.refused = 0;
+                                    Step::Adopt(start, attempt)
+                                }
                                 Err(over) => over,
                             },
                         },
@@ -626,7 +639,8 @@ impl<'a> Job<'a> {
     /// Writes down that an attempt ended before there was a trainer.
     fn never_ran(&mut self, number: u32, why: &str) -> Result<Diagnosis, Failure> {
         self.screen.say(format!("attempt {number} was interrupted: {why}"));
-        let diagnosis = Diagnosis::interrupted();
+        let mut diagnosis = Diagnosis::interrupted();
+        why.clone_into(&mut diagnosis.evidence.line);
         self.note_end(&Exit::Lost, &diagnosis, None);
         self.journal.record(JobEvent::AttemptEnded {
             attempt: number,
@@ -639,15 +653,22 @@ impl<'a> Job<'a> {
 
     /// Waits until the disk takes the record of an attempt, and starts one then.
     async fn wait_for_disk(&mut self, next: Next, failure: Failure) -> Result<Step, Failure> {
+        self.set_deadline();
+        self.refused += 1;
+        if self.refused > REFUSED_MAX {
+            return self.failed(failure.message, failure.help);
+        }
         let error = &failure.message;
         let job = self.receipt.id;
         tracing::error!(job, error, "the next attempt waits until its record can be written");
-        self.waiting(format!("its record cannot be written: {error}"))?;
+        let help = failure.help.map_or(String::new(), |help| format!("; {help}"));
+        self.waiting(format!("its record cannot be written: {error}{help}"))?;
+        let rest = DISK_LOOK * (1 << (self.refused - 1).min(5));
         let number = u32::try_from(self.receipt.attempts.len() + 1).unwrap_or(u32::MAX);
         let record = self.directory.record(number);
         loop {
             let waited = tokio::select! {
-                waited = pause(DISK_LOOK, &mut self.signals) => waited,
+                waited = pause(rest, &mut self.signals) => waited,
                 () = until(self.deadline) => Waited::Stopped(StopCause::TimeLimit),
             };
             if let Waited::Stopped(cause) = waited {
@@ -1338,7 +1359,7 @@ fn can_be_written(record: &Path) -> bool {
         std::io::ErrorKind::AlreadyExists => Ok(()),
         _ => Err(e),
     });
-    let written = made.and_then(|()| std::fs::write(&file, [0; 4096]));
+    let written = made.and_then(|()| std::fs::write(&file, vec![0; TRIAL_BYTES]));
     let _not_made = std::fs::remove_file(&file);
     let _not_made = std::fs::remove_dir(&trial);
     written.is_ok()

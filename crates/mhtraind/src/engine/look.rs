@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -402,6 +402,8 @@ fn answer(question: &Question) -> Looked {
     for entry in &question.entries {
         files.push(data_files(&entry.path).map_err(|e| e.to_string())?);
     }
+    let as_they_are = || files.iter().flatten().map(|path| FileIdentity::of(path)).collect::<Vec<_>>();
+    let before = as_they_are();
     let key = key(question, &files);
     let cached = question.cache.as_ref().and_then(|directory| read_cache(directory, &key, &files));
     if let Some(look) = cached {
@@ -419,7 +421,8 @@ fn answer(question: &Question) -> Looked {
         left -= 1;
     }
     let look = together(question, &counter, counted, started.elapsed());
-    if let Some(directory) = &question.cache {
+    // A file that was changed meanwhile was counted as another content than its key says.
+    if let Some(directory) = question.cache.as_ref().filter(|_| as_they_are() == before) {
         write_cache(directory, &Cached { key, files, look: look.clone() });
     }
     Ok(look)
@@ -517,12 +520,10 @@ fn write_cache(directory: &Path, answer: &Cached) {
     let write = || -> std::io::Result<()> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         forget_oldest(directory)?;
-        let file = cache_file(directory, &answer.key);
-        let unfinished = file.with_extension(format!("{}.tmp", std::process::id()));
-        let mut opened =
-            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-        opened.write_all(&serde_json::to_vec(answer)?)?;
-        std::fs::rename(&unfinished, &file)
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        file.write_all(&serde_json::to_vec(answer)?)?;
+        file.persist(cache_file(directory, &answer.key))?;
+        Ok(())
     };
     if let Err(error) = write() {
         tracing::debug!(directory = %directory.display(), %error, "the lengths were not cached");
