@@ -206,10 +206,10 @@ pub(crate) fn is_promised_only_what_is_there(total: u64, used: u64, sized: &Size
     let rung = sized.plan.chosen_rung();
     let free = Bytes::from_gib(total.saturating_sub(used));
     let fits = rung.fits && rung.admission_bytes <= free;
-    // Where what was learned leaves a ladder no rung that fits, its last one is tried: the emergency profile, or where the job
-    // does not allow that the most frugal that it allows.
-    let is_last = sized.plan.chosen + 1 == sized.plan.rungs.len();
-    fits || (used == 0 && is_last)
+    // Where nothing fits, one rung is tried all the same: the emergency profile, or the one that needs least by what runs of the
+    // model showed (`mhtrain_sizing::plan`, `last_resort`).
+    let nothing_fits = sized.plan.rungs.iter().all(|rung| !rung.fits);
+    fits || (used == 0 && nothing_fits)
 }
 
 /// Looks at an event that was just written down.
