@@ -108,8 +108,9 @@ impl Switch {
         {
             return Err(Errno::PERM);
         }
-        // Until the exec this process has a copy of mhtraind's memory (`Start::copies_memory`): that user's debugger must not look. The exec makes it
-        // dumpable again, unless that user may not read the executable, so the tools of that user work on the trainer.
+        // Until the exec this process has a copy of mhtraind's memory (`Start::copies_memory`): that user's debugger must not
+        // look. The exec makes it dumpable again, unless that user may not read the executable, so the tools of that user work on
+        // the trainer.
         set_dumpable_behavior(DumpableBehavior::NotDumpable)
     }
 }

@@ -329,6 +329,16 @@ mod tests {
     use crate::cgroup::Cgroup;
     use std::fs::File;
 
+    /// Returns a cgroup of the test's own; `None` where none can be made.
+    fn cgroup() -> Option<Cgroup> {
+        let record = tempfile::tempdir().unwrap();
+        let made = Cgroup::plan(record.path()).and_then(|plan| Cgroup::create(&plan, None).ok());
+        if made.is_none() {
+            eprintln!("skipped: no cgroup can be made here");
+        }
+        made
+    }
+
     fn sleep<'a>(null: &'a File, arguments: &'a [&'a OsStr], group: Option<&'a Group>) -> Start<'a> {
         let stdio = [null.as_fd(), null.as_fd(), null.as_fd()];
         Start {
@@ -343,12 +353,7 @@ mod tests {
 
     #[test]
     fn a_child_is_in_its_group_straight_or_by_itself() {
-        let record = tempfile::tempdir().unwrap();
-        let made = Cgroup::plan(record.path()).and_then(|plan| Cgroup::create(&plan, None).ok());
-        let Some(cgroup) = made else {
-            eprintln!("skipped: no cgroup can be made here");
-            return;
-        };
+        let Some(cgroup) = cgroup() else { return };
         let group = cgroup.trainer();
         let (null, long) = (File::open("/dev/null").unwrap(), [OsStr::new("600")]);
         let start = || sleep(&null, &long, Some(&group));
@@ -371,12 +376,7 @@ mod tests {
     fn a_child_that_borrows_our_memory_writes_in_it() {
         use std::sync::atomic::{AtomicU32, Ordering};
 
-        let record = tempfile::tempdir().unwrap();
-        let made = Cgroup::plan(record.path()).and_then(|plan| Cgroup::create(&plan, None).ok());
-        let Some(cgroup) = made else {
-            eprintln!("skipped: no cgroup can be made here");
-            return;
-        };
+        let Some(cgroup) = cgroup() else { return };
         let directory = cgroup.trainer().open_directory().unwrap();
         let written = AtomicU32::new(0);
         let then = || {
@@ -396,12 +396,7 @@ mod tests {
 
     #[test]
     fn what_fails_in_a_child_with_our_memory_is_told_and_changes_nothing_of_ours() {
-        let record = tempfile::tempdir().unwrap();
-        let made = Cgroup::plan(record.path()).and_then(|plan| Cgroup::create(&plan, None).ok());
-        let Some(cgroup) = made else {
-            eprintln!("skipped: no cgroup can be made here");
-            return;
-        };
+        let Some(cgroup) = cgroup() else { return };
         let group = cgroup.trainer();
         let null = File::open("/dev/null").unwrap();
         for _ in 0..50 {

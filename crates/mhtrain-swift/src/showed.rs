@@ -31,7 +31,8 @@ pub struct Showed<'a> {
 pub fn seen(showed: &Showed<'_>) -> Option<Seen> {
     let Showed { diagnosis, from_step, step, logged, peaks, device } = showed;
     if matches!(diagnosis.kind, Kind::DeviceOom | Kind::DeviceOomByNeighbour) {
-        // Whoever had the rest of the card: it did not get what it needed, so what it held is no peak. An evaluation, a load and a save take other memory than what is predicted.
+        // Whoever had the rest of the card: it did not get what it needed, so what it held is no peak. An evaluation, a load and
+        // a save take other memory than what is predicted.
         if !diagnosis.certain || !matches!(diagnosis.phase, None | Some(Phase::Train)) {
             return None;
         }
