@@ -209,6 +209,34 @@ fn a_last_checkpoint_that_cannot_be_put_on_disk_is_no_success_until_it_can() {
 }
 
 #[test]
+fn the_card_of_a_job_whose_success_is_proven_is_free_before_its_checkpoint_is_durable() {
+    let mut broken = Broken::new();
+    let id = broken.running();
+    broken.breaks(&[("fsync-fails", "a")]);
+    let next = broken.submitted(json!({"step_seconds": 0.4}), "b");
+    broken.served.wait_until("the next job's turn", |served| {
+        served.job(&next)["progress"]["step"].as_u64() >= Some(1)
+    });
+    assert_eq!(
+        broken.served.state(&id),
+        "recovering",
+        "its last checkpoint is not on disk\n{}",
+        broken.log()
+    );
+    // Whoever takes both over finds them on the same card, and gives it to the one that trains.
+    broken.kill_and_restart();
+    let last = broken.submitted(json!({}), "c");
+    broken.served.wait_until("its turn", |served| served.state(&last) == "waiting");
+    let reason = broken.served.job(&last)["reason"].as_str().unwrap_or_default().to_owned();
+    assert!(reason.contains(&format!("job {next}")), "{reason}");
+    broken.assert_undisturbed(&next, "b");
+    broken.assert_undisturbed(&last, "c");
+    assert_eq!(broken.served.state(&id), "recovering", "{}", broken.log());
+    broken.is_well_again();
+    broken.assert_undisturbed(&id, "a");
+}
+
+#[test]
 fn a_trainer_that_cannot_print_any_more_dies_of_it_and_its_job_says_so() {
     let disk = Broken::new();
     let first = disk.running();

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use mhtrain_sizing::gpu::ComputeCapability;
 use mhtrain_sizing::units::Bytes;
@@ -63,11 +64,12 @@ impl GpuError {
     }
 }
 
-/// A connection to NVML that mends itself.
-#[derive(Debug)]
+/// A connection to NVML that mends itself. Its clones share it: to load the library and find its four hundred functions takes
+/// 0.6 ms, and a driver's NVML much longer to start.
+#[derive(Clone, Debug)]
 pub struct Gpus {
     library: PathBuf,
-    open: Option<Nvml>,
+    open: Arc<Mutex<Option<Arc<Nvml>>>>,
 }
 
 /// Returns what NVML says, through `library` or the driver's own.
@@ -78,28 +80,25 @@ pub fn probe_gpus(library: Option<&Path>) -> GpuReport {
 impl Gpus {
     /// Returns a connection through `library` or the driver's own; it is opened by the first question.
     pub fn new(library: Option<&Path>) -> Gpus {
-        Gpus { library: library.unwrap_or(Path::new(DEFAULT_LIBRARY)).to_owned(), open: None }
+        Gpus { library: library.unwrap_or(Path::new(DEFAULT_LIBRARY)).to_owned(), open: Arc::default() }
     }
 
     /// Returns all cards, with their processes and whose they are.
-    pub fn report(&mut self) -> GpuReport {
+    pub fn report(&self) -> GpuReport {
         let library = self.library.display().to_string();
-        let answer = self.connected().and_then(read_all);
-        let nvml = answer.unwrap_or_else(|error| {
-            self.open = None;
-            nvml_state(error)
-        });
-        GpuReport { library, nvml }
+        let answer =
+            self.connected().and_then(|nvml| read_all(&nvml).inspect_err(|_| self.disconnect(&nvml)));
+        GpuReport { library, nvml: answer.unwrap_or_else(nvml_state) }
     }
 
     /// Brings those cards of a report up to date that are `wanted`, which takes the less the fewer they are. Where it is not
     /// as it was, all cards are asked.
-    pub fn refresh(&mut self, report: &mut GpuReport, wanted: impl Fn(&GpuState) -> bool) {
+    pub fn refresh(&self, report: &mut GpuReport, wanted: impl Fn(&GpuState) -> bool) {
         let refreshed = match &mut report.nvml {
             NvmlState::Ready { devices, .. } => self.connected().is_ok_and(|nvml| {
                 let mut those: Vec<&mut GpuState> =
                     devices.iter_mut().filter(|state| wanted(state)).collect();
-                read_again(nvml, &mut those)
+                read_again(&nvml, &mut those)
             }),
             _ => false,
         };
@@ -113,7 +112,7 @@ impl Gpus {
     /// # Errors
     ///
     /// NVML does not start, knows no such card, or the card does not answer.
-    pub fn memory(&mut self, uuid: &str) -> Result<GpuMemory, GpuError> {
+    pub fn memory(&self, uuid: &str) -> Result<GpuMemory, GpuError> {
         self.ask(uuid, |device| read_memory(device).map(|(memory, _)| memory))
     }
 
@@ -122,7 +121,7 @@ impl Gpus {
     /// # Errors
     ///
     /// As [`Gpus::memory`].
-    pub fn index_of(&mut self, uuid: &str) -> Result<u32, GpuError> {
+    pub fn index_of(&self, uuid: &str) -> Result<u32, GpuError> {
         self.ask(uuid, |device| device.index())
     }
 
@@ -131,7 +130,7 @@ impl Gpus {
     /// # Errors
     ///
     /// As [`Gpus::memory`].
-    pub fn processes(&mut self, uuid: &str) -> Result<BTreeMap<u32, Option<Bytes>>, GpuError> {
+    pub fn processes(&self, uuid: &str) -> Result<BTreeMap<u32, Option<Bytes>>, GpuError> {
         self.ask(uuid, read_processes)
     }
 
@@ -140,7 +139,7 @@ impl Gpus {
     /// # Errors
     ///
     /// As [`Gpus::memory`].
-    pub fn used_by(&mut self, uuid: &str, pids: &[u32]) -> Result<Option<Bytes>, GpuError> {
+    pub fn used_by(&self, uuid: &str, pids: &[u32]) -> Result<Option<Bytes>, GpuError> {
         let processes = self.processes(uuid)?;
         Ok(processes
             .into_iter()
@@ -154,12 +153,12 @@ impl Gpus {
     /// # Errors
     ///
     /// As [`Gpus::memory`]; some cards do not say.
-    pub fn utilization(&mut self, uuid: &str) -> Result<u32, GpuError> {
+    pub fn utilization(&self, uuid: &str) -> Result<u32, GpuError> {
         self.ask(uuid, |device| Ok(device.utilization_rates()?.gpu))
     }
 
     fn ask<T>(
-        &mut self,
+        &self,
         uuid: &str,
         question: impl FnOnce(&Device<'_>) -> Result<T, NvmlError>,
     ) -> Result<T, GpuError> {
@@ -172,18 +171,27 @@ impl Gpus {
         let answer = nvml.device_by_uuid(uuid).and_then(|device| question(&device));
         answer.map_err(|source| {
             if connection_is_bad(&source) {
-                self.open = None;
+                self.disconnect(&nvml);
             }
             GpuError::Device { uuid: uuid.to_owned(), source }
         })
     }
 
-    fn connected(&mut self) -> Result<&Nvml, NvmlError> {
-        let nvml = match self.open.take() {
+    fn connected(&self) -> Result<Arc<Nvml>, NvmlError> {
+        let mut shared = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let nvml = match shared.take() {
             Some(nvml) => nvml,
-            None => open(&self.library)?,
+            None => Arc::new(open(&self.library)?),
         };
-        Ok(self.open.insert(nvml))
+        Ok(Arc::clone(shared.insert(nvml)))
+    }
+
+    /// Lets the next question open the library again, if nobody did meanwhile.
+    fn disconnect(&self, bad: &Arc<Nvml>) {
+        let mut shared = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.as_ref().is_some_and(|open| Arc::ptr_eq(open, bad)) {
+            *shared = None;
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use clap::Args;
 use mhtrain_job::event::JobEvent;
 use mhtrain_job::spec::JobSpec;
 use mhtrain_job::state::JobState;
+use mhtrain_probe::nvml::Gpus;
 use mhtrain_probe::probe::{ProbeQuery, ProbeReport, TrainerReport, probe};
 use mhtrain_supervisor::attempt::Attempt;
 use serde_json::Value;
@@ -131,6 +132,7 @@ pub fn start(
         prepared,
         environment,
         directory,
+        gpus: Gpus::new(config.nvml_library().as_deref()),
         id: None,
         journal,
         other_device: false,

@@ -33,7 +33,7 @@ pub struct LiveJob {
     pub device: String,
     /// Where everything of it goes.
     pub output_dir: String,
-    /// Whether it needs its device no more: only its receipt is still written.
+    /// Whether it needs its device no more: its last checkpoint is made durable, its receipt written.
     device_is_back: AtomicBool,
     stop: Mutex<mpsc::UnboundedSender<StopCause>>,
     told: Mutex<Told>,
@@ -69,6 +69,11 @@ impl LiveJob {
     /// Returns the UUID of its device while nobody else may have it.
     pub fn leased_device(&self) -> Option<&str> {
         self.device_uuid.as_deref().filter(|_| !self.device_is_back.load(Ordering::Acquire))
+    }
+
+    /// Lets others have its device.
+    pub fn give_device_back(&self) {
+        self.device_is_back.store(true, Ordering::Release);
     }
 
     /// Asks the job to end: politely, and at once the second time.
@@ -162,8 +167,12 @@ impl Audience for Followers {
     fn attempt_ends(&mut self) {}
 
     fn device_is_back(&mut self) {
-        self.live.device_is_back.store(true, Ordering::Release);
+        self.live.give_device_back();
         self.daemon.wake();
+    }
+
+    fn has_device(&self) -> bool {
+        !self.live.device_is_back.load(Ordering::Acquire)
     }
 }
 

@@ -31,6 +31,7 @@ use std::time::Duration;
 use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::Leases;
+use mhtrain_probe::nvml::Gpus;
 use mhtrain_store::JobId;
 use mhtrain_supervisor::FileRights;
 use tokio::net::{UnixListener, UnixStream};
@@ -69,6 +70,8 @@ pub struct Daemon {
     pub config: Config,
     /// The site's tiers, and the plans made with them last.
     pub plans: Plans,
+    /// The cards.
+    pub gpus: Gpus,
     /// The store.
     pub store: StoreHandle,
     /// Whom the daemon serves.
@@ -317,9 +320,11 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let failed = store.call(|store| store.get_flag(FAILED_DEVICES)).await?;
     let failed_devices = failed.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let observations = Observations::new(store.call(|store| store.observations()).await?);
+    let gpus = Gpus::new(config.nvml_library().as_deref());
     let daemon = Arc::new(Daemon {
         config,
         plans,
+        gpus,
         store,
         served,
         observations,

@@ -5,25 +5,27 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mhtrain_failpoint::reach;
-use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::event::{Exit, JobEvent, Record};
 use mhtrain_job::queue::{
     DRAINED, Dependency, DependencyState, Fit, Leases, Offer, Places, QueuedJob, Verdict, decide,
     place_in_line,
 };
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
-use mhtrain_job::take_over::{Place, place};
+use mhtrain_job::take_over::{GoesOn, Place, goes_on, place};
 use mhtrain_probe::gpu::{GpuReport, GpuState};
+use mhtrain_probe::host::{HostReport, probe_host};
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_sizing::plan::History;
 use mhtrain_sizing::units::Bytes;
 use mhtrain_store::{JobId, UnfinishedJob};
 
 use super::download::{self, Download};
+use super::job::Device;
 use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
@@ -130,6 +132,7 @@ impl QueuedEntry {
 pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
     let unfinished = daemon.store.call(|store| store.unfinished()).await?;
     let count = unfinished.len();
+    let mut on_device = Vec::new();
     for UnfinishedJob { job, state } in unfinished {
         let id = job.row.id;
         let read = JobSpec::from_value(&job.row.spec).map_err(|e| e.to_string()).and_then(|spec| {
@@ -163,14 +166,31 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
         });
         let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
         match sized {
-            Some(sized) if place == Place::OnDevice => job::start(daemon, id, handed_in, sized),
+            Some(sized) if place == Place::OnDevice => {
+                on_device.push((id, handed_in, sized, may_have_succeeded(&records)));
+            }
             _ => {
                 let told = matches!(state, JobState::Waiting { .. });
                 daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(handed_in, None) });
             }
         }
     }
+    let devices: Vec<_> = on_device.iter().map(|(.., sized, _)| sized.device().map(str::to_owned)).collect();
+    for (id, handed_in, sized, may_have_succeeded) in on_device {
+        let jobs_there = devices.iter().filter(|device| device.as_deref() == sized.device()).count();
+        // A job gives its device back before its success is written down: the other one got it then.
+        let device = match may_have_succeeded && jobs_there > 1 {
+            true => Device::GivenBack,
+            false => Device::Leased,
+        };
+        job::start(daemon, id, handed_in, sized, device);
+    }
     Ok(count)
+}
+
+/// Returns whether the last attempt of a job ended by itself, and nothing that follows is recorded.
+fn may_have_succeeded(records: &[Record]) -> bool {
+    matches!(goes_on(records), Ok(GoesOn::Judge { exit: Exit::Code { code: 0 }, .. }))
 }
 
 /// Returns what a job was sized as, if it was.
@@ -190,11 +210,9 @@ fn sized(id: JobId, records: &[Record]) -> Option<Sized> {
 
 /// Looks at the queue whenever something changed. Ends only with an error of ours.
 pub async fn schedule(daemon: Arc<Daemon>) {
-    let gpus = Arc::new(Mutex::new(Gpus::new(daemon.config.nvml_library().as_deref())));
     let mut queue = Queue {
-        gpus,
         line: BTreeMap::new(),
-        report: None,
+        host: None,
         reasons_due: Instant::now(),
         told_up_to: None,
         reasons_took: Duration::ZERO,
@@ -215,17 +233,17 @@ pub async fn schedule(daemon: Arc<Daemon>) {
         tokio::select! {
             () = daemon.wake.notified() => {}
             () = tokio::time::sleep(until_next), if waits => {}
-            () = more_memory(&queue.gpus, &free), if waits && !free.is_empty() => {}
+            () = more_memory(&daemon.gpus, &free), if waits && !free.is_empty() => {}
         }
     }
 }
 
 /// The queue between two looks.
 struct Queue {
-    gpus: Arc<Mutex<Gpus>>,
     line: BTreeMap<JobId, InLine>,
-    /// What NVML said of all cards, and when.
-    report: Option<(GpuReport, Instant)>,
+    /// The host as it was when all of it was looked at last, but for the cards that somebody may take: they are asked at
+    /// every look.
+    host: Option<(Host, Instant)>,
     /// When it may be found out again why jobs wait, up to which job that was done, and how long it took so far.
     reasons_due: Instant,
     told_up_to: Option<JobId>,
@@ -272,9 +290,9 @@ impl Queue {
         examine_new(daemon);
         download_missing(daemon).await?;
         let had = daemon.leases();
-        let report = self.ask_nvml(&had).await?;
+        let host = self.look_at_host(&daemon.gpus, &had).await?;
         line_up(daemon, &mut self.line);
-        let now = Now { report: &report, had, failed: daemon.failed_devices().clone() };
+        let now = Now { host: &host, had, failed: daemon.failed_devices().clone() };
         self.start(daemon, &now).await?;
         let begin = Instant::now();
         self.behind = begin < self.reasons_due;
@@ -289,7 +307,7 @@ impl Queue {
             self.behind = !is_through;
         }
         let leases = daemon.leases();
-        let unleased = report.devices().iter().filter_map(|gpu| {
+        let unleased = host.gpus.devices().iter().filter_map(|gpu| {
             let uuid = gpu.uuid.clone().filter(|uuid| !leases.devices.contains_key(uuid))?;
             Some((uuid, gpu.card().ok()?.free))
         });
@@ -299,7 +317,7 @@ impl Queue {
     /// Starts what can start.
     async fn start(&mut self, daemon: &Arc<Daemon>, now: &Now<'_>) -> Result<(), Failure> {
         let mut places = Places::new(now.leases(daemon), daemon.is_drained());
-        let devices = || now.report.devices().iter().filter_map(|gpu| gpu.uuid.as_deref());
+        let devices = || now.host.gpus.devices().iter().filter_map(|gpu| gpu.uuid.as_deref());
         if !places.are_left(devices()) {
             return Ok(());
         }
@@ -355,7 +373,7 @@ impl Queue {
     async fn carry_out(&mut self, daemon: &Arc<Daemon>, id: JobId, verdict: Verdict, now: &Now<'_>) {
         let starts = matches!(verdict, Verdict::Start { .. });
         // One job that cannot be started or told must not keep the others waiting.
-        let done = carry_out(daemon, id, verdict, &self.line, now.report).await;
+        let done = carry_out(daemon, id, verdict, &self.line, now.host).await;
         if starts && done.is_ok() {
             self.line.remove(&id);
         }
@@ -379,32 +397,36 @@ impl Queue {
         (before.as_ref() != Some(&failure.message)).then_some(failure)
     }
 
-    /// Asks NVML about all cards when it is time, else about those that somebody may take.
-    async fn ask_nvml(&mut self, leases: &Leases) -> Result<GpuReport, Failure> {
-        let known = self.report.take().filter(|(_, at)| at.elapsed() < LOOK_EVERY);
-        let (gpus, leased) = (Arc::clone(&self.gpus), leases.devices.clone());
+    /// Looks at the whole host when it is time, else at the cards that somebody may take.
+    async fn look_at_host(&mut self, gpus: &Gpus, leases: &Leases) -> Result<Host, Failure> {
+        let known = self.host.take().filter(|(_, at)| at.elapsed() < LOOK_EVERY);
+        let (gpus, leased) = (gpus.clone(), leases.devices.clone());
         // NVML may take long, and the daemon must answer meanwhile.
-        let asked = tokio::task::spawn_blocking(move || {
-            let mut gpus = gpus.lock().unwrap_or_else(PoisonError::into_inner);
-            match known {
-                None => (gpus.report(), Instant::now()),
-                Some((mut report, at)) => {
-                    let is_leased = |uuid: &String| leased.contains_key(uuid);
-                    gpus.refresh(&mut report, |gpu| !gpu.uuid.as_ref().is_some_and(is_leased));
-                    (report, at)
-                }
+        let asked = tokio::task::spawn_blocking(move || match known {
+            None => (Host { gpus: gpus.report(), beside: probe_host() }, Instant::now()),
+            Some((mut host, at)) => {
+                let is_leased = |uuid: &String| leased.contains_key(uuid);
+                gpus.refresh(&mut host.gpus, |gpu| !gpu.uuid.as_ref().is_some_and(is_leased));
+                (host, at)
             }
         });
         let asked = asked.await.map_err(|e| Failure::new(Status::Bug, "nvml_thread", e))?;
-        let report = asked.0.clone();
-        self.report = Some(asked);
-        Ok(report)
+        let host = asked.0.clone();
+        self.host = Some(asked);
+        Ok(host)
     }
+}
+
+/// The host as a look at the queue sees it.
+#[derive(Clone)]
+struct Host {
+    gpus: GpuReport,
+    beside: HostReport,
 }
 
 /// What a look at the queue sees.
 struct Now<'a> {
-    report: &'a GpuReport,
+    host: &'a Host,
     /// What jobs had before NVML was asked: what is given back since was not asked about.
     had: Leases,
     /// The cards that have failed.
@@ -466,13 +488,13 @@ impl InLine {
             (Some(uuid), _) | (None, DeviceWish::Uuid(uuid)) => match &gpu.uuid {
                 Some(its) => its == uuid,
                 // A card that does not answer may be the one, where no other is.
-                None => !now.report.devices().iter().any(|other| other.uuid.as_ref() == Some(uuid)),
+                None => !now.host.gpus.devices().iter().any(|other| other.uuid.as_ref() == Some(uuid)),
             },
         };
         let history = daemon.observations.history(account.uid, &versions(&self.examined.environment));
         let mut before = std::mem::take(&mut self.cards);
         self.is_whole = true;
-        for gpu in now.report.devices().iter().filter(wished) {
+        for gpu in now.host.gpus.devices().iter().filter(wished) {
             let known = before.iter().position(|card| card.gpu.index == gpu.index);
             let known = known.map(|at| before.swap_remove(at));
             if !of(gpu) {
@@ -539,12 +561,11 @@ impl InLine {
 }
 
 /// Waits until one of these cards has more memory free than it had. NVML tells nobody: it has to be asked.
-async fn more_memory(gpus: &Arc<Mutex<Gpus>>, had: &[(String, Bytes)]) {
+async fn more_memory(gpus: &Gpus, had: &[(String, Bytes)]) {
     loop {
         tokio::time::sleep(MEMORY_EVERY).await;
-        let (gpus, had) = (Arc::clone(gpus), had.to_vec());
+        let (gpus, had) = (gpus.clone(), had.to_vec());
         let asked = tokio::task::spawn_blocking(move || {
-            let mut gpus = gpus.lock().unwrap_or_else(PoisonError::into_inner);
             had.iter().any(|(uuid, had)| gpus.memory(uuid).is_ok_and(|memory| memory.free > *had))
         });
         // A card that does not answer is seen at the next look.
@@ -697,17 +718,17 @@ async fn carry_out(
     id: JobId,
     verdict: Verdict,
     line: &BTreeMap<JobId, InLine>,
-    report: &GpuReport,
+    host: &Host,
 ) -> Result<(), Failure> {
     match verdict {
         Verdict::Start { device } => {
             let Some(waiting) = line.get(&id) else { return Ok(()) };
             let Some(sized) = waiting.sized(&device, daemon)? else { return Ok(()) };
-            begin(daemon, id, sized.with_probe(report.clone())).await
+            begin(daemon, id, sized.with_probe(host.gpus.clone(), host.beside.clone())).await
         }
         Verdict::Fail { reason, help } => fail(daemon, id, reason, help).await,
         Verdict::Wait { reason } => {
-            let reason = match report.nvml.problem(&report.library) {
+            let reason = match host.gpus.nvml.problem(&host.gpus.library) {
                 Some((problem, _)) => problem,
                 None => reason,
             };
@@ -764,7 +785,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
         return Ok(());
     }
     reach("queue.before_start", "");
-    job::start(daemon, id, entry.handed_in, sized);
+    job::start(daemon, id, entry.handed_in, sized, Device::Leased);
     Ok(())
 }
 

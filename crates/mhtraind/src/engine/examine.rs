@@ -8,7 +8,7 @@ use std::sync::Arc;
 use mhtrain_job::queue::{self, Fit, Room};
 use mhtrain_job::spec::JobSpec;
 use mhtrain_probe::gpu::{GpuReport, GpuState};
-use mhtrain_probe::host::probe_host;
+use mhtrain_probe::host::HostReport;
 use mhtrain_probe::probe::{ProbeReport, TrainerReport};
 use mhtrain_probe::trainer_environment::trainer_environment_as;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
@@ -135,13 +135,9 @@ impl Sized {
 
     /// Returns the sized job with what was probed for it.
     #[must_use]
-    pub fn with_probe(self, gpus: GpuReport) -> Sized {
-        let report = ProbeReport {
-            gpus,
-            host: probe_host(),
-            disk: None,
-            trainer: TrainerReport::Ready(self.environment.clone()),
-        };
+    pub fn with_probe(self, gpus: GpuReport, host: HostReport) -> Sized {
+        let report =
+            ProbeReport { gpus, host, disk: None, trainer: TrainerReport::Ready(self.environment.clone()) };
         // A report that is no JSON would be a bug of serde; the receipt does without.
         Sized { probe: serde_json::to_value(report).unwrap_or_default(), ..self }
     }

@@ -100,6 +100,8 @@ pub struct LocalRun {
     pub probe: serde_json::Value,
     /// Where it runs, locked.
     pub directory: JobDirectory,
+    /// The cards.
+    pub gpus: Gpus,
     /// Id of the job; `None` in the foreground.
     pub id: Option<u64>,
     /// An earlier process's journal of this very job that is to be continued.
@@ -295,6 +297,7 @@ impl<'a> Job<'a> {
             environment,
             probe,
             directory,
+            gpus,
             id,
             journal,
             other_device,
@@ -331,8 +334,7 @@ impl<'a> Job<'a> {
         policy.other_device = other_device;
         policy.memory_wait_s = u64::from(config.attempt.neighbour_wait_min) * 60;
         policy.network_backoff_s = u64::from(config.attempt.network_backoff_s);
-        let card =
-            WatchedCard::new(Gpus::new(config.nvml_library().as_deref()), prepared.candidate.uuid.clone());
+        let card = WatchedCard::new(gpus, prepared.candidate.uuid.clone());
         // Somebody asked for the end while nobody was there to bring it about.
         let stop = journal.state().stop().map(StopCause::recorded_as);
         let companion = Companion::prepare(&directory, &environment, &origin, config);
@@ -531,6 +533,15 @@ impl<'a> Job<'a> {
         }
     }
 
+    /// Gives the device back, where its memory is back too, before a job that has succeeded is written down: a large checkpoint
+    /// takes the disk minutes, and needs no device.
+    fn give_device_back_at_once(&mut self) {
+        if self.card.is_back(&self.last_pids, self.prepared.candidate.card.free) {
+            self.waited_for = std::mem::take(&mut self.last_pids);
+            self.screen.give_device_back();
+        }
+    }
+
     /// Removes what attempts that are over leave in the kernel. It waits for their recorders, so it comes last.
     fn clean_up(&mut self) {
         self.ended.drain(..).for_each(|attempt| clean_up(&attempt));
@@ -593,6 +604,13 @@ impl<'a> Job<'a> {
 
     /// Starts an attempt; returns a step instead when that ends the job.
     fn launch(&mut self, next: &Next) -> Result<Result<(AttemptStart, Attempt), Step>, Failure> {
+        if !self.screen.has_device() {
+            // Somebody took the checkpoint away by which success was proven, before that could be written down.
+            let what =
+                "what proved the job's success is not there any more, and others may have its device by now";
+            let help = "`mhtraind retry` goes on from the last checkpoint".to_owned();
+            return Err(Failure::failed("device_given_back", what).help(help));
+        }
         let number = self.receipt.attempts.len() as u64 + 1;
         let number = u32::try_from(number).expect("attempts are bounded by the policy");
         let tier = self.prepared.plan.rungs[next.rung].tier.clone();
@@ -1201,6 +1219,7 @@ impl<'a> Job<'a> {
         let wants_best =
             self.prepared.spec.args.get("load_best_model_at_end") == Some(&serde_json::json!(true));
         let last = proof.checkpoint.clone();
+        self.give_device_back_at_once();
         let chosen =
             best.filter(|_| wants_best).map(PathBuf::from).filter(|path| path.is_dir()).unwrap_or(last);
         self.directory.make_lasting(&proof.checkpoint)?;

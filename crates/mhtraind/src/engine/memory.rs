@@ -52,32 +52,32 @@ impl WatchedCard {
     }
 
     /// Returns what is free, or `None` where it cannot be read now.
-    pub fn free(&mut self) -> Option<Bytes> {
+    pub fn free(&self) -> Option<Bytes> {
         Some(self.gpus.memory(self.uuid.as_deref()?).ok()?.free)
     }
 
     /// Returns what all processes hold, or `None` where it cannot be read now.
-    pub fn used(&mut self) -> Option<Bytes> {
+    pub fn used(&self) -> Option<Bytes> {
         Some(self.gpus.memory(self.uuid.as_deref()?).ok()?.used)
     }
 
     /// Returns what these processes hold.
-    pub fn used_by(&mut self, pids: &[u32]) -> Option<Bytes> {
+    pub fn used_by(&self, pids: &[u32]) -> Option<Bytes> {
         self.gpus.used_by(self.uuid.as_deref()?, pids).ok().flatten()
     }
 
     /// Returns whether the card computes, for whomever; `None` where it cannot be read.
-    pub fn is_busy(&mut self) -> Option<bool> {
+    pub fn is_busy(&self) -> Option<bool> {
         Some(self.gpus.utilization(self.uuid.as_deref()?).ok()? > IDLE_PERCENT)
     }
 
     /// Returns the card's index now; it can change when another card is lost.
-    pub fn index(&mut self) -> Option<u32> {
+    pub fn index(&self) -> Option<u32> {
         self.gpus.index_of(self.uuid.as_deref()?).ok()
     }
 
     /// Returns who holds memory there, for people: `pid 4121 holds 6.00 GiB`.
-    pub fn holders(&mut self) -> Vec<String> {
+    pub fn holders(&self) -> Vec<String> {
         let Some(uuid) = self.uuid.clone() else { return Vec::new() };
         let report = self.gpus.report();
         let device = report.devices().iter().find(|device| device.uuid.as_ref() == Some(&uuid));
@@ -92,10 +92,16 @@ impl WatchedCard {
             .collect()
     }
 
+    /// Returns whether none of `pids` is listed and as much is free as `was` before them.
+    pub fn is_back(&self, pids: &[u32], was: Bytes) -> bool {
+        let still_ours = || self.used_by(pids).is_some_and(|used| used > Bytes::ZERO);
+        pids.is_empty() || (!still_ours() && self.free().is_some_and(|free| free >= was))
+    }
+
     /// Waits until none of `pids` is listed and as much is free as `was` before them, or the free memory has come to rest; at
     /// most `limit`.
     pub async fn wait_for_return(
-        &mut self,
+        &self,
         pids: &[u32],
         was: Bytes,
         limit: Duration,
@@ -125,7 +131,7 @@ impl WatchedCard {
 
     /// Waits until `need` is free, at most `limit`, and says who holds it.
     pub async fn wait_for(
-        &mut self,
+        &self,
         need: Bytes,
         limit: Duration,
         signals: &mut StopSignals,

@@ -38,6 +38,10 @@ pub trait Audience: std::fmt::Debug + Send {
     fn attempt_ends(&mut self);
     /// Nothing of the job runs any more, and nothing will: somebody else may have its device.
     fn device_is_back(&mut self) {}
+    /// Whether the job still has it.
+    fn has_device(&self) -> bool {
+        true
+    }
 }
 
 /// One look at a running attempt.
@@ -158,6 +162,11 @@ impl Screen {
     /// Tells that the job needs its device no more.
     pub fn give_device_back(&mut self) {
         self.0.device_is_back();
+    }
+
+    /// Returns whether that was not told.
+    pub fn has_device(&self) -> bool {
+        self.0.has_device()
     }
 }
 
