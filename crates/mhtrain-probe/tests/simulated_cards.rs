@@ -202,7 +202,7 @@ fn a_connection_follows_memory_processes_and_a_driver_that_comes_back() {
     file.devices[1].processes =
         vec![SimProcess { pid: 5, used: Some(GIB) }, SimProcess { pid: 6, used: Some(2 * GIB) }];
     let simulation = Simulation::of(&file);
-    let mut gpus = Gpus::new(Some(&library()));
+    let gpus = Gpus::new(Some(&library()));
     assert_eq!(gpus.index_of("GPU-a").unwrap(), 1);
     assert_eq!(gpus.memory("GPU-a").unwrap().used, Bytes::from_gib(2));
     assert_eq!(gpus.used_by("GPU-a", &[5, 6, 7]).unwrap(), Some(Bytes::from_gib(3)));
@@ -230,7 +230,7 @@ fn a_process_that_claims_memory_is_followed_until_it_ends() {
     let _simulation = Simulation::of(&file);
     let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
     std::fs::write(usage.path().join(format!("GPU-a.{}", child.id())), (4 * GIB).to_string()).unwrap();
-    let mut gpus = Gpus::new(Some(&library()));
+    let gpus = Gpus::new(Some(&library()));
     assert_eq!(gpus.used_by("GPU-a", &[child.id()]).unwrap(), Some(Bytes::from_gib(4)));
     assert_eq!(gpus.memory("GPU-a").unwrap().used, Bytes::from_gib(6));
     child.kill().unwrap();
