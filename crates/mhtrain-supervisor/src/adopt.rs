@@ -57,7 +57,7 @@ fn take_over(record_dir: &Path, signals: Signals) -> Result<(), RecorderError> {
     reach("adopt.locked", "");
     record.remove_temporaries();
     record.write_recorder(&this_process()?)?;
-    if let Err(error) = record.settle().and_then(|()| record.reserve_exit()) {
+    if let Err(error) = record.settle(|| false).and_then(|_| record.reserve_exit()) {
         complain("cannot reserve the space of the exit status", &error);
     }
     let trainer = record.trainer()?;

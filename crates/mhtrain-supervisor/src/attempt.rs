@@ -754,7 +754,7 @@ fn spawn_recorder(
 
 /// Returns how a child ended, or `None` while it lives. It is not reaped: then its pid could be another child's, which the
 /// one who reaps later would wait for.
-fn has_ended(pid: Pid) -> Option<ExitStatus> {
+pub(crate) fn has_ended(pid: Pid) -> Option<ExitStatus> {
     let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     match waitid(WaitId::Pid(pid), look) {
         // As wait(2) packs it: the code in the second byte, or the signal in the first.

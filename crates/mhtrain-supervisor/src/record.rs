@@ -419,9 +419,13 @@ impl RecordDir {
         self.write(EXIT, exit, Durable::AtOnce)
     }
 
-    /// Makes what was written so far survive a crash of the machine.
-    pub(crate) fn settle(&self) -> Result<(), RecordError> {
+    /// Makes what was written so far survive a crash of the machine. Returns whether that was done: it is left where something
+    /// `else_is_due`, which may wait for a slow disk for long.
+    pub(crate) fn settle(&self, else_is_due: impl Fn() -> bool) -> Result<bool, RecordError> {
         for path in [LAUNCH, RECORDER, TRAINER].map(|name| self.path.join(name)) {
+            if else_is_due() {
+                return Ok(false);
+            }
             match File::open(&path).and_then(|file| file.sync_all()) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(RecordError::io("write", &path)(error));
@@ -429,7 +433,8 @@ impl RecordDir {
                 _ => {}
             }
         }
-        self.sync_directory().map_err(RecordError::io("write", &self.path))
+        self.sync_directory().map_err(RecordError::io("write", &self.path))?;
+        Ok(true)
     }
 
     /// Removes what recorders left half-written when they died. Only the holder of the lock may do that.

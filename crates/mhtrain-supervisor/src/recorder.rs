@@ -30,7 +30,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mhtrain_failpoint::reach;
 use rustix::io::Errno;
+use rustix::process::Pid;
 
+use crate::attempt::has_ended;
 use crate::cgroup::{Cgroup, Group};
 use crate::log_cap::LogCap;
 use crate::oom::OomCounter;
@@ -133,15 +135,29 @@ fn record_attempt(record_dir: &Path, signals: Signals) -> Result<(), RecorderErr
             return Err(error);
         }
     };
-    // From here on the trainer runs, and nothing may keep us from watching it. It did not have to wait for the disk.
-    if let Err(error) = record.settle().and_then(|()| record.reserve_exit()) {
-        complain("cannot reserve the space of the exit status", &error);
+    // From here on the trainer runs, and nothing may keep us from watching it. It did not have to wait for the disk, and how it
+    // ended does not wait for it either.
+    let pid = Pid::from_raw(trainer.pid.cast_signed());
+    let settled = record.settle(|| pid.is_some_and(|pid| has_ended(pid).is_some())).and_then(|is_settled| {
+        if is_settled {
+            record.reserve_exit()?;
+        }
+        Ok(is_settled)
+    });
+    if let Err(error) = &settled {
+        complain("cannot reserve the space of the exit status", error);
     }
     reach("recorder.settled", "");
     let own_counter = group.as_ref().and_then(Group::memory_events);
     let oom = own_counter.map_or(shared_counter, |own| OomCounter::at_the_start(Some(own)));
     let watch = Watch::new(&record, &launch, signals, Some(trainer), Sight::Child, group.clone(), logs);
-    see_to_the_end(&record, watch, &oom, None, group)
+    see_to_the_end(&record, watch, &oom, None, group)?;
+    if let Ok(false) = settled
+        && let Err(error) = record.settle(|| false)
+    {
+        complain("cannot make the record durable", &error);
+    }
+    Ok(())
 }
 
 /// Watches a trainer until nobody is left, and writes down how it ended; `known` is what was written down before.
@@ -330,7 +346,7 @@ fn become_trainer(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::process::{Pid, WaitOptions, waitpid};
+    use rustix::process::{WaitOptions, waitpid};
 
     #[test]
     fn a_gate_whose_recorder_is_gone_does_not_execute() {
