@@ -223,7 +223,7 @@ fn the_card_of_a_job_whose_success_is_proven_is_free_before_its_checkpoint_is_du
         "its last checkpoint is not on disk\n{}",
         broken.log()
     );
-    // Whoever takes both over finds them on the same card, and gives it to the one that trains.
+    // Whoever takes both over finds them on the same card.
     broken.kill_and_restart();
     let last = broken.submitted(json!({}), "c");
     broken.served.wait_until("its turn", |served| served.state(&last) == "waiting");
@@ -234,6 +234,25 @@ fn the_card_of_a_job_whose_success_is_proven_is_free_before_its_checkpoint_is_du
     assert_eq!(broken.served.state(&id), "recovering", "{}", broken.log());
     broken.is_well_again();
     broken.assert_undisturbed(&id, "a");
+}
+
+#[test]
+fn a_job_that_gave_its_card_back_starts_nothing_there_when_its_proof_is_lost() {
+    let mut broken = Broken::new();
+    let id = broken.running();
+    broken.breaks(&[("fsync-fails", "a")]);
+    let next = broken.submitted(json!({"step_seconds": 0.4}), "b");
+    broken.served.wait_until("the next job's turn", |served| {
+        served.job(&next)["progress"]["step"].as_u64() >= Some(1)
+    });
+    broken.served.kill();
+    std::fs::remove_dir_all(broken.served.host.env.path("a/attempt-1/checkpoint-10")).unwrap();
+    broken.kill_and_restart();
+    broken.served.run(&["wait", &id, "--timeout", "60"]).expect(1);
+    let job = broken.served.job(&id);
+    assert!(job["reason"].as_str().unwrap_or_default().contains("success cannot be proven"), "{job:#}");
+    assert_eq!(job["attempt"], 1, "{job:#}");
+    broken.assert_undisturbed(&next, "b");
 }
 
 #[test]

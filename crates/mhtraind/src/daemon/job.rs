@@ -50,22 +50,10 @@ const TRIES_MAX: u32 = 24;
 /// How often it is done after a bug of ours, for a job that has not begun.
 const TRIES_AFTER_A_BUG_MAX: u32 = 3;
 
-/// Whether the device that a job was sized for is its own.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// Nobody else may have it.
-    Leased,
-    /// It was given back: all that is left to do needs none.
-    GivenBack,
-}
-
 /// Starts the thread of a job. When it is over, `daemon` is woken and the job is no longer among the live ones.
-pub fn start(daemon: &Arc<Daemon>, id: JobId, handed_in: HandedIn, sized: Sized, device: Device) {
+pub fn start(daemon: &Arc<Daemon>, id: JobId, handed_in: HandedIn, sized: Sized) {
     let HandedIn { spec, submission, account } = handed_in;
     let live = Arc::new(LiveJob::new(id, spec.output_dir.clone(), &sized, daemon.store.clone()));
-    if device == Device::GivenBack {
-        live.give_device_back();
-    }
     daemon.live().insert(id, Arc::clone(&live));
     let worker = Worker { daemon: Arc::clone(daemon), id, spec, submission, account, sized, live };
     start_thread(Arc::new(worker));

@@ -71,11 +71,6 @@ impl LiveJob {
         self.device_uuid.as_deref().filter(|_| !self.device_is_back.load(Ordering::Acquire))
     }
 
-    /// Lets others have its device.
-    pub fn give_device_back(&self) {
-        self.device_is_back.store(true, Ordering::Release);
-    }
-
     /// Asks the job to end: politely, and at once the second time.
     pub fn stop(&self) {
         // A thread that is gone needs no stop; one that begins again finds the request in the store.
@@ -167,7 +162,7 @@ impl Audience for Followers {
     fn attempt_ends(&mut self) {}
 
     fn device_is_back(&mut self) {
-        self.live.give_device_back();
+        self.live.device_is_back.store(true, Ordering::Release);
         self.daemon.wake();
     }
 

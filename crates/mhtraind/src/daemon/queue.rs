@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mhtrain_failpoint::reach;
-use mhtrain_job::event::{Exit, JobEvent, Record};
+use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::{
     DRAINED, Dependency, DependencyState, Fit, Leases, Offer, Places, QueuedJob, Verdict, decide,
     place_in_line,
 };
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
-use mhtrain_job::take_over::{GoesOn, Place, goes_on, place};
+use mhtrain_job::take_over::{Place, place};
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::host::{HostReport, probe_host};
 use mhtrain_probe::nvml::Gpus;
@@ -25,7 +25,6 @@ use mhtrain_sizing::units::Bytes;
 use mhtrain_store::{JobId, UnfinishedJob};
 
 use super::download::{self, Download};
-use super::job::Device;
 use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::now;
@@ -132,7 +131,6 @@ impl QueuedEntry {
 pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
     let unfinished = daemon.store.call(|store| store.unfinished()).await?;
     let count = unfinished.len();
-    let mut on_device = Vec::new();
     for UnfinishedJob { job, state } in unfinished {
         let id = job.row.id;
         let read = JobSpec::from_value(&job.row.spec).map_err(|e| e.to_string()).and_then(|spec| {
@@ -166,31 +164,14 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
         });
         let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
         match sized {
-            Some(sized) if place == Place::OnDevice => {
-                on_device.push((id, handed_in, sized, may_have_succeeded(&records)));
-            }
+            Some(sized) if place == Place::OnDevice => job::start(daemon, id, handed_in, sized),
             _ => {
                 let told = matches!(state, JobState::Waiting { .. });
                 daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(handed_in, None) });
             }
         }
     }
-    let devices: Vec<_> = on_device.iter().map(|(.., sized, _)| sized.device().map(str::to_owned)).collect();
-    for (id, handed_in, sized, may_have_succeeded) in on_device {
-        let jobs_there = devices.iter().filter(|device| device.as_deref() == sized.device()).count();
-        // A job gives its device back before its success is written down: the other one got it then.
-        let device = match may_have_succeeded && jobs_there > 1 {
-            true => Device::GivenBack,
-            false => Device::Leased,
-        };
-        job::start(daemon, id, handed_in, sized, device);
-    }
     Ok(count)
-}
-
-/// Returns whether the last attempt of a job ended by itself, and nothing that follows is recorded.
-fn may_have_succeeded(records: &[Record]) -> bool {
-    matches!(goes_on(records), Ok(GoesOn::Judge { exit: Exit::Code { code: 0 }, .. }))
 }
 
 /// Returns what a job was sized as, if it was.
@@ -785,7 +766,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
         return Ok(());
     }
     reach("queue.before_start", "");
-    job::start(daemon, id, entry.handed_in, sized, Device::Leased);
+    job::start(daemon, id, entry.handed_in, sized);
     Ok(())
 }
 
