@@ -24,6 +24,9 @@ pub(crate) const SCHEMA_VERSION: usize = SCHEMA.len();
 /// How long a write waits for another program, such as the `sqlite3` shell.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Frames of the log after which it is copied into the database: what SQLite itself would take.
+const LOG_FRAMES_MAX: u32 = 1000;
+
 /// Statements that are kept compiled: more than this crate has.
 const STATEMENTS_KEPT: usize = 64;
 
@@ -45,6 +48,8 @@ pub(crate) struct Database {
     path: PathBuf,
     /// Whether an fsync of the log has failed since it was last begun anew.
     distrusts_log: bool,
+    /// Frames that were written to the log since all of it was copied into the database.
+    frames: u32,
     /// What keeps it from being written; `None` since that worked.
     trouble: Option<String>,
 }
@@ -65,7 +70,13 @@ impl Database {
             .and_then(|()| if crashed { check_listing(&connection, &path) } else { Ok(()) })
             .map_err(|error| error.explain(&path, system_errno(&connection)))?;
         directory.hold_database()?;
-        Ok(Database { connection, directory, path, distrusts_log: false, trouble: None })
+        let mut database =
+            Database { connection, directory, path, distrusts_log: false, frames: 0, trouble: None };
+        if crashed {
+            // Whoever died may have distrusted it.
+            database.copy_log("TRUNCATE");
+        }
+        Ok(database)
     }
 
     /// Returns what `work` reads.
@@ -112,7 +123,29 @@ impl Database {
         let done = done.map_err(|error| self.explain(error))?;
         // Again, because it is the commit that must have gone to the right files.
         self.directory.check_in_place()?;
+        self.frames = self.frames.saturating_add(frames_written(&self.connection));
+        if self.frames >= LOG_FRAMES_MAX {
+            self.copy_log("PASSIVE");
+        }
         Ok(done)
+    }
+
+    /// Copies the log into the database as far as nobody reads from it. What is committed stays so whatever comes of that.
+    ///
+    /// SQLite would do it by itself after a commit, but keep the error of an fsync to itself (`sqlite3WalDefaultHook` drops it):
+    /// the next commit would then trust a log whose frames may not be on disk. Here it begins the log anew.
+    fn copy_log(&mut self, mode: &str) {
+        let copied = self.connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), (), |row| {
+            let (busy, frames, copied): (bool, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            Ok(!busy && frames == copied)
+        });
+        match copied.map_err(StoreError::from) {
+            Ok(true) => self.frames = 0,
+            // Somebody reads from it: again after the next write.
+            Ok(false) => {}
+            // A full disk, for one, takes nothing away from the log.
+            Err(error) => self.distrusts_log |= is_failed_sync(&error),
+        }
     }
 
     /// Begins the log anew where it cannot be trusted: copies what is committed into the database, syncs that, and cuts the log.
@@ -134,7 +167,7 @@ impl Database {
         if checkpoint().map_err(|error| self.explain(error))? {
             return Err(StoreError::Locked { path: self.path.clone() });
         }
-        self.distrusts_log = false;
+        (self.distrusts_log, self.frames) = (false, 0);
         Ok(())
     }
 
@@ -176,6 +209,8 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     connection.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
     connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.pragma_update(None, "foreign_keys", true)?;
+    // `Database::copy_log` does it, and sees what goes wrong.
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
     let found: i64 = connection.query_row("PRAGMA user_version", (), |row| row.get(0))?;
     let version = usize::try_from(found).unwrap_or(usize::MAX);
     if version > SCHEMA_VERSION {
@@ -239,6 +274,24 @@ fn transaction<T>(
     reach("store.before_commit", kind);
     transaction.commit()?;
     Ok(done)
+}
+
+/// Returns how many frames this connection wrote to the log since it was asked last.
+fn frames_written(connection: &Connection) -> u32 {
+    use rusqlite::ffi::{SQLITE_DBSTATUS_CACHE_WRITE, sqlite3_db_status};
+    let (mut written, mut highest) = (0, 0);
+    // SAFETY: as in `system_errno`; it writes to the two numbers and resets a counter of the connection. Its one error is an
+    // operation that it does not know, and then nothing was counted.
+    let _never = unsafe {
+        sqlite3_db_status(
+            connection.handle(),
+            SQLITE_DBSTATUS_CACHE_WRITE,
+            &raw mut written,
+            &raw mut highest,
+            1,
+        )
+    };
+    u32::try_from(written).unwrap_or(0)
 }
 
 /// Returns the number of the operating system's error behind SQLite's last one; `None` when there is none.

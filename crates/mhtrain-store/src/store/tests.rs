@@ -285,6 +285,32 @@ fn a_log_whose_fsync_failed_is_begun_anew_before_anything_else_is_written() {
 }
 
 #[test]
+fn a_failed_fsync_of_the_database_is_seen_and_not_taken_for_a_copy_of_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().canonicalize().unwrap().join("state");
+    let library = std::env::current_exe().unwrap();
+    let library = library.ancestors().map(|dir| dir.join("libdisk_sim.so")).find(|path| path.exists());
+    let mut child = child_process(&state, "database-fsync-fails");
+    child.env("LD_PRELOAD", library.expect("cargo builds it with these tests"));
+    child.env("DISK_SIM_FILE", state.with_file_name("faults"));
+    let output = child.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("all as expected"), "{text}");
+}
+
+#[test]
+fn the_log_does_not_grow_without_end() {
+    let (dir, mut store) = store();
+    let log = || fs::metadata(dir.path().join("mhtraind.db-wal")).unwrap().len();
+    let mut most = 0;
+    for _ in 0..150 {
+        live(&mut store, 3);
+        most = most.max(log());
+    }
+    assert!((2 << 20..6 << 20).contains(&most), "{most} bytes");
+}
+
+#[test]
 fn files_are_private_under_any_umask() {
     // The umask belongs to the whole process, so another one is asked.
     let dir = tempfile::tempdir().unwrap();
@@ -888,6 +914,7 @@ fn in_a_child_process() {
         }
         "append-for-ever" => append_for_ever(&mut store),
         "file-size-limit" => meet_the_file_size_limit(&mut store),
+        "database-fsync-fails" => meet_a_failed_fsync_of_the_database(&mut store, &state),
         other => panic!("{other}"),
     }
 }
@@ -903,6 +930,26 @@ fn append_for_ever(store: &mut Store) {
             writeln!(out, "\nack {id} {}", before + 2).unwrap();
         }
     }
+}
+
+/// The log's fsync works, that of the file into which it is copied does not.
+fn meet_a_failed_fsync_of_the_database(store: &mut Store, state: &Path) {
+    let faults = state.with_file_name("faults");
+    let database = state.join(crate::directory::DATABASE);
+    let id = live(store, 3);
+    fs::write(&faults, format!("fsync-fails {}\n", database.display())).unwrap();
+    let accepted = (0..2000).take_while(|_| store.submit(&new_job(None)).is_ok()).count();
+    let hits = fs::read_to_string(state.with_file_name("faults.hits")).unwrap_or_default();
+    assert!((50..1000).contains(&accepted), "{accepted} submits, then one that was refused");
+    assert!(hits.contains("mhtraind.db"), "{hits}");
+    assert!(matches!(store.append(id, &life()[3]), Err(StoreError::Io { .. })));
+    fs::remove_file(&faults).unwrap();
+    store.append(id, &life()[3]).unwrap();
+    let log = fs::metadata(state.join("mhtraind.db-wal")).unwrap().len();
+    assert!(log < 1 << 20, "{log} bytes: it was begun anew");
+    let all = store.jobs(&Filter { limit: 10_000, ..Filter::default() }).unwrap().len();
+    assert_eq!(all, accepted + 1, "what was acknowledged, and nothing else");
+    println!("all as expected");
 }
 
 fn meet_the_file_size_limit(store: &mut Store) {
