@@ -367,3 +367,23 @@ fn a_rerun_whose_record_cannot_be_made_waits_for_the_disk_and_goes_on_by_itself(
     assert_eq!(attempts[2]["resume"]["from_step"], 6);
     disk.assert_said(1..=1);
 }
+
+#[test]
+fn a_job_waits_for_a_jobs_directory_that_cannot_be_written_at_the_first_start() {
+    let host = FakeHost::with_card(80 * GIB);
+    let file = host.env.path("faults");
+    let jobs = host.env.path("").canonicalize().unwrap().join("state/jobs");
+    std::fs::write(&file, format!("read-only {}\n", jobs.display())).unwrap();
+    let disk = Broken { served: Served::with(host, |command| under_it(command, &file)) };
+    for (id, output_dir) in [("1", "a"), ("2", "b")] {
+        assert_eq!(disk.submitted(json!({}), output_dir), id);
+        disk.served.wait_until("its waiting", |served| served.state(id) == "waiting");
+        let reason = disk.served.job(id)["reason"].to_string();
+        assert!(reason.contains("cannot write") && reason.contains("state/jobs"), "{reason}");
+        disk.is_well_again();
+        disk.assert_undisturbed(id, output_dir);
+        // There, and full: the first file of the next one.
+        disk.breaks(&[("read-only", "state/jobs/2/job.json.new")]);
+    }
+    disk.assert_said(2..=3);
+}

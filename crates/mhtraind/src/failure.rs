@@ -121,6 +121,22 @@ pub fn unwritable(path: &std::path::Path, error: &std::io::Error) -> Failure {
     Failure::new(status, "unwritable", format!("cannot write {}: {error}", path.display()))
 }
 
+/// The code of a failure of [`own_unwritable`].
+const OWN_UNWRITABLE: &str = "own_unwritable";
+
+/// Marks the failure to write a file of the daemon's own: no job is to blame for it.
+pub fn own_unwritable(failure: Failure) -> Failure {
+    let help = "a job that has not begun waits for it; check space, mode and owner of the state directory";
+    Failure { code: Cow::Borrowed(OWN_UNWRITABLE), ..failure }.help(help.to_owned())
+}
+
+impl Failure {
+    /// Returns whether the daemon could not write a file of its own.
+    pub fn is_own_unwritable(&self) -> bool {
+        self.code == OWN_UNWRITABLE
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

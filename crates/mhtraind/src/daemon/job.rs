@@ -297,6 +297,13 @@ impl Worker {
         }
         let has_begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
         let tries_max = match (has_begun, failure.status) {
+        if failure.is_own_unwritable() && !has_begun && state.stop().is_none() {
+            // As a rerun waits whose record cannot be made: for as long as it takes.
+            if state.reason().as_ref() != Some(&failure.message) {
+                self.append(JobEvent::Waiting { reason: failure.message.clone() })?;
+            }
+            return Ok(After::TryAgain);
+        }
             (true, _) => TRIES_MAX,
             (false, Status::Bug) => TRIES_AFTER_A_BUG_MAX,
             (false, _) => 0,

@@ -50,7 +50,7 @@ use crate::engine::observations::Observations;
 use crate::engine::plans::Plans;
 use crate::engine::prepare::tier_book;
 use crate::engine::signals::{StopCause, StopSignals};
-use crate::failure::{Failure, Status, unwritable};
+use crate::failure::{Failure, Status, own_unwritable, unwritable};
 use room::Arriving;
 use store::StoreHandle;
 
@@ -281,13 +281,18 @@ impl Daemon {
     pub fn make_job_dir(&self, id: JobId, account: &Account) -> Result<PathBuf, Failure> {
         let path = self.job_dir(id);
         let _as_ourselves = FileRights::of_this_process();
-        make_dir(&path, 0o700)?;
+        self.make_jobs_dir().and_then(|()| make_dir(&path, 0o700)).map_err(own_unwritable)?;
         reach("job.directory_made", "");
         let is_theirs = |uid| std::fs::symlink_metadata(&path).is_ok_and(|found| found.uid() == uid);
         if let Some(identity) = account.identity().filter(|identity| !is_theirs(identity.uid)) {
-            chown(&path, Some(identity.uid), Some(identity.gid)).map_err(|e| unwritable(&path, &e))?;
+            chown(&path, Some(identity.uid), Some(identity.gid))
+                .map_err(|e| own_unwritable(unwritable(&path, &e)))?;
         }
         Ok(path)
+    }
+
+    fn make_jobs_dir(&self) -> Result<(), Failure> {
+        make_dir(&self.config.state_dir().join("jobs"), mode_of_own(&self.served))
     }
 }
 
@@ -311,11 +316,8 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let served = Served::by_this_process(&config.daemon.admin_group)?;
     let plans = Plans::new(tier_book(&config)?);
     let state_dir = config.state_dir();
-    // Below it each user finds what is theirs; what is in it and below it is closed to others.
-    let mode = if matches!(served, Served::All { .. }) { 0o711 } else { 0o700 };
-    make_dir(&state_dir, mode)?;
+    make_dir(&state_dir, mode_of_own(&served))?;
     let (store, store_ended) = StoreHandle::open(&state_dir)?;
-    make_dir(&state_dir.join("jobs"), mode)?;
     let drained = store.call(|store| store.get_flag(DRAINED)).await?.is_some();
     let failed = store.call(|store| store.get_flag(FAILED_DEVICES)).await?;
     let failed_devices = failed.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
@@ -335,6 +337,10 @@ async fn run(config: Config) -> Result<Status, Failure> {
         drained: AtomicBool::new(drained),
         failed_devices: Mutex::new(failed_devices),
     });
+    if let Err(failure) = daemon.make_jobs_dir() {
+        // Each job makes it where it is missing, and waits until that works.
+        tracing::error!(error = failure.message, "no job can start until its files can be written");
+    }
     reach("serve.store_open", "");
     let jobs = queue::take_up(&daemon).await?;
     reach("serve.taken_up", "");
@@ -373,6 +379,12 @@ fn ended_early(what: &str, error: Option<tokio::task::JoinError>) -> Failure {
         "this is a bug of mhtraind: please report it; running trainers go on, start the daemon again"
             .to_owned(),
     )
+}
+
+/// Returns the mode of a directory of ours. Below it each user finds what is theirs; what is in it and below it is closed to
+/// others.
+fn mode_of_own(served: &Served) -> u32 {
+    if matches!(served, Served::All { .. }) { 0o711 } else { 0o700 }
 }
 
 /// Makes a directory, or gives the one that is there the mode that it needs.

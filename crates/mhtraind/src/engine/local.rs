@@ -62,7 +62,7 @@ use super::stall::{LifeSigns, StallRule, Still, stacks};
 use crate::cli::{diagnose, output};
 use crate::config::Config;
 use crate::engine::secrets;
-use crate::failure::{Failure, Status, unreadable, unwritable};
+use crate::failure::{Failure, Status, own_unwritable, unreadable, unwritable};
 
 /// How often is tried whether the disk takes the record of an attempt now; twice as seldom after each that it refused all the
 /// same, down to a 32nd.
@@ -326,7 +326,7 @@ impl<'a> Job<'a> {
             // For people, and for `run --continue`. Whoever takes a job over finds it there already, perhaps on a disk that
             // cannot be written now: no reason to leave a trainer alone.
             if !journal.state().has_live_attempt() {
-                return Err(failure);
+                return Err(if id.is_some() { own_unwritable(failure) } else { failure });
             }
         }
         let mut policy = Policy::for_job(spec, expandable_segments(&prepared), &prepared.advice)
