@@ -550,6 +550,19 @@ fn a_drained_daemon_starts_nothing_until_it_may_again() {
 }
 
 #[test]
+fn the_time_limit_ends_a_job_that_waits_for_another_card() {
+    let served = Served::new();
+    let text = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered";
+    let id = served.submit(json!({"time_limit": "5s"}), &json!({"fail": {"at_step": 2, "text": text}}));
+    served.wait_until("its waiting", |served| {
+        served.job(&id)["attempt"] == 1 && served.state(&id) == "waiting"
+    });
+    let ran = served.run(&["wait", &id, "--timeout", "30"]).expect(1);
+    assert!(ran.stderr.contains("its time limit of 5 s is over"), "{}", ran.stderr);
+    assert_eq!(served.state(&id), "failed");
+}
+
+#[test]
 fn the_time_limit_ends_a_job() {
     let served = Served::new();
     let id = served.submit(json!({"time_limit": "2s"}), &json!({"step_seconds": 1}));

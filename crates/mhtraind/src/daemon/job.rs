@@ -233,7 +233,8 @@ impl Worker {
         };
         // Into the queue first: somebody who cancels it finds it in one place or the other. Its own lease keeps it there
         // until this thread is over.
-        let entry = QueuedEntry::new(handed_in, None);
+        // Its time goes on.
+        let entry = QueuedEntry::new(handed_in, None).with_time(&self.records()?);
         self.daemon.queued().insert(self.id, entry);
         self.end_if_stopped()
     }
@@ -296,7 +297,6 @@ impl Worker {
             return Ok(After::Over);
         }
         let has_begun = records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_)));
-        let tries_max = match (has_begun, failure.status) {
         if failure.is_own_unwritable() && !has_begun && state.stop().is_none() {
             // As a rerun waits whose record cannot be made: for as long as it takes.
             if state.reason().as_ref() != Some(&failure.message) {
@@ -304,6 +304,7 @@ impl Worker {
             }
             return Ok(After::TryAgain);
         }
+        let tries_max = match (has_begun, failure.status) {
             (true, _) => TRIES_MAX,
             (false, Status::Bug) => TRIES_AFTER_A_BUG_MAX,
             (false, _) => 0,

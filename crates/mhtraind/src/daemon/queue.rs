@@ -16,6 +16,7 @@ use mhtrain_job::queue::{
 };
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
+use mhtrain_job::stop;
 use mhtrain_job::take_over::{Place, place};
 use mhtrain_probe::gpu::{GpuReport, GpuState};
 use mhtrain_probe::host::{HostReport, probe_host};
@@ -27,7 +28,7 @@ use mhtrain_store::{JobId, UnfinishedJob};
 use super::download::{self, Download};
 use super::{Account, Daemon, Submission, job};
 use crate::engine::examine::{Examined, Sized, device_name, examine};
-use crate::engine::journal::now;
+use crate::engine::journal::{now, time_used};
 use crate::engine::observations::versions;
 use crate::failure::{Failure, Status};
 
@@ -90,6 +91,8 @@ pub struct QueuedEntry {
     pub reason: String,
     /// Memory that it takes, about: its length as JSON.
     pub bytes: usize,
+    /// When its time is over; `None` without a limit, or before its first attempt.
+    pub ends_at: Option<Instant>,
     /// Whether the store knows that it waits.
     told: bool,
     /// Whether its files are being read.
@@ -104,6 +107,7 @@ impl QueuedEntry {
         let reason = "it is about to be looked at".to_owned();
         QueuedEntry {
             bytes: handed_in.bytes(),
+            ends_at: None,
             handed_in,
             examined,
             download: Download::default(),
@@ -117,6 +121,14 @@ impl QueuedEntry {
 }
 
 impl QueuedEntry {
+    /// Notes how much of the job's time is left, as its events tell it.
+    #[must_use]
+    pub fn with_time(self, records: &[Record]) -> QueuedEntry {
+        let left = stop::time_left(self.handed_in.spec.time_limit, time_used(records).unwrap_or_default());
+        let ends_at = time_used(records).and(left).and_then(|left| Instant::now().checked_add(left));
+        QueuedEntry { ends_at, ..self }
+    }
+
     /// Returns whether something that the job needs is not here.
     fn waits_for_download(&self) -> bool {
         self.examined.as_ref().is_some_and(|examined| !download::is_here(self, examined))
@@ -167,7 +179,8 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
             Some(sized) if place == Place::OnDevice => job::start(daemon, id, handed_in, sized),
             _ => {
                 let told = matches!(state, JobState::Waiting { .. });
-                daemon.queued().insert(id, QueuedEntry { told, ..QueuedEntry::new(handed_in, None) });
+                let entry = QueuedEntry::new(handed_in, None).with_time(&records);
+                daemon.queued().insert(id, QueuedEntry { told, ..entry });
             }
         }
     }
@@ -268,6 +281,7 @@ impl Queue {
             self.line.clear();
             return Ok(Vec::new());
         }
+        end_late(daemon).await?;
         examine_new(daemon);
         download_missing(daemon).await?;
         let had = daemon.leases();
@@ -554,6 +568,21 @@ async fn more_memory(gpus: &Gpus, had: &[(String, Bytes)]) {
             return;
         }
     }
+}
+
+/// Ends the jobs that wait for another card when their time is over.
+async fn end_late(daemon: &Daemon) -> Result<(), Failure> {
+    let now = Instant::now();
+    let late: Vec<_> = {
+        let queued = daemon.queued();
+        let late = queued.iter().filter(|(_, entry)| entry.ends_at.is_some_and(|at| at <= now));
+        late.map(|(id, entry)| (*id, entry.handed_in.spec.time_limit)).collect()
+    };
+    for (id, limit) in late {
+        append(daemon, id, stop::end(stop::TIME_LIMIT, limit)).await?;
+        daemon.queued().remove(&id);
+    }
+    Ok(())
 }
 
 /// Starts to read what is not known yet about queued jobs, their files above all. Each is a task of its own: the slow disk

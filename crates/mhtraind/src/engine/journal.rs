@@ -6,10 +6,12 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record, read_journal};
 use mhtrain_job::state::JobState;
+use mhtrain_job::stop;
 
 use crate::failure::{Failure, Status, unreadable, unwritable};
 
@@ -136,6 +138,14 @@ impl Journal {
     pub fn records(&self) -> &[Record] {
         &self.records
     }
+}
+
+/// Returns the time since a job's first attempt was started, by the clock on the wall: a process before us may have started it;
+/// `None` before that.
+pub fn time_used(records: &[Record]) -> Option<Duration> {
+    let began = stop::time_began(records)?.parse::<jiff::Timestamp>().ok()?;
+    // A clock that was set back says nothing.
+    Some(Duration::try_from(jiff::Timestamp::now().duration_since(began)).unwrap_or_default())
 }
 
 /// Returns the time as RFC 3339 in UTC, to the second.

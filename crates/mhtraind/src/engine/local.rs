@@ -50,7 +50,7 @@ use tokio::io::unix::AsyncFd;
 use super::companion::{self, Companion};
 use super::directory::{JobDirectory, Lasting};
 use super::follow::Follower;
-use super::journal::{Journal, now};
+use super::journal::{Journal, now, time_used};
 use super::memory::{Waited, WatchedCard, pause};
 use super::observations::{self, Observer};
 use super::origin::Origin;
@@ -1023,17 +1023,10 @@ impl<'a> Job<'a> {
     /// Finds out when the job's time is over, once it has begun.
     fn set_deadline(&mut self) {
         if self.deadline.is_none() {
-            let left = self.time_used().and_then(|used| stop::time_left(self.prepared.spec.time_limit, used));
+            let left = time_used(self.journal.records())
+                .and_then(|used| stop::time_left(self.prepared.spec.time_limit, used));
             self.deadline = left.map(|left| Instant::now() + left);
         }
-    }
-
-    /// Returns the time since the job's first attempt was started, by the clock on the wall: a process before us may
-    /// have started it; `None` before that.
-    fn time_used(&self) -> Option<Duration> {
-        let began = stop::time_began(self.journal.records())?.parse::<jiff::Timestamp>().ok()?;
-        // A clock that was set back says nothing.
-        Some(Duration::try_from(jiff::Timestamp::now().duration_since(began)).unwrap_or_default())
     }
 
     fn grace(&self) -> Duration {
