@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::environment::FakeHost;
+use crate::environment::{FakeHost, Ran};
 
 const GIB: u64 = 1 << 30;
 
@@ -306,6 +306,27 @@ fn a_time_limit_ends_it() {
     host.job(json!({"time_limit": "2s"}));
     let ran = host.run(&["run", "job.json"], json!({"step_seconds": 5})).expect(1);
     assert!(ran.stdout.contains("time limit"), "{}", ran.stdout);
+}
+
+#[test]
+fn no_card_is_chosen_where_none_may_be_seen() {
+    let host = host();
+    host.job(json!({}));
+    let run = |visible: &str| {
+        let mut command = host.command(&["run", "job.json"], &json!({}));
+        Ran::from(command.env("CUDA_VISIBLE_DEVICES", visible).output().unwrap())
+    };
+    for visible in ["", "-1", "NoDevFiles"] {
+        let ran = run(visible).expect(2);
+        assert!(ran.stderr.contains("CUDA_VISIBLE_DEVICES is set to"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("help:"), "{}", ran.stderr);
+    }
+    assert!(!host.env.path("out").exists(), "nothing was begun");
+    // A job that names its card has it.
+    host.job(json!({"device": 0}));
+    run("").expect(0);
+    let receipt = host.receipt();
+    assert_eq!(receipt["state"], "succeeded");
 }
 
 #[test]

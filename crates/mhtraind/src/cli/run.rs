@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use mhtrain_job::event::JobEvent;
-use mhtrain_job::spec::JobSpec;
+use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_probe::probe::{ProbeQuery, ProbeReport, TrainerReport, probe};
@@ -97,6 +97,7 @@ pub fn start(
     config: &Config,
 ) -> Result<LocalRun, Failure> {
     let origin = Origin::of_this_process(config)?;
+    may_take_a_card(&spec.device, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())?;
     let output_dir = prepare::output_dir(&spec, &origin);
     let model = prepare::find_files(&spec, Datasets::MustExist, &origin)?;
     let report = probe(&ProbeQuery {
@@ -141,6 +142,19 @@ pub fn start(
         screen: Screen::terminal(sentences),
         observer: ObservationFile::of_this_user().map(|file| Box::new(file) as Box<dyn Observer>),
     })
+}
+
+/// Refuses to choose a card where the surroundings show programs none. A job that names its card has it all the same.
+fn may_take_a_card(wish: &DeviceWish, visible: Option<&str>) -> Result<(), Failure> {
+    let Some(visible) = visible.filter(|_| *wish == DeviceWish::Auto) else { return Ok(()) };
+    // CUDA takes the cards before the first that it does not know; schedulers write NoDevFiles.
+    let first = visible.split(',').next().unwrap_or_default().trim();
+    if !(first.is_empty() || first == "-1" || first == "NoDevFiles") {
+        return Ok(());
+    }
+    let what = format!("CUDA_VISIBLE_DEVICES is set to {visible:?} here: no program may use a card");
+    let help = "unset it, or name the card in the job: `\"device\": 0`";
+    Err(Failure::bad_input("no_visible_device", what).help(help.to_owned()))
 }
 
 /// Returns the processes of a trainer that an earlier process of ours left behind in `output_dir`.
