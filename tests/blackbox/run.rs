@@ -330,6 +330,44 @@ fn no_card_is_chosen_where_none_may_be_seen() {
 }
 
 #[test]
+fn a_receipt_says_how_a_job_ended_whose_process_could_not_write_it() {
+    let host = host();
+    host.job(json!({}));
+    host.run(&["run", "job.json"], json!({})).expect(0);
+    let path = host.env.path("out/receipt.json");
+    let whole = host.receipt();
+    let before =
+        std::fs::read_to_string(&path).unwrap().replace("\"state\": \"succeeded\"", "\"state\": \"running\"");
+    std::fs::write(&path, before).unwrap();
+    let refused = host.run(&["run", "job.json"], json!({})).expect(2);
+    assert!(refused.stderr.contains("which is succeeded"), "{}", refused.stderr);
+    let receipt = host.receipt();
+    assert_eq!((&receipt["state"], &receipt["proof"]), (&whole["state"], &whole["proof"]));
+    assert_eq!(receipt["rungs"], whole["rungs"], "what only it knew is kept");
+}
+
+#[test]
+fn a_job_that_goes_on_with_another_knows_its_checkpoints_after_a_kill() {
+    let host = host();
+    host.job(json!({}));
+    let fails = json!({"fail": {"at_step": 5, "text": "zorglub: the flux is inverted"}});
+    host.run(&["run", "job.json"], fails).expect(1);
+    host.run(&["run", "job.json", "--continue"], json!({"fail": {"at_step": 5, "text": "zorglub"}}))
+        .expect(1);
+    // Killed when the job was set aside, and the next one had not begun.
+    std::fs::remove_file(host.env.path("out/.mhtraind/journal.jsonl")).unwrap();
+    for name in ["receipt.json", ".mhtraind/receipt.json", "attempt-1", ".mhtraind/attempt-1"] {
+        let path = host.env.path("out").join(name);
+        let _a_file = std::fs::remove_file(&path);
+        let _a_directory = std::fs::remove_dir_all(&path);
+    }
+    let refused = host.run(&["run", "job.json"], json!({})).expect(2);
+    assert!(refused.stderr.contains("--continue"), "{}", refused.stderr);
+    host.run(&["run", "job.json", "--continue"], json!({})).expect(0);
+    assert_eq!(host.receipt()["attempts"][0]["resume"]["from_step"], 3);
+}
+
+#[test]
 fn json_is_the_receipt_and_nothing_else() {
     let host = host();
     host.job(json!({}));

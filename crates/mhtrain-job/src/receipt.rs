@@ -222,6 +222,21 @@ impl Receipt {
         receipt
     }
 
+    /// Returns this receipt, whose writer did not live to see the end, with the end that the events tell.
+    #[must_use]
+    pub fn with_end_of(self, told: Receipt) -> Receipt {
+        Receipt {
+            state: told.state,
+            reason: told.reason,
+            help: told.help,
+            ended_at: told.ended_at,
+            attempts: told.attempts,
+            warnings: told.warnings,
+            proof: told.proof,
+            ..self
+        }
+    }
+
     /// Adds what one event tells about the attempts.
     fn add(&mut self, record: &Record) {
         match &record.event {
@@ -238,7 +253,10 @@ impl Receipt {
             }
             JobEvent::RerunDecided(rerun) => self.then(&rerun.reason),
             JobEvent::Warned { warning } => self.warnings.push(warning.clone()),
-            JobEvent::Succeeded { .. } => self.then("success was proven"),
+            JobEvent::Succeeded { proof } => {
+                self.then("success was proven");
+                self.proof = proof.get("proof").cloned().and_then(|kind| serde_json::from_value(kind).ok());
+            }
             JobEvent::Failed { reason, help } => {
                 self.then(reason);
                 self.help.clone_from(help);

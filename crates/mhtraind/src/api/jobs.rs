@@ -194,14 +194,7 @@ pub(super) async fn receipt(
     let told = Receipt::from_events(Some(id.get()), &records);
     let receipt = match kept {
         Some(kept) if kept.state == told.state => kept,
-        Some(kept) => Receipt {
-            state: told.state,
-            help: told.help,
-            ended_at: told.ended_at,
-            attempts: told.attempts,
-            warnings: told.warnings,
-            ..kept
-        },
+        Some(kept) => kept.with_end_of(told),
         None => told,
     };
     let receipt = Receipt { reason: job.reason, ..receipt };

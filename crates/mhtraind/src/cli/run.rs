@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use mhtrain_job::event::JobEvent;
+use mhtrain_job::receipt::Receipt;
 use mhtrain_job::spec::{DeviceWish, JobSpec};
 use mhtrain_job::state::JobState;
 use mhtrain_probe::nvml::Gpus;
@@ -13,7 +14,7 @@ use serde_json::Value;
 
 use super::{output, plan};
 use crate::config::Config;
-use crate::engine::directory::JobDirectory;
+use crate::engine::directory::{JobDirectory, Lasting, RECEIPT_BYTES_MAX, read_plain};
 use crate::engine::journal::Journal;
 use crate::engine::local::{self, LocalRun, OldAttempt};
 use crate::engine::look::look;
@@ -172,6 +173,9 @@ fn probe_json(report: &ProbeReport) -> Result<Value, Failure> {
     serde_json::to_value(report).map_err(|e| Failure::new(Status::Bug, "not_json", e))
 }
 
+const HOW_TO_GO_ON: &str =
+    "`--continue` goes on with it, `--fresh` sets it aside and starts again, or choose another output_dir";
+
 /// Decides what becomes of a job that the directory holds already.
 fn take_up(
     directory: &JobDirectory,
@@ -180,6 +184,7 @@ fn take_up(
 ) -> Result<(Option<Journal>, Vec<OldAttempt>), Failure> {
     let root = directory.root().display();
     if earlier == Earlier::SetAside {
+        directory.goes_on_with_none()?;
         if directory.holds_a_job() {
             directory.set_earlier_job_aside()?;
         }
@@ -192,12 +197,20 @@ fn take_up(
             let help = "`mhtraind retry` goes on with that job, `--fresh` sets it aside, or choose another output_dir";
             return Err(Failure::bad_input("not_empty", what).help(help.to_owned()));
         }
-        return Ok((None, Vec::new()));
+        // Somebody may have been killed between setting a job aside and going on with it.
+        let before = gone_on_with(directory)?;
+        if earlier == Earlier::Refuse && !before.is_empty() {
+            let what = format!("{root} holds a job already, which was about to be gone on with");
+            return Err(Failure::bad_input("not_empty", what).help(HOW_TO_GO_ON.to_owned()));
+        }
+        return Ok((None, before));
     };
     let state = journal.state().clone();
+    // Nobody was left to write how it ended.
+    end_receipt(directory, &journal)?;
     if earlier == Earlier::Refuse {
-        return Err(Failure::bad_input("not_empty", format!("{root} holds a job already, which is {}", state.name()))
-            .help("`--continue` goes on with it, `--fresh` sets it aside and starts again, or choose another output_dir".to_owned()));
+        let what = format!("{root} holds a job already, which is {}", state.name());
+        return Err(Failure::bad_input("not_empty", what).help(HOW_TO_GO_ON.to_owned()));
     }
     must_be_same_job(&journal, spec)?;
     match state {
@@ -207,17 +220,48 @@ fn take_up(
         )
         .help("`--fresh` sets it aside and starts again".to_owned())),
         JobState::Failed { .. } | JobState::Cancelled { .. } => {
-            let records = journal.records().to_vec();
             drop(journal);
-            let aside = directory.set_earlier_job_aside()?;
-            Ok((None, OldAttempt::all_of(&records, |attempt| aside.join(format!("attempt-{attempt}")))))
+            directory.goes_on_with_this()?;
+            directory.set_earlier_job_aside()?;
+            Ok((None, gone_on_with(directory)?))
         }
         JobState::Queued { .. }
         | JobState::Waiting { .. }
         | JobState::Starting { .. }
         | JobState::Running { .. }
-        | JobState::Recovering { .. } => Ok((Some(journal), Vec::new())),
+        | JobState::Recovering { .. } => Ok((Some(journal), gone_on_with(directory)?)),
     }
+}
+
+/// Returns the attempts of the jobs that the one of this directory goes on with, oldest first.
+fn gone_on_with(directory: &JobDirectory) -> Result<Vec<OldAttempt>, Failure> {
+    let mut attempts = Vec::new();
+    for aside in directory.gone_on_with() {
+        let Some(journal) = Journal::open(&aside.join(".mhtraind/journal.jsonl"))? else { break };
+        let of = |attempt| aside.join(format!("attempt-{attempt}"));
+        attempts.splice(0..0, OldAttempt::all_of(journal.records(), of));
+    }
+    Ok(attempts)
+}
+
+/// Brings the receipt of a job that is over up to date: the process that ended it may have been killed before it could.
+fn end_receipt(directory: &JobDirectory, journal: &Journal) -> Result<(), Failure> {
+    let state = journal.state();
+    if !state.is_final() || directory.is_being_set_aside() {
+        return Ok(());
+    }
+    let kept = read_plain(&directory.root().join("receipt.json"), RECEIPT_BYTES_MAX).ok();
+    let kept: Option<Receipt> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    if kept.as_ref().is_some_and(|kept| kept.state == state.name()) {
+        return Ok(());
+    }
+    let told = Receipt::from_events(None, journal.records());
+    let receipt = match kept {
+        None => told,
+        Some(kept) => kept.with_end_of(told),
+    };
+    let text = serde_json::to_vec_pretty(&receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
+    directory.write_receipt(&text, Lasting::OverPowerCut)
 }
 
 /// Keys of a job that change nothing about the rows that are trained.

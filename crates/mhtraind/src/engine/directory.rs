@@ -30,6 +30,9 @@ pub const RECEIPT_BYTES_MAX: u64 = 16 << 20;
 /// Where an earlier job is gathered until all of it is there.
 const UNFINISHED_ASIDE: &str = ".previous.new";
 
+/// Says beside the journal of a job that was set aside that the next one goes on with it.
+const GONE_ON_WITH: &str = ".mhtraind/gone-on-with";
+
 /// Files that are put on disk at the same time.
 const SYNCED_AT_ONCE: usize = 16;
 
@@ -134,6 +137,35 @@ impl JobDirectory {
         places.take_while(|path| path.is_dir()).collect()
     }
 
+    /// Notes that the job which is about to be set aside is gone on with: whoever comes after a kill must know its checkpoints.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn goes_on_with_this(&self) -> Result<(), Failure> {
+        let path = self.root.join(GONE_ON_WITH);
+        write_whole(&path, b"", Lasting::OverPowerCut).map_err(|e| unwritable(&path, &e))
+    }
+
+    /// Notes that what is about to be set aside is not gone on with.
+    ///
+    /// # Errors
+    /// The disk refuses it.
+    pub fn goes_on_with_none(&self) -> Result<(), Failure> {
+        for path in [self.root.join(GONE_ON_WITH), self.root.join(UNFINISHED_ASIDE).join(GONE_ON_WITH)] {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(unwritable(&path, &e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns where the jobs lie that the one of this directory goes on with, the last one first.
+    pub fn gone_on_with(&self) -> Vec<PathBuf> {
+        let asides = self.asides().into_iter().rev();
+        asides.take_while(|aside| aside.join(GONE_ON_WITH).exists()).collect()
+    }
+
     /// Moves what an earlier job left here out of the way, into `previous-N` beside it; nothing is deleted.
     ///
     /// It has that name when all of it is there. A process that is killed before leaves a part, and whoever comes next moves
@@ -182,6 +214,11 @@ impl JobDirectory {
             self.set_earlier_job_aside()?;
         }
         Ok(())
+    }
+
+    /// Returns whether a killed process had begun to set a job aside, and nobody has ended that.
+    pub fn is_being_set_aside(&self) -> bool {
+        self.root.join(UNFINISHED_ASIDE).exists()
     }
 
     /// Puts back a journal that a killed process was about to set aside: it says what the rest is.
