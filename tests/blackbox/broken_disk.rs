@@ -369,6 +369,33 @@ fn a_rerun_whose_record_cannot_be_made_waits_for_the_disk_and_goes_on_by_itself(
 }
 
 #[test]
+fn a_recorder_that_the_disk_refuses_before_its_trainer_runs_is_no_failure_of_the_job() {
+    let disk = Broken::new();
+    let host = &disk.served.host;
+    let root = host.env.path("").canonicalize().unwrap();
+    // Before it is up, and when it says why it did not start the trainer.
+    for (id, place) in [("1", ""), ("2", "/trainer.log")] {
+        let refused = root.join(format!("state/jobs/{id}/attempt-1{place}"));
+        let faults = host.env.write(&format!("faults-{id}"), format!("read-only {}\n", refused.display()));
+        host.job(json!({"output_dir": format!("out-{id}"), "env": {
+            "FAKE_SWIFT_SCENARIO": json!({"step_seconds": 0}).to_string(),
+            "LD_PRELOAD": library(),
+            "DISK_SIM_FILE": faults,
+        }}));
+        assert_eq!(disk.served.run(&["submit", "job.json"]).expect(0).stdout.trim(), id);
+        disk.served.wait_until("its waiting", |served| served.state(id) == "waiting");
+        let reason = disk.served.job(id)["reason"].to_string();
+        let why = ["the disk does not take its files", "os error 30"];
+        assert!(reason.contains("cannot be written") && why.iter().any(|it| reason.contains(it)), "{reason}");
+        disk.served.run(&["wait", id, "--timeout", "60"]).expect(0);
+        let attempts = disk.served.receipt(id)["attempts"].clone();
+        assert_eq!(attempts.as_array().unwrap().len(), 2, "{attempts:#}");
+        assert_eq!(attempts[0]["exit"]["kind"], "lost", "{attempts:#}");
+    }
+    disk.assert_said(2..=2);
+}
+
+#[test]
 fn a_job_waits_for_a_jobs_directory_that_cannot_be_written_at_the_first_start() {
     let host = FakeHost::with_card(80 * GIB);
     let file = host.env.path("faults");

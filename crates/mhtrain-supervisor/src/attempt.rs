@@ -32,7 +32,7 @@ use crate::cgroup::{Cgroup, Group};
 use crate::identity::{FileRights, Identity, Switch};
 use crate::process::{ProcessIdentity, family};
 use crate::record::{Ended, ExitRecord, Extent, LaunchRecord, RecordDir, RecordError, TrainerRecord};
-use crate::recorder::{ATTEMPT_VARIABLE, RECORDER_VERB};
+use crate::recorder::{ATTEMPT_VARIABLE, DISK_REFUSED, RECORDER_VERB};
 use crate::spawn::{self, Start};
 use crate::wake::{self, Arrivals, end_of};
 
@@ -149,7 +149,7 @@ pub enum SpawnError {
 }
 
 /// Returns whether an error is about the disk as it is now and not about what was asked of it, or by whom.
-fn is_of_the_disk(error: &io::Error) -> bool {
+pub(crate) fn is_of_the_disk(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let now = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS, Errno::IO];
     Errno::from_io_error(error).is_some_and(|errno| now.contains(&errno))
@@ -166,7 +166,11 @@ impl SpawnError {
     /// Returns whether the disk does not take the record now: it is full, broken or read-only.
     #[must_use]
     pub fn is_unwritable(&self) -> bool {
-        matches!(self, SpawnError::Record(RecordError::Io { source, .. }) if is_of_the_disk(source))
+        match self {
+            SpawnError::Record(RecordError::Io { source, .. }) => is_of_the_disk(source),
+            SpawnError::RecorderDied { status, .. } => status.code() == Some(DISK_REFUSED),
+            _ => false,
+        }
     }
 
     /// Returns what the reader can do, where there is something.
@@ -644,7 +648,11 @@ impl Attempt {
             match ended {
                 Some(status) if status.success() => return Ok(()),
                 Some(status) => {
-                    let complaints = self.record.complaints().trim().to_owned();
+                    let mut complaints = self.record.complaints().trim().to_owned();
+                    if complaints.is_empty() && status.code() == Some(DISK_REFUSED) {
+                        // Not even that was taken.
+                        "the disk does not take its files".clone_into(&mut complaints);
+                    }
                     return Err(SpawnError::RecorderDied { record: path(), status, complaints });
                 }
                 None if Instant::now() >= until => {

@@ -121,6 +121,9 @@ pub struct ExitRecord {
     /// Whether a log could not grow when the trainer ended: its last words may be lost. `false` where that cannot be asked.
     #[serde(default)]
     pub log_full: bool,
+    /// Whether a trainer that was not started was not because the disk, full, broken or read-only, did not take its record.
+    #[serde(default)]
+    pub disk_refused: bool,
     /// What a stop took; `None` when the trainer ended by itself.
     pub stop: Option<StopTook>,
     /// How many processes outlived the trainer and had to be ended.
@@ -626,6 +629,7 @@ mod tests {
             ended_at: SystemTime::UNIX_EPOCH,
             oom_kill: Some(false),
             log_full: false,
+            disk_refused: false,
             stop: Some(StopTook::Kill),
             leftovers_killed: Some(3),
         }

@@ -32,7 +32,7 @@ use mhtrain_failpoint::reach;
 use rustix::io::Errno;
 use rustix::process::Pid;
 
-use crate::attempt::has_ended;
+use crate::attempt::{has_ended, is_of_the_disk};
 use crate::cgroup::{Cgroup, Group};
 use crate::log_cap::LogCap;
 use crate::oom::OomCounter;
@@ -68,10 +68,23 @@ pub(crate) enum RecorderError {
 }
 
 impl RecorderError {
+    /// Returns whether this is about the disk as it is now: full, broken or read-only.
+    fn is_of_the_disk(&self) -> bool {
+        match self {
+            RecorderError::Record(RecordError::Io { source, .. })
+            | RecorderError::Log { source, .. }
+            | RecorderError::System { source, .. } => is_of_the_disk(source),
+            RecorderError::Record(_) => false,
+        }
+    }
+
     pub(crate) fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RecorderError {
         move |source| RecorderError::System { action, source: source.into() }
     }
 }
+
+/// How a recorder ends whose record the disk does not take; standard error may have no room to say so.
+pub(crate) const DISK_REFUSED: i32 = 74;
 
 /// Records the attempt of `record_dir` to its end. Returns the exit status of the recorder, not of the trainer.
 ///
@@ -89,7 +102,7 @@ pub(crate) fn exit_status(result: Result<(), RecorderError>) -> i32 {
         Err(error) => {
             // Standard error is recorder.log, or the trainer's log in the gate. Nobody else listens.
             let _nobody_left_to_tell = writeln!(io::stderr(), "{}", chain(&error));
-            1
+            if error.is_of_the_disk() { DISK_REFUSED } else { 1 }
         }
     }
 }
@@ -131,7 +144,9 @@ fn record_attempt(record_dir: &Path, signals: Signals) -> Result<(), RecorderErr
     let Started { trainer, logs, group } = match start(&record, &launch, group) {
         Ok(started) => started,
         Err(error) => {
-            record.write_exit(&not_started(chain(&error)))?;
+            // The gate closed with its pipe: nothing was executed.
+            let disk_refused = error.is_of_the_disk();
+            record.write_exit(&ExitRecord { disk_refused, ..not_started(chain(&error)) })?;
             return Err(error);
         }
     };
@@ -178,6 +193,7 @@ pub(crate) fn see_to_the_end(
                 ended_at: SystemTime::now(),
                 oom_kill: oom.rose(),
                 log_full: watch.is_log_disk_full(),
+                disk_refused: false,
                 stop,
                 leftovers_killed: None,
             };
@@ -236,6 +252,7 @@ pub(crate) fn not_started(message: String) -> ExitRecord {
         ended_at: SystemTime::now(),
         oom_kill: None,
         log_full: false,
+        disk_refused: false,
         stop: None,
         leftovers_killed: Some(0),
     }

@@ -210,6 +210,8 @@ struct Gone {
     follower: Follower,
     pids: Vec<u32>,
     ended: Option<EndedByUs>,
+    /// Why its trainer was not started, where that was the disk, which did not take its record.
+    refused: Option<String>,
 }
 
 /// A stop that is asked for until the recorder knows of it: a full disk can be in the way.
@@ -983,7 +985,17 @@ impl<'a> Job<'a> {
         if follower.telemetry.stopped_at().is_some() {
             self.stop = self.stop.or(Some(StopCause::StopFile));
         }
+        let refused = match end {
+            // Whoever starts a job by hand is told at once.
+            Some(ExitRecord { ended: TrainerEnd::NotStarted(why), disk_refused: true, .. })
+                if self.receipt.id.is_some() || start.attempt > 1 =>
+            {
+                Some(why.clone())
+            }
+            _ => None,
+        };
         let exit = match end.map(|end| &end.ended) {
+            _ if refused.is_some() => Exit::Lost,
             Some(TrainerEnd::Code(code)) => Exit::Code { code: *code },
             Some(TrainerEnd::Signal(signal)) => Exit::Signal { signal: *signal },
             Some(TrainerEnd::NotStarted(error)) => Exit::SpawnFailed { error: error.clone() },
@@ -1001,7 +1013,7 @@ impl<'a> Job<'a> {
             full_log: end.filter(|end| end.log_full).map(|_| self.output_of(start.attempt)),
             others_before: self.others_before,
         };
-        Ok(Gone { start, exit, facts, follower, pids, ended })
+        Ok(Gone { start, exit, facts, follower, pids, ended, refused })
     }
 
     fn note_started(&mut self, start: &AttemptStart, state: &AttemptState) -> Result<(), Failure> {
@@ -1073,10 +1085,14 @@ impl<'a> Job<'a> {
 
     /// Decides what the end of an attempt means.
     fn judge(&mut self, gone: Gone) -> Result<Step, Failure> {
-        let Gone { start, exit, facts, mut follower, ended, .. } = gone;
+        let Gone { start, exit, facts, mut follower, ended, refused, .. } = gone;
         let loop_ended = follower.log.end_of_training().is_some();
         let printed = std::mem::take(&mut follower.diagnoser);
-        let diagnosis = diagnose_end(printed, &exit, facts, loop_ended, ended.as_ref());
+        let mut diagnosis = diagnose_end(printed, &exit, facts, loop_ended, ended.as_ref());
+        if let Some(why) = &refused {
+            diagnosis = Diagnosis::interrupted();
+            diagnosis.evidence.line.clone_from(why);
+        }
         let last_step = last_step(&follower);
         self.note_end(&exit, &diagnosis, Some(&follower));
         self.journal.record(JobEvent::AttemptEnded {
@@ -1086,7 +1102,14 @@ impl<'a> Job<'a> {
             last_step,
         })?;
         self.observe(&start, &diagnosis, &follower);
-        self.conclude(&start, &exit, &diagnosis, &follower)
+        let step = self.conclude(&start, &exit, &diagnosis, &follower)?;
+        Ok(match (step, refused) {
+            (Step::Start(next), Some(why)) => {
+                let help = "check free space and mode of the disk that holds its record".to_owned();
+                Step::WaitForDisk(next, Failure::failed("cannot_start", why).help(help))
+            }
+            (step, _) => step,
+        })
     }
 
     /// Lets later predictions learn from an attempt.
