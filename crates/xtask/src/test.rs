@@ -49,6 +49,11 @@ pub(crate) fn run(args: &TestArgs) -> anyhow::Result<()> {
     let mut points = cargo();
     points.args(["run", "--quiet", "--package", "xtask", "--", "chaos", "--failpoints"]).current_dir(&root);
     stage(&mut stages, "a kill at every durable step", &mut points)?;
+    // What recorders do is the same under a daemon.
+    let mut points = cargo();
+    points.args(["run", "--quiet", "--package", "xtask", "--", "chaos", "--failpoints", "--once"]);
+    points.args(["--of", "foreground", "--point", ": run:"]).current_dir(&root);
+    stage(&mut stages, "a kill at every durable step of a foreground run", &mut points)?;
     let mut pure = Command::new("python3");
     pure.args(["-m", "unittest", "discover", "--start-directory", "tests/gpu"]).current_dir(&root);
     stage(&mut stages, "the GPU suite's own functions", &mut pure)?;

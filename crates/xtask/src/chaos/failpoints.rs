@@ -1,4 +1,4 @@
-//! Does the daemon keep its promises when it, or a recorder, is killed at each of the steps that it takes?
+//! Does the daemon, or `mhtraind run`, keep its promises when it, or a recorder, is killed at each of the steps that it takes?
 //!
 //! ```text
 //!   first:  every scenario once, undisturbed: the points that its processes reach are the list of trials
@@ -20,9 +20,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
+use super::foreground::{Foreground, ID};
 use super::host::{Answer, Host, kill};
 use super::verdict::{Asked, Cancel, Fate, Fault, Found, Killed, Kind, What, judge};
-use super::{CANCEL_WITHIN_S, ChaosArgs, monotonic, names};
+use super::{By, CANCEL_WITHIN_S, ChaosArgs, monotonic, names};
 use crate::draws::Draws;
 
 /// Trials at the same time: each mostly waits.
@@ -36,7 +37,7 @@ const NOTES_MAX: usize = 2;
 
 /// What happens in a trial, beside the kill.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Scenario {
+pub(super) enum Scenario {
     Trains,
     RunsOutOfMemory,
     Fails,
@@ -59,6 +60,23 @@ impl Scenario {
         Scenario::OnAnotherCard,
     ];
 
+    /// Those without a queue.
+    const OF_THE_FOREGROUND: [Scenario; 6] = [
+        Scenario::Trains,
+        Scenario::RunsOutOfMemory,
+        Scenario::Fails,
+        Scenario::CancelledWhileItRuns,
+        Scenario::TakenOver,
+        Scenario::TriedAgain,
+    ];
+
+    fn of(by: By) -> &'static [Scenario] {
+        match by {
+            By::Daemon | By::AnotherUser => &Scenario::ALL,
+            By::Foreground => &Scenario::OF_THE_FOREGROUND,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Scenario::Trains => "submit, train, finish, remove",
@@ -72,7 +90,7 @@ impl Scenario {
         }
     }
 
-    fn trainer(self) -> Value {
+    pub(super) fn trainer(self) -> Value {
         match self {
             Scenario::Trains => json!({}),
             Scenario::RunsOutOfMemory => {
@@ -91,7 +109,7 @@ impl Scenario {
         }
     }
 
-    fn fate(self) -> Fate {
+    pub(super) fn fate(self) -> Fate {
         match self {
             Scenario::RunsOutOfMemory | Scenario::OnAnotherCard => Fate::RunsOutOfMemory,
             Scenario::Fails | Scenario::TriedAgain => Fate::Fails,
@@ -130,8 +148,13 @@ struct Outcome {
 pub(super) fn run(args: &ChaosArgs, host: &Host, dir: &Path) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut points = Vec::new();
-    for scenario in Scenario::ALL {
-        points.extend(discover(host, &dir.join(format!("undisturbed-{scenario:?}")), scenario)?);
+    for scenario in Scenario::of(args.of) {
+        let dir = dir.join(format!("undisturbed-{scenario:?}"));
+        points.extend(discover(host, &dir, args.of, *scenario)?);
+    }
+    if args.once {
+        let mut seen = BTreeSet::new();
+        points.retain(|point| seen.insert(point.name.clone()));
     }
     if args.twice {
         let mut draws = Draws::new(args.seed.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -147,7 +170,7 @@ pub(super) fn run(args: &ChaosArgs, host: &Host, dir: &Path) -> anyhow::Result<(
                 let number = next.fetch_add(1, Ordering::Relaxed);
                 let Some(point) = points.get(number) else { return Ok(()) };
                 let dir = dir.join(format!("trial-{number:04}"));
-                let outcome = trial(host, &dir, point).with_context(|| format!("in {point}"))?;
+                let outcome = trial(host, &dir, args.of, point).with_context(|| format!("in {point}"))?;
                 match outcome.faults.is_empty() {
                     true => std::fs::remove_dir_all(&dir)?,
                     false => std::fs::write(dir.join("faults"), format!("{point}: {:#?}\n", outcome.faults))?,
@@ -162,7 +185,7 @@ pub(super) fn run(args: &ChaosArgs, host: &Host, dir: &Path) -> anyhow::Result<(
         return Err(error);
     }
     let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
-    print(&points, &outcomes, began.elapsed());
+    print(args.of, &points, &outcomes, began.elapsed());
     let broken: Vec<_> = outcomes.iter().filter(|(_, outcome)| !outcome.faults.is_empty()).collect();
     for (number, outcome) in &broken {
         println!("\n{}  (trial-{number:04})", points[*number]);
@@ -172,7 +195,7 @@ pub(super) fn run(args: &ChaosArgs, host: &Host, dir: &Path) -> anyhow::Result<(
     }
     // What comes in another order than before can leave a trial without its kill, but hardly many.
     let missed = outcomes.iter().filter(|(_, outcome)| outcome.kills == 0).count();
-    if missed * 50 > outcomes.len() {
+    if missed > (outcomes.len() / 50).max(1) {
         bail!(
             "{missed} of {} kills did not come about: the points are not reached as they were before",
             outcomes.len()
@@ -185,9 +208,9 @@ pub(super) fn run(args: &ChaosArgs, host: &Host, dir: &Path) -> anyhow::Result<(
 }
 
 #[expect(clippy::print_stdout, reason = "a command for developers reports on standard output")]
-fn print(points: &[Point], outcomes: &[(usize, Outcome)], time: Duration) {
+fn print(by: By, points: &[Point], outcomes: &[(usize, Outcome)], time: Duration) {
     println!("{:<44} {:>8} {:>8} {:>8}", "killed at every point of", "points", "kills", "faults");
-    for scenario in Scenario::ALL {
+    for scenario in Scenario::of(by).iter().copied() {
         let of: Vec<_> = outcomes.iter().filter(|(number, _)| points[*number].scenario == scenario).collect();
         let kills: usize = of.iter().map(|(_, outcome)| outcome.kills).sum();
         let faults: usize = of.iter().map(|(_, outcome)| outcome.faults.len()).sum();
@@ -199,9 +222,9 @@ fn print(points: &[Point], outcomes: &[(usize, Outcome)], time: Duration) {
 }
 
 /// Runs a scenario undisturbed and returns the points that it reaches.
-fn discover(host: &Host, dir: &Path, scenario: Scenario) -> anyhow::Result<Vec<Point>> {
+fn discover(host: &Host, dir: &Path, by: By, scenario: Scenario) -> anyhow::Result<Vec<Point>> {
     let undisturbed = Point { scenario, name: String::new(), nth: 0, then: None };
-    let outcome = trial(host, dir, &undisturbed)?;
+    let outcome = trial(host, dir, by, &undisturbed)?;
     if let Some(fault) = outcome.faults.first() {
         bail!("undisturbed, {} went wrong: {}; see {}", scenario.name(), fault.what, dir.display());
     }
@@ -231,7 +254,7 @@ fn discover(host: &Host, dir: &Path, scenario: Scenario) -> anyhow::Result<Vec<P
 }
 
 /// Plays a scenario with a kill.
-fn trial(shared: &Host, dir: &Path, point: &Point) -> anyhow::Result<Outcome> {
+fn trial(shared: &Host, dir: &Path, by: By, point: &Point) -> anyhow::Result<Outcome> {
     let host = shared.beside(dir, if point.scenario == Scenario::OnAnotherCard { 2 } else { 1 })?;
     if !point.name.is_empty() {
         let then = point.then.map_or(String::new(), |then| format!("+{then}\n"));
@@ -240,13 +263,19 @@ fn trial(shared: &Host, dir: &Path, point: &Point) -> anyhow::Result<Outcome> {
     let keeper = Keeper { host: &host, state: Mutex::new(Kept::default()) };
     let mut play =
         Play { host: &host, keeper: &keeper, dir: dir.to_owned(), asked: Vec::new(), faults: Vec::new() };
-    std::thread::scope(|scope| {
-        scope.spawn(|| keeper.keep());
-        if let Err(error) = play.all(point.scenario) {
+    if by == By::Foreground {
+        if let Err(error) = play.in_the_foreground(point.scenario) {
             play.fault(Kind::Manual, None, format!("{error:#}"));
         }
-        keeper.end();
-    });
+    } else {
+        std::thread::scope(|scope| {
+            scope.spawn(|| keeper.keep());
+            if let Err(error) = play.all(point.scenario) {
+                play.fault(Kind::Manual, None, format!("{error:#}"));
+            }
+            keeper.end();
+        });
+    }
     play.look_for_leftovers()?;
     play.faults.append(&mut keeper.state().faults);
     let killed = std::fs::read_to_string(dir.join("failpoints/killed")).unwrap_or_default();
@@ -322,6 +351,12 @@ impl Keeper<'_> {
     }
 }
 
+/// Notes how many points of a trial were reached until now.
+pub(super) fn note(dir: &Path, name: &str) -> anyhow::Result<()> {
+    let reached = std::fs::read_to_string(dir.join("failpoints/trace"))?.lines().count();
+    Ok(std::fs::write(dir.join("failpoints").join(name), reached.to_string())?)
+}
+
 struct Play<'a> {
     host: &'a Host,
     keeper: &'a Keeper<'a>,
@@ -367,7 +402,7 @@ impl Play<'_> {
         let killed = self.killed(first)?;
         let told = self.host.testimonies()?;
         if scenario == Scenario::TriedAgain {
-            self.judge_retry(&found, killed.recorders.len())?;
+            self.judge_retry(&found, &["failed", "failed"], killed.recorders.len())?;
         } else {
             self.faults.extend(judge(&self.asked, &found, &told, &killed));
         }
@@ -378,10 +413,19 @@ impl Play<'_> {
         Ok(())
     }
 
-    /// Notes how many points were reached until now.
+    fn in_the_foreground(&mut self, scenario: Scenario) -> anyhow::Result<()> {
+        let (asked, found) = Foreground::play(self.host, &self.dir, scenario, &mut self.faults)?;
+        let killed = self.killed(ID)?;
+        if scenario == Scenario::TriedAgain {
+            // Killed after it had failed again, the same command tries it once more.
+            return self.judge_retry(&found, &["failed"], killed.recorders.len() + 1);
+        }
+        self.faults.extend(judge(&[asked], &found, &self.host.testimonies()?, &killed));
+        Ok(())
+    }
+
     fn note(&self, name: &str) -> anyhow::Result<()> {
-        let reached = std::fs::read_to_string(self.dir.join("failpoints/trace"))?.lines().count();
-        Ok(std::fs::write(self.dir.join("failpoints").join(name), reached.to_string())?)
+        note(&self.dir, name)
     }
 
     /// Returns whom the trial killed.
@@ -488,9 +532,9 @@ impl Play<'_> {
     // -- what must be so in the end
 
     /// A job that fails, and its retry, which fails at the same step: it went on from what was saved.
-    fn judge_retry(&mut self, found: &[Found], recorders_killed: usize) -> anyhow::Result<()> {
+    fn judge_retry(&mut self, found: &[Found], expected: &[&str], excused: usize) -> anyhow::Result<()> {
         let states: Vec<&str> = found.iter().map(|job| job.state.as_str()).collect();
-        if states != ["failed", "failed"] {
+        if states != expected {
             let what = found.iter().map(|job| format!("{} {:?}", job.state, job.reason));
             self.fault(
                 Kind::Wrong,
@@ -517,7 +561,7 @@ impl Play<'_> {
             steps.iter().all(|(saved, steps)| steps.first().is_none_or(|first| *first == saved + 1));
         let last = steps.last().and_then(|(_, steps)| steps.last()).copied();
         // A failure whose status died with its recorder may be taken for an interruption.
-        let trainers = 2..=2 + recorders_killed;
+        let trainers = 2..=2 + excused;
         if !trainers.contains(&pids.len()) || !goes_on || last != Some(4) {
             self.fault(
                 Kind::Twice,
@@ -563,7 +607,8 @@ impl Play<'_> {
             self.fault(Kind::LeftBehind, None, format!("pid {pid} is left: {line}"));
             kill(pid);
         }
-        let log = std::fs::read_to_string(self.host.log())?;
+        // Without a daemon there is none.
+        let log = std::fs::read_to_string(self.host.log()).unwrap_or_default();
         for line in log.lines().filter(|line| line.contains("panicked") || line.contains("a bug")) {
             self.fault(Kind::Wrong, None, format!("the daemon says: {line}"));
         }

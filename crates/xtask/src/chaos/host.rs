@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -17,6 +19,7 @@ use nvml_sim::{SimDevice, SimFile};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use super::foreground::ID;
 use super::verdict::{Found, Testimony};
 use crate::fake_host::{make_model_and_data, make_trainer};
 
@@ -44,6 +47,48 @@ pub(super) struct Host {
     library: PathBuf,
     /// Where the points of a kill are noted, for those who want them.
     failpoints: Option<PathBuf>,
+    /// Whose the clients are, where that is not whoever runs this.
+    user: Option<(u32, u32)>,
+}
+
+/// An account of this host that is there for some trials.
+pub(super) struct User {
+    name: String,
+    uid: u32,
+    gid: u32,
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        // By force: a trial that failed may have left a process of theirs.
+        let _reported_by_nobody = Command::new("userdel").arg("--force").arg(&self.name).output();
+    }
+}
+
+impl User {
+    /// Makes an account with a home below `dir`; `None` where that is not possible.
+    pub(super) fn make(dir: &Path) -> anyhow::Result<Option<User>> {
+        let is_root = rustix::process::geteuid().is_root();
+        if !is_root || Command::new("useradd").arg("--help").output().is_err() {
+            return Ok(None);
+        }
+        let (name, home) = (format!("mhtchaos{}", std::process::id()), dir.join("home"));
+        let mut add = Command::new("useradd");
+        add.args(["--no-create-home", "--user-group", "--shell", "/bin/sh", "--home-dir"]);
+        let made = add.arg(&home).arg(&name).output()?;
+        if !made.status.success() {
+            bail!("no account: {}", String::from_utf8_lossy(&made.stderr));
+        }
+        let mut user = User { name, uid: 0, gid: 0 };
+        let id = |flag: &str| -> anyhow::Result<u32> {
+            let said = Command::new("id").args([flag, &user.name]).output()?.stdout;
+            Ok(String::from_utf8(said)?.trim().parse()?)
+        };
+        (user.uid, user.gid) = (id("-u")?, id("-g")?);
+        fs::create_dir(&home)?;
+        chown(&home, Some(user.uid), Some(user.gid))?;
+        Ok(Some(user))
+    }
 }
 
 /// What a client was told.
@@ -65,6 +110,7 @@ impl Host {
             binary: target.join("debug/mhtraind"),
             library: target.join("debug").join(nvml_sim::LIBRARY_FILE),
             failpoints: None,
+            user: None,
         };
         let sft = root.join("tests/fake-swift/fake_swift.py");
         make_trainer(&host.trainer, &sft, "4.6.0", "5.19.0").context("no trainer environment")?;
@@ -80,11 +126,45 @@ impl Host {
             binary: self.binary.clone(),
             library: self.library.clone(),
             failpoints: Some(dir.join("failpoints")),
+            user: self.user,
         };
-        fs::create_dir_all(dir.join("failpoints"))?;
-        fs::write(dir.join("failpoints/trace"), "")?;
+        let failpoints = dir.join("failpoints");
+        fs::create_dir_all(&failpoints)?;
+        fs::write(failpoints.join("trace"), "")?;
         host.furnish(cards)?;
+        if let Some((uid, gid)) = self.user {
+            // Recorders of theirs note their points and kills as well.
+            fs::write(failpoints.join("killed"), "")?;
+            for (path, mode) in [("", 0o777), ("trace", 0o666), ("killed", 0o666)] {
+                fs::set_permissions(failpoints.join(path), fs::Permissions::from_mode(mode))?;
+            }
+            fs::create_dir(dir.join("out"))?;
+            for path in ["out", "witness"] {
+                chown(dir.join(path), Some(uid), Some(gid))?;
+            }
+        }
         Ok(host)
+    }
+
+    /// Lets the clients be another user's, who may execute what is needed for that.
+    pub(super) fn open_to(mut self, user: &User) -> anyhow::Result<Host> {
+        fs::set_permissions(&self.dir, fs::Permissions::from_mode(0o755))?;
+        let binary = self.dir.join("mhtraind");
+        // Where this is built may be closed to others.
+        fs::copy(&self.binary, &binary)?;
+        self.binary = binary;
+        let python = self.trainer.join("bin/python");
+        let works = |python: &Path| {
+            let mut try_it = Command::new(python);
+            try_it.args(["-c", "import json"]).current_dir("/").uid(user.uid).gid(user.gid);
+            try_it.output().is_ok_and(|output| output.status.success())
+        };
+        if !works(&python) {
+            fs::remove_file(&python)?;
+            symlink("/usr/bin/python3", &python)?;
+        }
+        self.user = Some((user.uid, user.gid));
+        Ok(self)
     }
 
     fn furnish(&self, cards: u32) -> anyhow::Result<()> {
@@ -118,6 +198,20 @@ impl Host {
             command.env(mhtrain_failpoint::DIRECTORY_VARIABLE, failpoints);
         }
         command
+    }
+
+    /// Returns a command of whoever has the jobs.
+    fn client(&self, args: &[&str]) -> Command {
+        let mut command = self.command(args);
+        if let Some((uid, gid)) = self.user {
+            command.uid(uid).gid(gid).env("HOME", self.dir.join("out"));
+        }
+        command
+    }
+
+    /// Starts a command in the foreground; what it says on standard error can be read at its end.
+    pub(super) fn foreground(&self, args: &[&str]) -> anyhow::Result<Child> {
+        Ok(self.client(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
     }
 
     fn socket(&self) -> PathBuf {
@@ -161,7 +255,7 @@ impl Host {
         job: &Value,
         killed_after: Option<Duration>,
     ) -> anyhow::Result<Answer> {
-        let mut command = self.command(&["submit", "-", "--key", name, "--json"]);
+        let mut command = self.client(&["submit", "-", "--key", name, "--json"]);
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let mut input = child.stdin.take().context("piped")?;
@@ -183,12 +277,12 @@ impl Host {
     }
 
     pub(super) fn cancel(&self, id: u64) -> anyhow::Result<Answer> {
-        Ok(answer(&self.command(&["cancel", &id.to_string(), "--json"]).output()?))
+        Ok(answer(&self.client(&["cancel", &id.to_string(), "--json"]).output()?))
     }
 
     /// Runs a command of a client to its end.
     pub(super) fn ask(&self, args: &[&str]) -> anyhow::Result<(Answer, String)> {
-        let output = self.command(args).output()?;
+        let output = self.client(args).output()?;
         Ok((answer(&output), String::from_utf8_lossy(&output.stdout).into_owned()))
     }
 
@@ -196,7 +290,7 @@ impl Host {
         let ids: Vec<String> = ids.iter().map(u64::to_string).collect();
         let mut arguments = vec!["rm"];
         arguments.extend(ids.iter().map(String::as_str));
-        Ok(answer(&self.command(&arguments).output()?))
+        Ok(answer(&self.client(&arguments).output()?))
     }
 
     /// Returns every job that the daemon knows.
@@ -216,7 +310,7 @@ impl Host {
     fn page(&self, command: &[&str]) -> anyhow::Result<Value> {
         let until = Instant::now() + ANSWERED_WITHIN;
         loop {
-            let output = self.command(command).output()?;
+            let output = self.client(command).output()?;
             if output.status.success() {
                 return Ok(serde_json::from_slice(&output.stdout)?);
             }
@@ -255,7 +349,7 @@ impl Host {
 
     /// Returns the recorders that live, each with the id of its job.
     pub(super) fn recorders(&self) -> Vec<(u32, u64)> {
-        let jobs = self.state_dir().join("jobs");
+        let (jobs, out) = (self.state_dir().join("jobs"), self.dir.join("out"));
         let mut found = Vec::new();
         for pid in pids() {
             let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
@@ -264,6 +358,8 @@ impl Host {
             let record = Path::new(std::ffi::OsStr::from_bytes(record));
             let id =
                 record.strip_prefix(&jobs).ok().and_then(|path| path.iter().next()?.to_str()?.parse().ok());
+            // That of a job in the foreground lies beside its results.
+            let id = id.or_else(|| record.starts_with(&out).then_some(ID));
             if let (b"recorder" | b"recorder-adopt", Some(id)) = (*verb, id) {
                 found.push((pid, id));
             }
@@ -295,6 +391,10 @@ fn answer(output: &Output) -> Answer {
         Some(0) => Answer::Acknowledged(None),
         // 3: nobody was there, or he died before he answered. A signal: the trial killed the client.
         Some(3) | None => Answer::Unknown,
+        // A socket that is a moment old: its mode is not set yet.
+        Some(4) if String::from_utf8_lossy(&output.stderr).contains("no daemon can be reached") => {
+            Answer::Unknown
+        }
         Some(code) => {
             Answer::Refused(format!("exit code {code}: {}", String::from_utf8_lossy(&output.stderr).trim()))
         }

@@ -9,6 +9,7 @@
 //! does, and with whom it shares a card ([`verdict`]).
 
 mod failpoints;
+mod foreground;
 mod host;
 mod verdict;
 
@@ -25,7 +26,7 @@ use serde_json::{Value, json};
 
 use crate::draws::Draws;
 use crate::workspace::{cargo, root, target_dir};
-use host::{Answer, GRACE_S, Host, kill};
+use host::{Answer, GRACE_S, Host, User, kill};
 use verdict::{Asked, Cancel, Fate, Fault, Found, Killed, Kind, What, judge};
 
 /// Most jobs that are not over when a trial begins: four cards work them off in some seconds.
@@ -66,9 +67,29 @@ pub(crate) struct ChaosArgs {
     #[arg(long, requires = "failpoints")]
     twice: bool,
 
+    /// With --failpoints: who runs the jobs
+    #[arg(long, requires = "failpoints", default_value = "daemon")]
+    of: By,
+
+    /// With --failpoints: each different point once, in the first scenario that reaches it
+    #[arg(long, requires = "failpoints")]
+    once: bool,
+
     /// With --failpoints: only those whose name has this in it
     #[arg(long, requires = "failpoints")]
     point: Option<String>,
+}
+
+/// Who runs the jobs whose steps are tried.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum By {
+    /// A daemon, for whoever gives this command
+    #[default]
+    Daemon,
+    /// `mhtraind run`
+    Foreground,
+    /// Root's daemon, for an account that is made for it and removed afterwards
+    AnotherUser,
 }
 
 /// Whom a trial kills.
@@ -134,6 +155,7 @@ enum Moment {
 }
 
 /// Runs the trials and prints what came of them.
+#[expect(clippy::print_stdout, reason = "a command for developers reports on standard output")]
 pub(crate) fn run(args: &ChaosArgs) -> anyhow::Result<()> {
     let root = root()?;
     let status = cargo().args(["build", "--quiet"]).current_dir(&root).status()?;
@@ -143,6 +165,15 @@ pub(crate) fn run(args: &ChaosArgs) -> anyhow::Result<()> {
     let dir = tempfile::Builder::new().prefix("mhtraind-chaos-").tempdir()?;
     let host = Host::make(dir.path(), &target_dir(&root), &root)?;
     if args.failpoints {
+        let user = if args.of == By::AnotherUser { User::make(dir.path())? } else { None };
+        if args.of == By::AnotherUser && user.is_none() {
+            println!("skipped: only root can make an account, with useradd");
+            return Ok(());
+        }
+        let host = match &user {
+            Some(user) => host.open_to(user)?,
+            None => host,
+        };
         let done = failpoints::run(args, &host, dir.path());
         if done.is_err() {
             let _kept = dir.keep();
