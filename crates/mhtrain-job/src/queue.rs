@@ -133,6 +133,26 @@ impl PartialEq for Rank {
 
 impl Eq for Rank {}
 
+/// What the jobs of one user take that wait for a device, or are on their way in.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Waits {
+    /// How many.
+    pub jobs: u32,
+    /// Their bytes.
+    pub bytes: usize,
+}
+
+impl Waits {
+    /// Most bytes of the jobs of one user.
+    pub const BYTES_MAX: usize = 256 << 20;
+
+    /// Returns whether another one of so many bytes may come, where `jobs_max` may wait.
+    #[must_use]
+    pub fn have_room_for(self, bytes: usize, jobs_max: u32) -> bool {
+        self.jobs < jobs_max && self.bytes.saturating_add(bytes) <= Waits::BYTES_MAX
+    }
+}
+
 /// What a device has to give.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Room {

@@ -54,6 +54,11 @@ const TRIES_MAX: u32 = 24;
 /// How often the recorder of one attempt is replaced.
 const TAKE_OVERS_MAX: u32 = 20;
 
+/// `DISK_LOOK` and `REFUSED_MAX` of the engine, and why a job waits or fails then.
+const DISK_LOOK_S: u64 = 2;
+pub(crate) const REFUSED_MAX: u32 = 10;
+pub(crate) const RECORD_REFUSED: &str = "its record cannot be written";
+
 /// The loop of one job.
 #[derive(Debug)]
 pub(crate) struct JobLoop {
@@ -72,6 +77,8 @@ pub(crate) struct JobLoop {
     step: Step,
     take_overs: u32,
     tries: u32,
+    /// How often in a row the disk refused the record of an attempt.
+    refused: u32,
     /// GiB that others held when the attempt was started; of one that was taken over, when it was planned.
     others_before: u64,
 }
@@ -88,7 +95,9 @@ enum Step {
     /// Writes down what is about to be started.
     Launch(Next),
     /// Starts it.
-    Spawn(AttemptStart, Option<Checkpoint>),
+    Spawn(AttemptStart, Option<Checkpoint>, ResumeWish),
+    /// The disk does not take the record of the next attempt: that is told, and tried again at a time.
+    WaitForDisk { next: Next, again: Option<u64> },
     /// Waits until the recorder wrote down who the trainer is.
     Started(AttemptStart),
     /// Waits until everything of it is gone.
@@ -196,6 +205,7 @@ impl JobLoop {
             step: Step::Open,
             take_overs: 0,
             tries: 0,
+            refused: 0,
             others_before,
         }
     }
@@ -217,6 +227,12 @@ impl JobLoop {
         match &self.step {
             Step::Wait { until, .. } => {
                 self.asked_to_stop || self.is_late(world) || has_passed(until, self.sized.card, world)
+            }
+            Step::WaitForDisk { again, .. } if world.bug == Some(Bug::DiskWaitedForForEver) => {
+                again.is_none()
+            }
+            Step::WaitForDisk { again, .. } => {
+                self.asked_to_stop || self.is_late(world) || again.is_none_or(|at| at <= world.now)
             }
             Step::Pause { until } => *until <= world.now,
             Step::Started(start) => {
@@ -278,6 +294,7 @@ impl JobLoop {
             Step::Follow { stop_sent: false, .. } if self.is_late(world) && self.stop.is_none() => true,
             Step::NeverStarted(_)
             | Step::Wait { until: Until::Told, .. }
+            | Step::WaitForDisk { again: None, .. }
             | Step::Launch(_)
             | Step::Started(_)
             | Step::Follow { noted: false, .. }
@@ -287,6 +304,7 @@ impl JobLoop {
             | Step::Broken { .. } => true,
             Step::Open
             | Step::Wait { .. }
+            | Step::WaitForDisk { .. }
             | Step::Spawn(..)
             | Step::Follow { .. }
             | Step::Observe { .. }
@@ -309,6 +327,9 @@ impl JobLoop {
         let deadline = self.deadline.filter(|_| self.stop.is_none());
         match &self.step {
             Step::Wait { until: Until::Returned(at) | Until::Time(at) | Until::Memory(_, at), .. } => {
+                Some(deadline.map_or(*at, |deadline| deadline.min(*at)))
+            }
+            Step::WaitForDisk { again: Some(at), .. } => {
                 Some(deadline.map_or(*at, |deadline| deadline.min(*at)))
             }
             Step::Pause { until } => Some(*until),
@@ -365,7 +386,16 @@ impl JobLoop {
             }
             Step::Wait { next, until } => self.wait(world, next, until),
             Step::Launch(next) => self.launch(world, &next),
-            Step::Spawn(start, from) => {
+            Step::Spawn(start, from, wish) if world.refuses_records() => {
+                if world.disk.full {
+                    // Written down when the store can be written.
+                    return Ok(Step::Spawn(start, from, wish));
+                }
+                self.refused(world, start, wish)
+            }
+            Step::WaitForDisk { next, again } => self.wait_for_disk(world, next, again),
+            Step::Spawn(start, from, _) => {
+                self.refused = 0;
                 if world.nvml_answers() {
                     self.others_before = world.used(self.sized.card);
                 }
@@ -419,8 +449,9 @@ impl JobLoop {
                 if let Some(by) = world.disk.job(self.id).state.stop() {
                     return Ok(Step::End(self.end_of_stopped(by)));
                 }
+                let ends_at = world.ends_at(self.id);
                 if let Some(daemon) = &mut world.daemon {
-                    daemon.queued.insert(self.id, Waiting::default());
+                    daemon.queued.insert(self.id, Waiting { told: false, ends_at });
                 }
                 Ok(Step::Over)
             }
@@ -438,6 +469,44 @@ impl JobLoop {
             Step::Pause { .. } => Ok(Step::Open),
             Step::Over => Ok(Step::Over),
         }
+    }
+
+    /// Writes down that an attempt never ran, because the disk did not take its record.
+    fn refused(
+        &mut self,
+        world: &mut World<'_>,
+        start: AttemptStart,
+        wish: ResumeWish,
+    ) -> Result<Step, Failure> {
+        world.tell(|| format!("engine of attempt {}: its record is refused", start.attempt));
+        self.note_end(world, start.attempt, Exit::Lost, &Diagnosis::interrupted(), None)?;
+        self.refused += 1;
+        if self.refused > REFUSED_MAX || world.bug == Some(Bug::RefusedRecordFails) {
+            return Ok(failed(RECORD_REFUSED.to_owned()));
+        }
+        let AttemptStart { rung, adjustments, .. } = start;
+        let next = Next { rung, adjustments, wish, wait: Wait::None, after_death: false };
+        Ok(Step::WaitForDisk { next, again: None })
+    }
+
+    fn wait_for_disk(
+        &mut self,
+        world: &mut World<'_>,
+        next: Next,
+        again: Option<u64>,
+    ) -> Result<Step, Failure> {
+        let rest = DISK_LOOK_S << (self.refused.max(1) - 1).min(5);
+        if again.is_none() {
+            self.set_deadline(world);
+            self.append(world, JobEvent::Waiting { reason: RECORD_REFUSED.to_owned() })?;
+        } else if self.asked_to_stop {
+            return Ok(self.cancelled());
+        } else if self.is_late(world) {
+            return Ok(self.time_is_over());
+        } else if !world.refuses_records() {
+            return Ok(Step::Wait { next, until: Until::Begin });
+        }
+        Ok(Step::WaitForDisk { next, again: Some(world.now + rest) })
     }
 
     fn open(&mut self, world: &World<'_>) -> Result<Step, Failure> {
@@ -562,10 +631,10 @@ impl JobLoop {
         let adjustments = next.adjustments.clone();
         let start = AttemptStart { attempt: number, rung: next.rung, tier, resume, adjustments };
         if world.bug == Some(Bug::EffectBeforeIntention) {
-            return Ok(Step::Spawn(start, from));
+            return Ok(Step::Spawn(start, from, next.wish));
         }
         self.append(world, JobEvent::AttemptStarting(start.clone()))?;
-        Ok(Step::Spawn(start, from))
+        Ok(Step::Spawn(start, from, next.wish))
     }
 
     /// Returns the attempts whose checkpoints may be resumed, oldest first, those of the jobs that this one goes on with
@@ -908,7 +977,7 @@ fn has_memory(need: Bytes, card: usize, world: &World<'_>) -> bool {
 }
 
 /// Returns the seconds that a time of [`World::wall`] stands for.
-fn seconds_of(wall: &str) -> i64 {
+pub(crate) fn seconds_of(wall: &str) -> i64 {
     let number =
         |at: std::ops::Range<usize>| wall.get(at).and_then(|text| text.parse::<i64>().ok()).unwrap_or(0);
     (number(8..10) - 1) * 86_400 + number(11..13) * 3600 + number(14..16) * 60 + number(17..19)

@@ -29,6 +29,16 @@ pub enum Bug {
     TimeCountedTwice,
     /// A daemon that starts takes a job that its time limit stops for one that its user cancelled.
     TimeLimitCancels,
+    /// The time of a job stands still while it waits for another card.
+    QueueStopsTime,
+    /// A job fails at once whose record the disk refuses.
+    RefusedRecordFails,
+    /// Whether the disk takes a record is not tried again.
+    DiskWaitedForForEver,
+    /// How many jobs of a user wait is not looked at.
+    NoLimitPerUser,
+    /// How many jobs of a user may wait is compared with those of all.
+    LimitOfAllUsers,
     /// A key is looked up without its user.
     KeyOfAnybody,
     /// Whose job it is is not looked at by a cancel.
@@ -43,7 +53,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 17] = [
+    pub const ALL: [Bug; 22] = [
         Bug::LostAck,
         Bug::DoubleStart,
         Bug::LowerTierOnKill,
@@ -56,6 +66,11 @@ impl Bug {
         Bug::TimeBeginsAgain,
         Bug::TimeCountedTwice,
         Bug::TimeLimitCancels,
+        Bug::QueueStopsTime,
+        Bug::RefusedRecordFails,
+        Bug::DiskWaitedForForEver,
+        Bug::NoLimitPerUser,
+        Bug::LimitOfAllUsers,
         Bug::KeyOfAnybody,
         Bug::CancelByAnybody,
         Bug::LearnedFromOthers,

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::rc::Rc;
+use std::time::Duration;
 
 use mhtrain_job::event::JobEvent;
 use mhtrain_job::queue::{self, Dependency, DependencyState, Fit, Leases, Offer, QueuedJob, Room, Verdict};
 use mhtrain_job::spec::DeviceWish;
 use mhtrain_job::state::JobState;
+use mhtrain_job::stop;
 use mhtrain_job::take_over::{Place, place};
 use mhtrain_sizing::known::{Known, ObservationOf};
 use mhtrain_sizing::observation::Observation;
@@ -15,7 +17,7 @@ use mhtrain_sizing::plan::Plan;
 use mhtrain_sizing::units::Bytes;
 use serde_json::{Value, json};
 
-use crate::attempts::JobLoop;
+use crate::attempts::{JobLoop, seconds_of};
 use crate::bugs::Bug;
 use crate::disk::StoreError;
 use crate::invariants::{self, Violation};
@@ -44,7 +46,9 @@ pub(crate) struct Daemon {
 /// A job that waits.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Waiting {
-    told: bool,
+    pub(crate) told: bool,
+    /// When its time is over, once it has begun.
+    pub(crate) ends_at: Option<u64>,
 }
 
 /// One durable step that follows on a look.
@@ -52,6 +56,8 @@ pub(crate) struct Waiting {
 enum Effect {
     Verdict(u64, Verdict),
     Start(u64, Sized),
+    /// Its time is over.
+    EndLate(u64),
 }
 
 /// What a job is started with.
@@ -93,7 +99,15 @@ impl Daemon {
     }
 
     pub(crate) fn wants_to_look(&self, world: &World<'_>) -> bool {
-        !self.effects.is_empty() || (!self.queued.is_empty() && self.seen.as_ref() != Some(&self.view(world)))
+        !self.effects.is_empty()
+            || (!self.queued.is_empty() && self.seen.as_ref() != Some(&self.view(world)))
+            || (!world.disk.full && self.late(world.now).next().is_some())
+    }
+
+    /// Returns the jobs that wait and whose time is over.
+    fn late(&self, now: u64) -> impl Iterator<Item = u64> {
+        let late = self.queued.iter().filter(move |(_, job)| job.ends_at.is_some_and(|at| at <= now));
+        late.map(|(id, _)| *id)
     }
 
     /// Adds what an attempt showed.
@@ -167,7 +181,7 @@ impl World<'_> {
                 }
                 Ok(Place::InQueue) => {
                     let told = matches!(self.disk.job(id).state, JobState::Waiting { .. });
-                    daemon.queued.insert(id, Waiting { told });
+                    daemon.queued.insert(id, Waiting { told, ends_at: self.ends_at(id) });
                 }
                 Err(error) => {
                     let why = error.to_string();
@@ -206,7 +220,20 @@ impl World<'_> {
         self.daemon = Some(daemon);
     }
 
+    /// Returns when the time of a job is over that waits, as `QueuedEntry::with_time` does.
+    pub(crate) fn ends_at(&self, id: u64) -> Option<u64> {
+        let job = self.disk.job(id);
+        let began = stop::time_began(&job.records).filter(|_| self.bug != Some(Bug::QueueStopsTime))?;
+        let used = (self.wall_seconds() - seconds_of(began)).max(0).unsigned_abs();
+        let left = stop::time_left(job.spec.time_limit, Duration::from_secs(used))?;
+        Some(self.now + left.as_secs())
+    }
+
     fn look(&mut self, daemon: &mut Daemon) {
+        daemon.effects = daemon.late(self.now).map(Effect::EndLate).collect();
+        if !daemon.effects.is_empty() {
+            return;
+        }
         for id in daemon.queued.keys().copied().collect::<Vec<_>>() {
             daemon.read_up(self.disk.job(id).owner_uid, self.bug);
         }
@@ -214,6 +241,12 @@ impl World<'_> {
         let leases =
             if self.bug == Some(Bug::TwoJobsOnADevice) { Leases::default() } else { daemon.leases() };
         let verdicts = queue::decide(&jobs, &leases, daemon.drained);
+        let waits = |(id, verdict): &(u64, Verdict)| matches!(verdict, Verdict::Wait { .. }).then_some(*id);
+        if let Some(job) = verdicts.iter().filter_map(waits).find(|id| invariants::is_over_time(self, *id))
+            && self.broken.is_none()
+        {
+            self.broken = Some(Violation::WaitsAfterItsTime { job });
+        }
         daemon.effects = verdicts.into_iter().map(|(id, verdict)| Effect::Verdict(id, verdict)).collect();
         daemon.seen = Some(daemon.view(self));
     }
@@ -322,6 +355,13 @@ impl World<'_> {
                 };
                 self.append(id, event)?;
                 daemon.effects.push_front(Effect::Start(id, sized));
+                Ok(())
+            }
+            Effect::EndLate(id) => {
+                if daemon.queued.contains_key(&id) {
+                    self.append(id, stop::end(stop::TIME_LIMIT, self.disk.job(id).spec.time_limit))?;
+                    daemon.queued.remove(&id);
+                }
                 Ok(())
             }
             Effect::Start(id, sized) => {

@@ -21,6 +21,8 @@ pub enum Fault {
     PowerCut,
     /// The disk is full for so many events.
     DiskFull(u32),
+    /// The disk refuses the records of new attempts, and nothing else, for so many events.
+    RecordsRefused(u32),
     /// NVML does not answer for so many events.
     NvmlLost(u32),
     /// Somebody else takes so many GiB of a card, for so many events.
@@ -61,6 +63,9 @@ impl fmt::Display for Fault {
             Fault::KillEverything => f.write_str("kill -9 of daemon, recorders and trainers"),
             Fault::PowerCut => f.write_str("power cut"),
             Fault::DiskFull(events) => write!(f, "the disk is full, for {events} events"),
+            Fault::RecordsRefused(events) => {
+                write!(f, "the disk takes no record of an attempt, for {events} events")
+            }
             Fault::NvmlLost(events) => write!(f, "NVML is lost, for {events} events"),
             Fault::Neighbour { card, gib, events } => {
                 write!(f, "a neighbour takes {gib} GiB of GPU {card}, for {events} events")

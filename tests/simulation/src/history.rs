@@ -58,10 +58,12 @@ pub(crate) fn in_words(event: &JobEvent) -> String {
 
 /// Returns a script in words, a line each.
 pub fn script_in_words(script: &Script) -> Vec<String> {
-    let Script { cards, three, cgroups, jobs, faults, .. } = script;
+    let Script { cards, three, jobs_per_user, cgroups, jobs, faults, .. } = script;
     let line = if *three { "3.x" } else { "4.x" };
     let counts = if *cgroups { "count memory kills" } else { "are not there" };
-    let mut lines = vec![format!("cards of {cards:?} GiB; ms-swift {line}; cgroups {counts}")];
+    let mut lines = vec![format!(
+        "cards of {cards:?} GiB; ms-swift {line}; cgroups {counts}; {jobs_per_user} jobs of a user may wait"
+    )];
     for (n, job) in jobs.iter().enumerate() {
         lines.push(format!("job {}: {job:?}", crate::faults::name(n)));
     }

@@ -18,6 +18,7 @@ use mhtrain_sizing::tier::Profile;
 use mhtrain_sizing::units::Bytes;
 use serde_json::Value;
 
+use crate::attempts::{RECORD_REFUSED, REFUSED_MAX};
 use crate::daemon::Sized;
 use crate::disk::{AttemptId, Checkpoint, Lineage, StoredJob, path};
 use crate::sizing::{card_name, policy};
@@ -102,6 +103,12 @@ pub enum Violation {
     TimeLimitIgnored { job: u64, steps: u32 },
     #[error("attempt {attempt} of job {job} begins, and the time of the job is over")]
     BeganAfterItsTime { job: u64, attempt: u32 },
+    #[error("job {job} waits for a card, and its time is over")]
+    WaitsAfterItsTime { job: u64 },
+    #[error("a submit of user {uid} is refused, and only {jobs} of theirs wait")]
+    RefusedWithRoom { uid: u32, jobs: u32 },
+    #[error("{jobs} jobs of user {uid} wait")]
+    TooManyOfAUser { uid: u32, jobs: u32 },
     #[error("(4) a submit of user {uid} was answered with job {job}, which is another user's")]
     OthersJob { job: u64, uid: u32 },
     #[error("job {job} is sized by what job {of} showed, which is another user's")]
@@ -229,6 +236,9 @@ pub(crate) fn event(world: &World<'_>, id: u64, event: &JobEvent) -> Result<(), 
         JobEvent::AttemptEnded { .. } => nobody_lives(world, id, job),
         JobEvent::Failed { reason, .. } => {
             nobody_lives(world, id, job)?;
+            if reason == RECORD_REFUSED {
+                return is_refused_too_often(id, job, reason);
+            }
             if reason.contains("time limit") {
                 return is_late(world, id);
             }
@@ -376,6 +386,16 @@ pub(crate) fn is_sized_by_its_own(world: &World<'_>, id: u64, sized: &Sized) -> 
     Ok(())
 }
 
+/// A job fails for records that the disk refused after ten in a row.
+fn is_refused_too_often(id: u64, job: &StoredJob, why: &str) -> Result<(), Violation> {
+    let waits =
+        |record: &Record| matches!(&record.event, JobEvent::Waiting { reason } if reason == RECORD_REFUSED);
+    match job.records.iter().filter(|record| waits(record)).count() >= REFUSED_MAX as usize {
+        true => Ok(()),
+        false => Err(Violation::FailedByAccident { job: id, why: why.to_owned() }),
+    }
+}
+
 /// A time limit that stops a job is over.
 fn is_late(world: &World<'_>, id: u64) -> Result<(), Violation> {
     match world.truth.times.get(&id) {
@@ -384,6 +404,11 @@ fn is_late(world: &World<'_>, id: u64) -> Result<(), Violation> {
             Err(Violation::TimeLimitEarly { job: id, early: time.map_or(0, |time| time.until - world.now) })
         }
     }
+}
+
+/// Returns whether the time of a job is over by a clock that nobody set.
+pub(crate) fn is_over_time(world: &World<'_>, id: u64) -> bool {
+    world.truth.times.get(&id).is_some_and(|time| !time.clock_was_set && time.until <= world.now)
 }
 
 /// No attempt begins when the time of the job is over.

@@ -19,6 +19,8 @@ pub struct Script {
     pub three: bool,
     /// Whether jobs are sized by what earlier ones showed.
     pub learns: bool,
+    /// How many jobs of a user may wait.
+    pub jobs_per_user: u32,
     /// Whether each attempt has a cgroup, whose counter knows of memory kills.
     pub cgroups: bool,
     /// The jobs, in the order in which they are submitted.
@@ -178,7 +180,8 @@ impl Script {
         faults.sort_by_key(|(at, _)| *at);
         let (three, cgroups) = (draws.below(3) == 0, draws.below(2) == 0);
         let learns = draws.below(LEARNS_ONE_OF) == 0;
-        Script { seed: mix(mixed), cards, three, learns, cgroups, jobs, faults }
+        let jobs_per_user = draws.pick(&[1, 1, 2, 100]);
+        Script { seed: mix(mixed), cards, three, learns, jobs_per_user, cgroups, jobs, faults }
     }
 }
 
@@ -274,7 +277,7 @@ fn draw_fault(draws: &mut Draws, jobs: usize, cards: usize) -> Fault {
     let job = draws.below(jobs);
     let card = draws.below(cards);
     let events = 5 + draw_u32(draws, 60);
-    match draws.below(20) {
+    match draws.below(22) {
         0..=3 => Fault::KillDaemon,
         4 => Fault::KillRecorder(job),
         5 | 6 => Fault::KillTrainer(job),
@@ -289,6 +292,7 @@ fn draw_fault(draws: &mut Draws, jobs: usize, cards: usize) -> Fault {
         16 => Fault::ClockJump(draws.pick(&[-86_400, -30, 30, 3600, 86_400])),
         17 => Fault::PidReused(job),
         18 => draws.pick(&[Fault::Cancel(job), Fault::Retry(job), Fault::CancelByAnother(job)]),
+        19 | 20 => Fault::RecordsRefused(events),
         _ => Fault::Drain(events),
     }
 }

@@ -114,6 +114,7 @@ fn without_job(script: &Script, gone: usize) -> Script {
         | Fault::KillEverything
         | Fault::PowerCut
         | Fault::DiskFull(_)
+        | Fault::RecordsRefused(_)
         | Fault::NvmlLost(_)
         | Fault::Neighbour { .. }
         | Fault::CardFails(_)

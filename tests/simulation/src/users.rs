@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 
 use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::queue::Waits;
 use mhtrain_job::spec::JobSpec;
 
 use crate::bugs::Bug;
@@ -48,6 +49,8 @@ struct Ask {
     job: usize,
     /// What the daemon of this generation wrote down and did not answer yet.
     written: Option<(u32, u64)>,
+    /// The daemon that had no room for it, and how many jobs of the user waited then: it is asked again when that is otherwise.
+    refused: Option<(u32, u32)>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -61,6 +64,12 @@ enum What {
     CancelByAnother,
 }
 
+impl Ask {
+    fn new(what: What, job: usize) -> Ask {
+        Ask { what, job, written: None, refused: None }
+    }
+}
+
 impl Users {
     /// Lets users submit whose time has come.
     pub(crate) fn come(&mut self, script: &Script, event: u32) {
@@ -72,7 +81,7 @@ impl Users {
             // Two users may choose the same key.
             let before = script.jobs[..self.came].iter().filter(|earlier| earlier.user == job.user).count();
             let what = What::Submit { key: name(before), retry_of: None };
-            self.asks.push(Ask { what, job: self.came, written: None });
+            self.asks.push(Ask::new(what, self.came));
             self.came += 1;
             self.numbers.resize(self.came, None);
             self.retries.resize(self.came, 0);
@@ -80,8 +89,14 @@ impl Users {
     }
 
     /// Returns the asks that can go on.
-    pub(crate) fn asking(&self, somebody_is_there: bool) -> impl Iterator<Item = usize> {
-        0..if somebody_is_there { self.asks.len() } else { 0 }
+    pub(crate) fn asking<'w>(&'w self, world: &'w World<'_>) -> impl Iterator<Item = usize> + 'w {
+        let waits = |ask: &Ask| world.waiting(Some(world.script.jobs[ask.job].uid())).jobs;
+        let goes_on = move |ask: &Ask| match ask.refused {
+            Some(refused) => refused != (world.generation, waits(ask)),
+            None => true,
+        };
+        let asks = self.asks.iter().enumerate().filter(move |(_, ask)| goes_on(ask));
+        asks.map(|(at, _)| at).filter(|_| world.daemon.is_some())
     }
 
     /// Returns whether the user of a job ever wanted its end.
@@ -93,14 +108,14 @@ impl Users {
     pub(crate) fn wish_to_cancel(&mut self, job: usize) {
         if self.numbers.get(job).copied().flatten().is_some() {
             self.unwanted.insert(job);
-            self.asks.push(Ask { what: What::Cancel, job, written: None });
+            self.asks.push(Ask::new(What::Cancel, job));
         }
     }
 
     /// Lets another user want the end of a job.
     pub(crate) fn another_wishes_to_cancel(&mut self, job: usize) {
         if self.numbers.get(job).copied().flatten().is_some() {
-            self.asks.push(Ask { what: What::CancelByAnother, job, written: None });
+            self.asks.push(Ask::new(What::CancelByAnother, job));
         }
     }
 
@@ -110,7 +125,7 @@ impl Users {
             self.retries[job] += 1;
             let key = format!("{}-again-{number}-{}", name(job), self.retries[job]);
             let what = What::Submit { key, retry_of: Some(number) };
-            self.asks.push(Ask { what, job, written: None });
+            self.asks.push(Ask::new(what, job));
         }
     }
 }
@@ -161,6 +176,12 @@ impl World<'_> {
         };
         let record = Record::new(self.wall(), JobEvent::Submitted { spec: spec.to_json() });
         let uid = job.uid();
+        if !self.has_room(uid) {
+            self.tell(|| format!("submit {key}: refused, too many jobs of user {uid} wait"));
+            ask.refused = Some((self.generation, self.waiting(Some(uid)).jobs));
+            return true;
+        }
+        ask.refused = None;
         let context = Context { script: ask.job, retry_of };
         let sync = if self.bug == Some(Bug::LostAck) { Sync::Later } else { Sync::Now };
         let whose = (self.bug != Some(Bug::KeyOfAnybody)).then_some(uid);
@@ -170,6 +191,9 @@ impl World<'_> {
                     format!("submit {key}: job {id} is written down{}", if existed { " already" } else { "" })
                 });
                 ask.written = Some((self.generation, id));
+                if !existed {
+                    self.came_beside(uid);
+                }
                 if existed {
                     return self.acknowledge(ask.job, id, key.to_owned());
                 }
@@ -181,6 +205,42 @@ impl World<'_> {
                 false
             }
         }
+    }
+
+    /// Returns whether another job of a user may come, as `Room::take` of mhtraind does.
+    fn has_room(&mut self, uid: u32) -> bool {
+        let max = self.script.jobs_per_user;
+        let (theirs, all) = (self.waiting(Some(uid)), self.waiting(None));
+        let has_room = match self.bug {
+            Some(Bug::NoLimitPerUser) => true,
+            Some(Bug::LimitOfAllUsers) => all.have_room_for(0, max),
+            _ => theirs.have_room_for(0, max),
+        };
+        if !has_room && theirs.jobs < max && self.broken.is_none() {
+            self.broken = Some(Violation::RefusedWithRoom { uid, jobs: theirs.jobs });
+        }
+        has_room
+    }
+
+    /// Looks whether a job that just came was one too many.
+    fn came_beside(&mut self, uid: u32) {
+        let before = self.waiting(Some(uid)).jobs;
+        if before >= self.script.jobs_per_user && self.broken.is_none() {
+            self.broken = Some(Violation::TooManyOfAUser { uid, jobs: before + 1 });
+        }
+    }
+
+    /// Returns what waits of a user's, or everybody's, jobs: in the queue, or on its way there.
+    fn waiting(&self, uid: Option<u32>) -> Waits {
+        let is_theirs = |id: u64| uid.is_none_or(|uid| self.disk.job(id).owner_uid == uid);
+        let queued = self.daemon.iter().flat_map(|daemon| daemon.queued.keys()).copied();
+        let queued: BTreeSet<u64> = queued.filter(|id| is_theirs(*id)).collect();
+        let arriving = self.users.asks.iter().filter_map(|ask| match (&ask.what, ask.written) {
+            (What::Submit { .. }, Some((generation, id))) if generation == self.generation => Some(id),
+            _ => None,
+        });
+        let arriving = arriving.filter(|id| is_theirs(*id) && !queued.contains(id)).count();
+        Waits { jobs: u32::try_from(queued.len() + arriving).unwrap_or(u32::MAX), bytes: 0 }
     }
 
     fn may_be_retried(&self, id: u64) -> bool {

@@ -41,6 +41,8 @@ pub(crate) struct World<'a> {
     /// NVML does not answer before this event.
     nvml_lost_until: u32,
     full_until: u32,
+    /// Before which event the disk takes no record of a new attempt.
+    records_refused_until: u32,
     drained_until: Option<u32>,
     pub(crate) daemon: Option<Daemon>,
     /// Which daemon it is, counted from 1.
@@ -128,6 +130,7 @@ impl<'a> World<'a> {
             cards: script.cards.iter().map(card).collect(),
             nvml_lost_until: 0,
             full_until: 0,
+            records_refused_until: 0,
             drained_until: None,
             daemon: None,
             generation: 0,
@@ -176,6 +179,7 @@ impl<'a> World<'a> {
     fn is_whole(&mut self) -> bool {
         let whole = self.nvml_lost_until <= self.event
             && self.full_until <= self.event
+            && !self.refuses_records()
             && self.drained_until.is_none()
             && self.cards.iter().all(|card| card.neighbours.is_empty());
         if whole && !self.disk.failed_cards.is_empty() && !self.unfinished().is_empty() {
@@ -239,7 +243,7 @@ impl<'a> World<'a> {
         actors.extend(ready.map(|(id, _)| Actor::Recorder(*id)));
         let acts = self.trainers.iter().filter(|(_, trainer)| trainer.acts());
         actors.extend(acts.map(|(id, _)| Actor::Trainer(*id)));
-        actors.extend(self.users.asking(self.daemon.is_some()).map(Actor::User));
+        actors.extend(self.users.asking(self).map(Actor::User));
     }
 
     fn act(&mut self, actor: Actor) {
@@ -284,10 +288,17 @@ impl<'a> World<'a> {
             self.daemon.iter().flat_map(|daemon| daemon.live.values()).filter_map(|job| job.timer(self));
         let recorders = self.recorders.values().filter_map(|recorder| recorder.kill_at);
         let ghosts = self.cards.iter().flat_map(|card| card.ghosts.iter().map(|(_, until)| *until));
-        jobs.chain(recorders).chain(ghosts).filter(|at| *at > self.now).min()
+        let queued =
+            self.daemon.iter().flat_map(|daemon| daemon.queued.values()).filter_map(|job| job.ends_at);
+        jobs.chain(queued).chain(recorders).chain(ghosts).filter(|at| *at > self.now).min()
     }
 
     // -- time, processes, disk
+
+    /// Returns whether the disk takes no record of a new attempt.
+    pub(crate) fn refuses_records(&self) -> bool {
+        self.records_refused_until > self.event
+    }
 
     /// Returns the seconds of the time on the wall.
     pub(crate) fn wall_seconds(&self) -> i64 {
@@ -432,6 +443,9 @@ impl<'a> World<'a> {
             Fault::DiskFull(events) => {
                 self.disk.full = true;
                 self.full_until = self.full_until.max(self.event + events);
+            }
+            Fault::RecordsRefused(events) => {
+                self.records_refused_until = self.records_refused_until.max(self.event + events);
             }
             Fault::NvmlLost(events) => self.nvml_lost_until = self.nvml_lost_until.max(self.event + events),
             Fault::Neighbour { card, gib, events } => {

@@ -90,6 +90,13 @@ fn every_planted_mistake_is_caught_and_told_in_few_lines() {
             Bug::TimeLimitCancels | Bug::CancelByAnybody => {
                 matches!(violation, Violation::CancelledByNobody { .. })
             }
+            Bug::QueueStopsTime => matches!(violation, Violation::WaitsAfterItsTime { .. }),
+            Bug::RefusedRecordFails => matches!(violation, Violation::FailedByAccident { .. }),
+            Bug::DiskWaitedForForEver => {
+                matches!(violation, Violation::NotOver { .. } | Violation::CancelForgotten { .. })
+            }
+            Bug::NoLimitPerUser => matches!(violation, Violation::TooManyOfAUser { .. }),
+            Bug::LimitOfAllUsers => matches!(violation, Violation::RefusedWithRoom { .. }),
             Bug::KeyOfAnybody => matches!(violation, Violation::OthersJob { .. }),
             Bug::LearnedFromOthers => matches!(violation, Violation::LearnedFromOthers { .. }),
             Bug::CensoredAsPeak => matches!(violation, Violation::NotShown { .. }),

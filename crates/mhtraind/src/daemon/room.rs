@@ -5,21 +5,13 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mhtrain_job::queue::Waits;
+
 use super::{Account, Daemon};
 use crate::failure::Failure;
 
-/// Bytes of the jobs of one user that wait or come in.
-const BYTES_MAX: usize = 256 << 20;
-
 /// What the jobs of each user take that are on their way in.
-pub(super) type Arriving = Mutex<BTreeMap<u32, Taken>>;
-
-/// What a user's jobs take that are on their way in.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Taken {
-    jobs: u32,
-    bytes: usize,
-}
+pub(super) type Arriving = Mutex<BTreeMap<u32, Waits>>;
 
 /// The room of a job that is on its way in. It is given back when the job is in the queue, or refused.
 #[derive(Debug)]
@@ -39,22 +31,23 @@ impl Room {
         let mut arriving = daemon.arriving.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = arriving.get(&uid).copied().unwrap_or_default();
         let jobs_max = daemon.config.daemon.jobs_per_user;
-        let (jobs, waiting) = {
+        let waits = {
             let queued = daemon.queued();
             let theirs = queued.values().filter(|entry| entry.handed_in.account.uid == uid);
-            theirs.fold((taken.jobs, taken.bytes), |(jobs, sum), entry| (jobs + 1, sum + entry.bytes))
+            theirs.fold(taken, |sum, entry| Waits { jobs: sum.jobs + 1, bytes: sum.bytes + entry.bytes })
         };
-        if jobs < jobs_max && waiting.saturating_add(bytes) <= BYTES_MAX {
-            arriving.insert(uid, Taken { jobs: taken.jobs + 1, bytes: taken.bytes + bytes });
+        if waits.have_room_for(bytes, jobs_max) {
+            arriving.insert(uid, Waits { jobs: taken.jobs + 1, bytes: taken.bytes + bytes });
             drop(arriving);
             return Ok(Room { daemon: Arc::clone(daemon), uid, bytes });
         }
         let what = format!(
-            "{jobs} jobs of {} wait, {} MiB, and this one has {} KiB: at most {jobs_max} jobs and {} MiB may",
+            "{} jobs of {} wait, {} MiB, and this one has {} KiB: at most {jobs_max} jobs and {} MiB may",
+            waits.jobs,
             account.name,
-            waiting >> 20,
+            waits.bytes >> 20,
             bytes.div_ceil(1 << 10),
-            BYTES_MAX >> 20
+            Waits::BYTES_MAX >> 20
         );
         let help = "hand more in when some have started; [daemon] jobs_per_user in the daemon's settings says how many";
         Err(Failure::failed("too_many_jobs", what).help(help.to_owned()))
@@ -67,7 +60,7 @@ impl Drop for Room {
         if let Some(taken) = arriving.get_mut(&self.uid) {
             taken.jobs -= 1;
             taken.bytes -= self.bytes;
-            if *taken == Taken::default() {
+            if *taken == Waits::default() {
                 arriving.remove(&self.uid);
             }
         }
