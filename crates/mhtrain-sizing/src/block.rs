@@ -8,7 +8,9 @@
 //! Source: `modeling_*.py` of transformers 5.19 (named at each part), `peft/tuners/lora/layer.py` of peft 0.20. They were
 //! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
 
-use crate::model::{AttentionBias, BlockKind, ModelShape, Part};
+use crate::model::{
+    Activation, AttentionBias, BlockKind, HeadNorm, ModelShape, Norm, Part, Placement, Rotary, Router,
+};
 use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
 
@@ -41,6 +43,8 @@ pub(crate) struct Layer {
     pub sliding: bool,
     /// The MLP is dense, whatever the other blocks have.
     pub dense: bool,
+    /// Positions are written into query and key.
+    pub rotated: bool,
 }
 
 /// A model and a pass as the lists need them.
@@ -218,82 +222,182 @@ impl<'a> Lists<'a> {
         out
     }
 
-    /// RMSNorm over rows of `size`.
+    /// The norm of the kind over rows of `size`.
     pub(crate) fn norm(&self, tape: &mut Tape, x: Tensor, size: f64) -> Tensor {
+        match self.shape.style.norm {
+            Norm::Half | Norm::Wide | Norm::Lifted | Norm::Raised => self.rms_norm(tape, x, size),
+            Norm::Centred => self.centred_norm(tape, x, size, size),
+            Norm::Layer { bias } => self.layer_norm(tape, x, size, bias),
+            Norm::LayerRaised => {
+                // `NemotronLayerNorm1P.forward`: autocast's half type for everything, then without autocast.
+                let parameter = self.parameter(size);
+                let raised = tape.raised_parameter(parameter);
+                let out = tape.layer_norm(x, x.n / size, [raised.node_if(), tape.leaf_if(parameter)], size);
+                tape.drop(raised);
+                out
+            }
+            Norm::LayerLifted => {
+                let lifted = tape.cast(x, 4.0);
+                let wide = tape.layer_norm(lifted, x.n / size, [None; 2], size);
+                tape.drop(lifted);
+                let out = tape.cast(wide, x.width);
+                tape.drop(wide);
+                out
+            }
+        }
+    }
+
+    /// `nn.LayerNorm.forward`. The tables were measured under the autocast of a CPU, which leaves it in half precision;
+    /// that of a card makes its result fp32.
+    fn layer_norm(&self, tape: &mut Tape, x: Tensor, size: f64, bias: bool) -> Tensor {
+        let leaf = tape.leaf_if(self.parameter(size));
+        tape.layer_norm(x, x.n / size, [leaf, leaf.filter(|_| bias)], size)
+    }
+
+    /// `CohereLayerNorm.forward`, with a weight of `n` elements.
+    fn centred_norm(&self, tape: &mut Tape, x: Tensor, size: f64, n: f64) -> Tensor {
+        let rows = x.n / size;
+        let lifted = tape.cast(x, 4.0);
+        let mean = tape.mean(lifted, rows);
+        let apart = tape.minus(lifted, mean);
+        let squares = tape.square(apart);
+        tape.drop(apart);
+        let variance = tape.mean(squares, rows);
+        tape.drop(squares);
+        let apart = tape.minus(lifted, mean);
+        let shifted = tape.plus_number(variance);
+        let inverse = tape.rsqrt(shifted);
+        tape.drop(shifted);
+        let normal = tape.multiply(apart, inverse);
+        tape.drop(inverse);
+        tape.drop(apart);
+        tape.drop(lifted);
+        let weight = tape.lifted_parameter(n, self.weight_width, self.full);
+        let scaled = tape.multiply(weight, normal);
+        tape.drop(weight);
+        tape.drop(normal);
+        let out = tape.cast(scaled, x.width);
+        for tensor in [scaled, mean, variance] {
+            tape.drop(tensor);
+        }
+        out
+    }
+
+    fn rms_norm(&self, tape: &mut Tape, x: Tensor, size: f64) -> Tensor {
         let rows = x.n / size;
         let lifted = tape.cast(x, 4.0);
         let squares = tape.square(lifted);
         let variance = tape.mean(squares, rows);
         tape.drop(squares);
         let shifted = tape.plus_number(variance);
-        match self.shape.block {
-            BlockKind::Gemma => {
-                // `modeling_gemma*.py`: (1 + weight) in fp32, the result cast back.
-                tape.drop(variance);
-                let inverse = tape.rsqrt(shifted);
-                tape.drop(shifted);
-                let normal = tape.multiply(lifted, inverse);
-                tape.drop(inverse);
-                tape.drop(lifted);
-                let weight = tape.lifted_parameter(size, self.weight_width, self.full);
-                let raised = tape.plus_number(weight);
-                tape.drop(weight);
-                let scaled = tape.multiply(normal, raised);
-                tape.drop(raised);
-                tape.drop(normal);
-                let out = tape.cast(scaled, x.width);
-                tape.drop(scaled);
-                out
-            }
-            BlockKind::Llama | BlockKind::Glm | BlockKind::GptOss => {
-                let inverse = tape.rsqrt(shifted);
-                tape.drop(shifted);
-                let normal = tape.multiply(lifted, inverse);
-                tape.drop(inverse);
-                tape.drop(lifted);
-                let first = if self.shape.block == BlockKind::GptOss {
-                    // `modeling_gpt_oss.py`: the weight is applied in fp32.
-                    tape.multiply_by_parameter(normal, self.parameter(size))
-                } else {
-                    tape.cast(normal, x.width)
-                };
-                let out = if self.shape.block == BlockKind::GptOss {
-                    tape.cast(first, x.width)
-                } else {
-                    tape.multiply_by_parameter(first, self.parameter(size))
-                };
-                tape.drop(first);
-                tape.drop(normal);
-                tape.drop(variance);
-                out
-            }
+        let kind = self.shape.style.norm;
+        if kind == Norm::Raised {
+            // `modeling_gemma*.py`: (1 + weight) in fp32, the result cast back.
+            tape.drop(variance);
+            let inverse = tape.rsqrt(shifted);
+            tape.drop(shifted);
+            let normal = tape.multiply(lifted, inverse);
+            tape.drop(inverse);
+            tape.drop(lifted);
+            let weight = tape.lifted_parameter(size, self.weight_width, self.full);
+            let raised = tape.plus_number(weight);
+            tape.drop(weight);
+            let scaled = tape.multiply(normal, raised);
+            tape.drop(raised);
+            tape.drop(normal);
+            let out = tape.cast(scaled, x.width);
+            tape.drop(scaled);
+            return out;
         }
+        let inverse = tape.rsqrt(shifted);
+        tape.drop(shifted);
+        let normal = tape.multiply(lifted, inverse);
+        tape.drop(inverse);
+        tape.drop(lifted);
+        let (first, out);
+        if kind == Norm::Half {
+            first = tape.cast(normal, x.width);
+            out = tape.multiply_by_parameter(first, self.parameter(size));
+        } else if kind == Norm::Lifted {
+            // `HeliumRMSNorm.forward`: the weight is lifted to fp32.
+            let weight = tape.lifted_parameter(size, self.weight_width, self.full);
+            first = tape.multiply(weight, normal);
+            tape.drop(weight);
+            out = tape.cast(first, x.width);
+        } else {
+            // `modeling_gpt_oss.py`, `Olmo2RMSNorm.forward`: the weight is applied in fp32.
+            first = tape.multiply_by_parameter(normal, self.parameter(size));
+            out = tape.cast(first, x.width);
+        }
+        tape.drop(first);
+        tape.drop(normal);
+        tape.drop(variance);
+        out
     }
 
     /// One block: norms, attention, MLP, and the residual sums (`*DecoderLayer.forward`).
     pub(crate) fn block(&self, tape: &mut Tape, x: Tensor, layer: Layer, tables: [Tensor; 2]) -> Tensor {
-        let four_norms = self.shape.norms_per_block > 2;
-        let normal = self.norm(tape, x, self.h);
+        let placement = self.shape.style.placement;
+        let before = placement != Placement::After;
+        let after = matches!(placement, Placement::After | Placement::Around);
+        let normal = if before { self.norm(tape, x, self.h) } else { tape.hold(x) };
         let mut attended = self.attention(tape, normal, layer, tables);
+        if placement == Placement::Parallel {
+            let expanded = self.expanded(tape, normal, layer);
+            let middle = tape.add(x, attended);
+            let out = tape.add(middle, expanded);
+            for tensor in [normal, attended, expanded, middle] {
+                tape.drop(tensor);
+            }
+            return out;
+        }
         tape.drop(normal);
-        if four_norms {
+        if after {
             attended = self.replaced_by_norm(tape, attended);
         }
-        let middle = tape.add(x, attended);
-        tape.drop(attended);
-        let normal = self.norm(tape, middle, self.h);
-        let mut expanded = match &self.shape.experts {
-            Some(_) if !layer.dense => self.mixture(tape, normal),
-            Some(_) | None => self.mlp(tape, normal, float(self.shape.intermediate), 1.0),
-        };
+        let middle = self.added(tape, x, attended);
+        let normal = if before { self.norm(tape, middle, self.h) } else { tape.hold(middle) };
+        let mut expanded = self.expanded(tape, normal, layer);
         tape.drop(normal);
-        if four_norms {
+        if after {
             expanded = self.replaced_by_norm(tape, expanded);
         }
-        let out = tape.add(middle, expanded);
-        tape.drop(expanded);
+        let out = self.added(tape, middle, expanded);
         tape.drop(middle);
         out
+    }
+
+    /// The MLP of a block, or its experts.
+    fn expanded(&self, tape: &mut Tape, x: Tensor, layer: Layer) -> Tensor {
+        let out = match &self.shape.experts {
+            Some(_) if !layer.dense => self.mixture(tape, x),
+            Some(_) | None => self.mlp(tape, x, float(self.shape.intermediate), 1.0),
+        };
+        self.dropped_out(tape, out)
+    }
+
+    /// What a sub-layer makes, dropped out where the kind does so.
+    fn dropped_out(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+        if !self.shape.style.drops_residual {
+            return x;
+        }
+        let dropped = tape.dropout(x);
+        tape.drop(x);
+        dropped
+    }
+
+    /// `x` and what a sub-layer made of it, which goes.
+    fn added(&self, tape: &mut Tape, x: Tensor, made: Tensor) -> Tensor {
+        if !self.shape.style.scales_residual {
+            let sum = tape.add(x, made);
+            tape.drop(made);
+            return sum;
+        }
+        let scaled = tape.scale(made);
+        let sum = tape.add(x, scaled);
+        tape.drop(scaled);
+        tape.drop(made);
+        sum
     }
 
     fn replaced_by_norm(&self, tape: &mut Tape, x: Tensor) -> Tensor {
@@ -303,20 +407,36 @@ impl<'a> Lists<'a> {
     }
 
     fn rotation(&self) -> Rotation {
-        match self.shape.block {
-            BlockKind::Glm => Rotation::Partial(0.5),
-            BlockKind::GptOss => Rotation::Halves,
-            BlockKind::Llama | BlockKind::Gemma if self.shape.model_type == "phi3" => Rotation::WholeJoined,
-            BlockKind::Llama | BlockKind::Gemma => Rotation::Whole,
+        let style = &self.shape.style;
+        match style.rotary {
+            Rotary::Halves | Rotary::PairsWhole => Rotation::Whole,
+            Rotary::Joined if style.rotated >= 1.0 => Rotation::WholeJoined,
+            Rotary::Joined | Rotary::Pairs => Rotation::Partial(style.rotated),
+            Rotary::Apart => Rotation::Halves,
+            Rotary::WideTables | Rotary::Lifted | Rotary::LiftedApart => Rotation::Lifted(style.rotary),
         }
     }
 
     /// Share of a head that the tables of sine and cosine cover.
     pub(crate) fn table_share(&self) -> f64 {
         match self.rotation() {
-            Rotation::Whole | Rotation::WholeJoined => 1.0,
+            Rotation::Whole | Rotation::WholeJoined | Rotation::Lifted(_) => 1.0,
             Rotation::Partial(part) => part,
             Rotation::Halves => 0.5,
+        }
+    }
+
+    /// Bytes of a number in those tables.
+    pub(crate) fn table_width(&self) -> f64 {
+        match self.shape.style.rotary {
+            // Their `RotaryEmbedding.forward` casts nothing.
+            Rotary::WideTables | Rotary::LiftedApart => 4.0,
+            Rotary::Halves
+            | Rotary::Joined
+            | Rotary::Pairs
+            | Rotary::PairsWhole
+            | Rotary::Apart
+            | Rotary::Lifted => self.stream_width,
         }
     }
 
@@ -338,40 +458,55 @@ impl<'a> Lists<'a> {
             k = self.by_head(tape, parts[1], self.kv_heads());
             v = if kernel_copies_v { self.by_head(tape, parts[2], self.kv_heads()) } else { parts[2] };
         } else {
-            let early_norm = self.shape.qk_norm && self.shape.block != BlockKind::Gemma;
+            let head_norm = self.shape.style.head_norm;
             q = self.linear(tape, x, [self.h, self.q], qkv_bias, self.adapted.q);
+            if head_norm == HeadNorm::Whole {
+                q = self.replaced_by(tape, q, self.q);
+            }
             q = self.by_head(tape, q, self.heads);
-            if early_norm {
-                q = self.head_norm(tape, q);
+            if head_norm == HeadNorm::Each {
+                q = self.replaced_by(tape, q, self.head_dim);
             }
             k = self.linear(tape, x, [self.h, self.k], qkv_bias, self.adapted.k);
+            if head_norm == HeadNorm::Whole {
+                k = self.replaced_by(tape, k, self.k);
+            }
             k = self.by_head(tape, k, self.kv_heads());
-            if early_norm {
-                k = self.head_norm(tape, k);
+            if head_norm == HeadNorm::Each {
+                k = self.replaced_by(tape, k, self.head_dim);
             }
             let product = self.linear(tape, x, [self.h, self.k], qkv_bias, self.adapted.v);
             v = if kernel_copies_v { self.by_head(tape, product, self.kv_heads()) } else { product };
-            if self.shape.qk_norm && !early_norm {
-                q = self.head_norm(tape, q);
-                k = self.head_norm(tape, k);
+            match head_norm {
+                HeadNorm::None | HeadNorm::Each | HeadNorm::Whole | HeadNorm::EachRotated => {}
+                HeadNorm::EachLater => {
+                    q = self.replaced_by(tape, q, self.head_dim);
+                    k = self.replaced_by(tape, k, self.head_dim);
+                }
+                HeadNorm::EachOwn => {
+                    for (x, width) in [(&mut q, self.q), (&mut k, self.k)] {
+                        let normal = self.centred_norm(tape, *x, self.head_dim, width);
+                        tape.drop(*x);
+                        *x = normal;
+                    }
+                }
+                HeadNorm::EachModule => {
+                    for (x, heads) in [(&mut q, self.heads), (&mut k, self.kv_heads())] {
+                        let normal =
+                            tape.layer_norms(*x, heads, self.head_dim, self.parameter(self.head_dim));
+                        tape.drop(*x);
+                        *x = normal;
+                    }
+                }
             }
         }
-        let rotation = self.rotation();
-        let mut local = tables;
-        if self.shape.block == BlockKind::Glm {
-            // `apply_rotary_pos_emb` of GLM repeats the first half of either table.
-            local = tables.map(|table| tape.plain(table.n, table.width));
+        if layer.rotated {
+            [q, k] = self.rotated(tape, [q, k], tables);
         }
-        let cuts = [tape.cut(q, rotation), tape.cut(k, rotation)];
-        let turned = [tape.rotate(cuts[0], rotation, local), tape.rotate(cuts[1], rotation, local)];
-        if self.shape.block == BlockKind::Glm {
-            for table in local {
-                tape.drop(table);
-            }
+        if self.shape.style.head_norm == HeadNorm::EachRotated {
+            q = self.replaced_by(tape, q, self.head_dim);
+            k = self.replaced_by(tape, k, self.head_dim);
         }
-        tape.drop(q);
-        tape.drop(k);
-        [q, k] = turned;
         if let Some(width) = self.autocast.filter(|_| q.width > 2.0) {
             // The kernels take half precision: under autocast q and k are cast to what v is.
             let narrow = [tape.cast(q, width), tape.cast(k, width)];
@@ -381,6 +516,7 @@ impl<'a> Lists<'a> {
         }
         let attended = self.scores(tape, [q, k, v], layer);
         let out = self.linear(tape, attended, [self.q, self.h], out_bias, self.adapted.output);
+        let out = self.dropped_out(tape, out);
         for tensor in [attended, q, k, v] {
             tape.drop(tensor);
         }
@@ -388,6 +524,29 @@ impl<'a> Lists<'a> {
             tape.drop(product);
         }
         out
+    }
+
+    /// Query and key with their positions; without them they go.
+    fn rotated(&self, tape: &mut Tape, [q, k]: [Tensor; 2], tables: [Tensor; 2]) -> [Tensor; 2] {
+        let rotation = self.rotation();
+        let spreads =
+            matches!(self.shape.style.rotary, Rotary::Pairs | Rotary::PairsWhole | Rotary::LiftedApart);
+        // `apply_rotary_pos_emb` of these repeats the first half of either table.
+        let local = if spreads { tables.map(|table| tape.plain(table.n, table.width)) } else { tables };
+        let turned = if let Rotation::Lifted(kind) = rotation {
+            tape.rotate_lifted([q, k], kind, local)
+        } else {
+            let cuts = [tape.cut(q, rotation), tape.cut(k, rotation)];
+            cuts.map(|cut| tape.rotate(cut, rotation, local))
+        };
+        if spreads {
+            for table in local {
+                tape.drop(table);
+            }
+        }
+        tape.drop(q);
+        tape.drop(k);
+        turned
     }
 
     fn kv_heads(&self) -> f64 {
@@ -404,8 +563,9 @@ impl<'a> Lists<'a> {
         copied
     }
 
-    fn head_norm(&self, tape: &mut Tape, x: Tensor) -> Tensor {
-        let normal = self.norm(tape, x, self.head_dim);
+    /// `x` normalised over rows of `size`; `x` goes.
+    fn replaced_by(&self, tape: &mut Tape, x: Tensor, size: f64) -> Tensor {
+        let normal = self.norm(tape, x, size);
         tape.drop(x);
         normal
     }
@@ -489,9 +649,8 @@ impl<'a> Lists<'a> {
             tape.drop(fused);
             return out;
         } else if !self.shape.gated_mlp {
-            // No list was recorded for these: up, an activation that keeps its input, down.
             let wide = self.linears(tape, x, [self.h, width], bias, adapted.up, times);
-            let active = tape.unary(wide, Saved::Input);
+            let active = self.active(tape, wide);
             tape.drop(wide);
             active
         } else {
@@ -507,6 +666,41 @@ impl<'a> Lists<'a> {
         let out = self.linears(tape, product, [width, self.h], bias, adapted.down, times);
         tape.drop(product);
         out
+    }
+
+    /// The activation of an MLP without a gate.
+    ///
+    /// Source: `activations.py` of transformers 5.19.
+    fn active(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+        match self.shape.style.activation {
+            Activation::Kept => tape.unary(x, Saved::Input),
+            Activation::Squared => {
+                let positive = tape.unary(x, Saved::Output);
+                let squared = tape.square(positive);
+                tape.drop(positive);
+                squared
+            }
+            Activation::Written => {
+                // 0.5 * x * (1.0 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3)))
+                let half = tape.scale(x);
+                let cube = tape.square(x);
+                let small = tape.scale(cube);
+                tape.drop(cube);
+                let sum = tape.add(x, small);
+                tape.drop(small);
+                let scaled = tape.scale(sum);
+                tape.drop(sum);
+                let tanh = tape.unary(scaled, Saved::Output);
+                tape.drop(scaled);
+                let raised = tape.plus_number(tanh);
+                tape.drop(tanh);
+                let out = tape.multiply(half, raised);
+                tape.drop(half);
+                tape.drop(raised);
+                out
+            }
+            Activation::Xielu => tape.xielu(x, self.parameter(1.0)),
+        }
     }
 
     /// A product of the router: never packed, and adapted where it is a linear module.
@@ -603,45 +797,155 @@ impl<'a> Lists<'a> {
         out
     }
 
+    /// `F.linear(x.float(), weight.float())`, which autocast makes half again; logits and what of them is saved.
+    fn lifted_router(&self, tape: &mut Tape, x: Tensor, count: f64) -> Tensor {
+        let lifted = tape.cast(x, 4.0);
+        let weight = tape.lifted_parameter(count * self.h, self.weight_width, self.full);
+        let width = self.autocast.unwrap_or(4.0);
+        let copy = tape.cast(weight, width);
+        let narrow = tape.cast(lifted, width);
+        let product = Weight {
+            input: self.h,
+            output: count,
+            width,
+            trains: self.full,
+            copy: Some(copy),
+            bias: false,
+            times: 1.0,
+        };
+        let logits = tape.matrix(narrow, self.tokens, product);
+        for tensor in [narrow, copy, weight, lifted] {
+            tape.drop(tensor);
+        }
+        logits
+    }
+
+    /// `Glm4MoeTopkRouter.forward`, and those of dots.1 and DeepSeek V3: logits, weights of the routes and their experts.
+    fn sigmoid_router(&self, tape: &mut Tape, x: Tensor, routes: f64) -> [Tensor; 3] {
+        let Some(experts) = &self.shape.experts else { return [x; 3] };
+        let count = float(experts.count);
+        let scores = self.tokens * count;
+        let logits = self.lifted_router(tape, x, count);
+        let open = tape.unary(logits, Saved::Output);
+        let corrected = tape.plain(scores, 4.0);
+        // The groups' own scores are next to nothing beside those of the experts.
+        let mask = tape.plain(scores, 4.0);
+        let bits = [tape.plain(scores, 1.0), tape.plain(scores, 1.0)];
+        let masked = tape.plain(scores, 4.0);
+        for tensor in [bits[0], bits[1], corrected] {
+            tape.drop(tensor);
+        }
+        let values = tape.plain(routes, 4.0);
+        let places = tape.plain(routes, 8.0);
+        tape.drop(values);
+        let mut chosen = tape.index(open, routes, places);
+        if experts.normalises {
+            chosen = tape.normalised(chosen, self.tokens);
+        }
+        let scaled = tape.scale(chosen);
+        for tensor in [chosen, open, mask, masked] {
+            tape.drop(tensor);
+        }
+        [logits, scaled, places]
+    }
+
+    /// `Ernie4_5_MoeTopKRouter.forward`: without autocast, on a router in fp32.
+    fn corrected_router(&self, tape: &mut Tape, x: Tensor, routes: f64) -> [Tensor; 3] {
+        let Some(experts) = &self.shape.experts else { return [x; 3] };
+        let count = float(experts.count);
+        let lifted = tape.cast(x, 4.0);
+        let weight = Weight {
+            input: self.h,
+            output: count,
+            width: 4.0,
+            trains: self.full,
+            copy: None,
+            bias: false,
+            times: 1.0,
+        };
+        let logits = tape.matrix(lifted, self.tokens, weight);
+        tape.drop(lifted);
+        let probabilities = tape.unary(logits, Saved::Output);
+        let corrected = tape.plain(probabilities.n, 4.0);
+        let values = tape.plain(routes, 4.0);
+        let places = tape.plain(routes, 8.0);
+        tape.drop(values);
+        tape.drop(corrected);
+        let chosen = tape.index(probabilities, routes, places);
+        tape.drop(probabilities);
+        let sum = tape.mean(chosen, self.tokens);
+        let least = tape.unary(sum, Saved::Input);
+        tape.drop(sum);
+        let normal = tape.multiply(chosen, least);
+        tape.drop(chosen);
+        tape.drop(least);
+        let scores = tape.cast(normal, x.width);
+        tape.drop(normal);
+        [logits, scores, places]
+    }
+
     /// A mixture of experts: router, sorted rows through grouped products, back in order, summed; the shared expert.
     ///
     /// Source: `grouped_mm_experts_forward` in `integrations/moe.py`, `*TopKRouter.forward` of Qwen and gpt-oss.
     fn mixture(&self, tape: &mut Tape, x: Tensor) -> Tensor {
         let Some(experts) = &self.shape.experts else { return x };
+        let style = &self.shape.style;
         let shared_width = float(experts.shared_intermediate);
-        let shared = (shared_width > 0.0).then(|| self.mlp(tape, x, shared_width, 1.0));
+        let has_shared = shared_width > 0.0;
+        let mut shared = None;
+        if has_shared && style.shared_first {
+            shared = Some(self.mlp(tape, x, shared_width, 1.0));
+        }
         let count = float(experts.count);
         let top_k = float(experts.top_k);
         let routes = self.tokens * top_k;
         let gpt_oss = self.shape.block == BlockKind::GptOss;
-        // Router.
-        let logits = self.router(tape, x, count, gpt_oss, self.adapted.router);
-        let (scores, places);
-        if gpt_oss {
-            let [values, indices] = tape.top(logits, routes);
-            scores = tape.unary(values, Saved::Output);
-            tape.drop(values);
-            places = indices;
-        } else {
-            let lifted = tape.cast(logits, 4.0);
-            let probabilities = tape.unary(lifted, Saved::Output);
-            tape.drop(lifted);
-            let [mut values, indices] = tape.top(probabilities, routes);
-            if experts.normalises {
-                values = tape.normalised(values, self.tokens);
+        let [logits, scores, places] = match style.router {
+            Router::Softmax => {
+                let logits = self.router(tape, x, count, false, self.adapted.router);
+                let lifted = tape.cast(logits, 4.0);
+                let probabilities = tape.unary(lifted, Saved::Output);
+                tape.drop(lifted);
+                let [mut values, indices] = tape.top(probabilities, routes);
+                if experts.normalises {
+                    values = tape.normalised(values, self.tokens);
+                }
+                let scores = tape.cast(values, logits.width);
+                tape.drop(values);
+                tape.drop(probabilities);
+                [logits, scores, indices]
             }
-            scores = tape.cast(values, logits.width);
-            tape.drop(values);
-            tape.drop(probabilities);
-            places = indices;
-        }
+            Router::BestFirst => {
+                let logits = self.router(tape, x, count, gpt_oss, self.adapted.router);
+                // `GraniteMoeTopKRouter.forward` lifts the scores, that of gpt-oss does not.
+                let lifted = if gpt_oss { tape.hold(logits) } else { tape.cast(logits, 4.0) };
+                let [values, indices] = tape.top(lifted, routes);
+                let chosen = tape.unary(values, Saved::Output);
+                tape.drop(values);
+                let scores = tape.cast(chosen, logits.width);
+                tape.drop(chosen);
+                tape.drop(lifted);
+                [logits, scores, indices]
+            }
+            Router::Sigmoid => self.sigmoid_router(tape, x, routes),
+            Router::Corrected => self.corrected_router(tape, x, routes),
+        };
         let out = if self.expert_modules {
             self.experts_one_by_one(tape, x, scores)
         } else {
             self.fused_experts(tape, x, scores)
         };
+        if has_shared && !style.shared_first {
+            shared = Some(self.mlp(tape, x, shared_width, 1.0));
+        }
         let out = match shared {
             None => out,
+            Some(shared) if !style.gates_shared => {
+                let sum = tape.add(out, shared);
+                tape.drop(out);
+                tape.drop(shared);
+                sum
+            }
             Some(shared) => {
                 let gate = self.router(tape, x, 1.0, false, self.adapted.shared_gate);
                 let open = tape.unary(gate, Saved::Output);

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use regex::Regex;
 use serde::Deserialize;
 
-use crate::model::{AttentionBias, BlockKind, Experts, ModelShape, ShapeError};
+use crate::model::{AttentionBias, BlockKind, Experts, ModelShape, ShapeError, Style};
 use crate::workload::AttnImpl;
 
 /// Known models, read from `config/models.toml`.
@@ -207,11 +207,10 @@ fn dense_shape(billions: f64) -> ModelShape {
         intermediate: width,
         vocab: VOCAB_GUESS,
         tied_embeddings: tied,
-        qk_norm: false,
         fused_qkv: false,
         fused_gate_up: false,
         attention_bias: AttentionBias::None,
-        norms_per_block: 2,
+        style: Style::LLAMA,
         gated_mlp: true,
         mlp_bias: false,
         block: BlockKind::Llama,

@@ -1,6 +1,7 @@
 //! What shape has a model, and how sure is that?
 
 mod quantised;
+mod style;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -11,6 +12,7 @@ use crate::units::Bytes;
 use crate::workload::{AttnImpl, ExpertForm, Targets};
 
 pub use quantised::Quantised;
+pub use style::{Activation, HeadNorm, Norm, Placement, Rotary, Router, Style, Unrotated};
 
 /// What is known about a model before it is loaded.
 #[derive(Clone, Debug, PartialEq)]
@@ -317,16 +319,15 @@ pub struct ModelShape {
     pub vocab: u64,
     /// Embedding and head are one matrix.
     pub tied_embeddings: bool,
-    /// Query and key are normalised per head (Qwen3).
-    pub qk_norm: bool,
     /// Query, key and value come out of one product (Phi-3).
     pub fused_qkv: bool,
     /// Gate and up come out of one product (Phi-3, GLM-4).
     pub fused_gate_up: bool,
     /// Biases on q, k, v (Qwen2) or on all four projections.
     pub attention_bias: AttentionBias,
-    /// RMSNorms in a block: 2, or 4 (Gemma 2, GLM-4).
-    pub norms_per_block: u64,
+    /// How a block is built, beyond its dimensions.
+    #[serde(skip)]
+    pub style: Style,
     /// The MLP has a gate (three matrices) or not (two).
     pub gated_mlp: bool,
     /// The matrices of the MLP have biases.
@@ -631,18 +632,42 @@ impl ModelShape {
         let linears: u128 =
             self.linears().iter().map(|linear| linear.parameters() * u128::from(linear.layers)).sum();
         let (layers, hidden) = (u128::from(self.layers), u128::from(self.hidden));
-        let mut per_layer = u128::from(self.norms_per_block) * hidden;
-        if self.qk_norm {
-            per_layer += 2 * u128::from(self.head_dim);
-        }
+        let norm = u128::from(self.style.norm.parameters()) * hidden;
+        let mut per_layer = u128::from(self.style.placement.norms()) * norm;
+        per_layer +=
+            self.head_norms().iter().map(|(n, count)| u128::from(*n) * u128::from(*count)).sum::<u128>();
         if self.attention_sinks {
             per_layer += u128::from(self.heads);
         }
-        let mut total = linears + layers * per_layer + hidden + u128::from(self.vocab_parameters());
+        if self.style.activation == Activation::Xielu {
+            per_layer += 2;
+        }
+        let mut total = linears + layers * per_layer + norm + u128::from(self.vocab_parameters());
+        if self.style.head_bias {
+            total += u128::from(self.vocab);
+        }
         if let Some(experts) = &self.experts {
-            total += u128::from(self.sparse_layers(experts)) * experts.parameters(hidden);
+            let mut each = experts.parameters(hidden);
+            if self.has_shared_gate(experts) {
+                each += hidden;
+            }
+            if self.style.router == Router::Corrected {
+                each += u128::from(experts.count);
+            }
+            total += u128::from(self.sparse_layers(experts)) * each;
         }
         u64::try_from(total).unwrap_or(u64::MAX)
+    }
+
+    /// Returns the parameters of the norms of query and key in one block: elements of one, and how many there are.
+    fn head_norms(&self) -> [(u64, u64); 2] {
+        let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
+        match self.style.head_norm {
+            HeadNorm::None => [(0, 0); 2],
+            HeadNorm::Each | HeadNorm::EachLater | HeadNorm::EachRotated => [(width, 1); 2],
+            HeadNorm::Whole | HeadNorm::EachOwn => [(self.q_width(), 1), (self.k_width(), 1)],
+            HeadNorm::EachModule => [(width, heads), (width, kv_heads)],
+        }
     }
 
     /// Returns the parameters of the layers' linear modules: what 4-bit quantisation packs.
@@ -653,6 +678,11 @@ impl ModelShape {
             .map(|l| u128::from(l.input) * u128::from(l.output) * u128::from(l.layers))
             .sum();
         u64::try_from(total).unwrap_or(u64::MAX)
+    }
+
+    /// Returns whether a shared expert has a gate of its own.
+    fn has_shared_gate(&self, experts: &Experts) -> bool {
+        experts.shared_intermediate > 0 && self.style.gates_shared
     }
 
     /// Returns how many blocks have experts.
@@ -718,7 +748,7 @@ impl ModelShape {
             });
         };
         router("gate", Part::Router, experts.count);
-        if experts.shared_intermediate > 0 {
+        if self.has_shared_gate(experts) {
             router("shared_expert_gate", Part::SharedGate, 1);
         }
         all
@@ -728,32 +758,50 @@ impl ModelShape {
     pub(crate) fn other_parameters(&self, form: ExpertForm) -> impl Iterator<Item = (f64, f64)> {
         let (h, layers) = (float(self.hidden), float(self.layers));
         let tables = if self.tied_embeddings { 1.0 } else { 2.0 };
-        let head_norms = if self.qk_norm { 2.0 * layers } else { 0.0 };
+        let norm_parameters = float(self.style.norm.parameters());
+        let norms = float(self.style.placement.norms()) * layers + 1.0;
+        let [q_norms, k_norms] = self.head_norms().map(|(n, count)| (float(n), float(count) * layers));
+        let slopes = if self.style.activation == Activation::Xielu { 2.0 * layers } else { 0.0 };
         let sinks = if self.attention_sinks { layers } else { 0.0 };
         let mut all = vec![
             (float(self.vocab) * h, tables),
-            (h, float(self.norms_per_block) * layers + 1.0),
-            (float(self.head_dim), head_norms),
+            (h, norm_parameters * norms),
+            q_norms,
+            k_norms,
             (float(self.heads), sinks),
+            (1.0, slopes),
+            (float(self.vocab), if self.style.head_bias { 1.0 } else { 0.0 }),
         ];
         if let Some(experts) = self.experts.as_ref().filter(|_| !self.has_expert_modules(form)) {
             let sparse = float(self.sparse_layers(experts));
             let (count, width) = (float(experts.count), float(experts.intermediate));
-            all.extend([(count * 2.0 * width * h, sparse), (count * width * h, sparse), (count * h, sparse)]);
+            all.extend([(count * 2.0 * width * h, sparse), (count * width * h, sparse)]);
+            match self.style.router {
+                Router::Softmax | Router::BestFirst => all.push((count * h, sparse)),
+                // Corrections in fp32: two numbers of half precision each.
+                Router::Sigmoid => all.extend([(count * h, sparse), (2.0 * count, sparse)]),
+                // The router too.
+                Router::Corrected => all.extend([(2.0 * count * h, sparse), (2.0 * count, sparse)]),
+            }
             if experts.biases {
                 all.extend([(count * 2.0 * width, sparse), (count * h, sparse), (count, sparse)]);
             }
-            if experts.shared_intermediate > 0 {
+            if self.has_shared_gate(experts) {
                 all.push((h, sparse));
             }
         }
         all.into_iter()
     }
 
+    /// Returns whether layers that slide have rotary tables of their own (Gemma 3, OLMo 3).
+    pub(crate) fn has_two_rotary_tables(&self) -> bool {
+        self.model_type.starts_with("gemma3") || self.model_type == "olmo3"
+    }
+
     /// Returns the buffers of the rotary embedding: elements of one, and how many there are.
     pub(crate) fn rotary_buffers(&self) -> impl Iterator<Item = (f64, f64)> {
-        let partial = if self.block == BlockKind::Glm { 0.5 } else { 1.0 };
-        let kinds = if self.model_type.starts_with("gemma3") { 2.0 } else { 1.0 };
+        let partial = self.style.rotated;
+        let kinds = if self.has_two_rotary_tables() { 2.0 } else { 1.0 };
         [(float(self.head_dim) * partial / 2.0, 2.0 * kinds)].into_iter()
     }
 
@@ -794,8 +842,10 @@ impl ModelShape {
                 // An adapter on "all linears" of a mixture meets attention only, as in the memory harness: with
                 // transformers 5 the experts are fused tensors. A shared expert is adapted by name.
                 let sparse = self.sparse_layers(experts);
-                all.extend(self.mlp(experts.shared_intermediate, sparse, false));
-                all.extend(self.mlp(self.intermediate, self.layers.saturating_sub(sparse), false));
+                // The harness tells mixtures by that ending.
+                let adapted = !self.model_type.ends_with("moe") && !self.style.gates_shared;
+                all.extend(self.mlp(experts.shared_intermediate, sparse, adapted));
+                all.extend(self.mlp(self.intermediate, self.layers.saturating_sub(sparse), adapted));
             }
         }
         all
@@ -833,12 +883,12 @@ impl ModelShape {
 }
 
 impl Experts {
-    /// Returns the parameters of the experts and the router of one block; the shared expert is a linear module.
+    /// Returns the parameters of the experts and the router of one block; the shared expert is a linear module, and its
+    /// gate apart.
     fn parameters(&self, hidden: u128) -> u128 {
         let (count, width) = (u128::from(self.count), u128::from(self.intermediate));
         let biases = if self.biases { 2 * width + hidden + 1 } else { 0 };
-        let shared_gate = if self.shared_intermediate > 0 { hidden } else { 0 };
-        count * (3 * hidden * width + hidden + biases) + shared_gate
+        count * (3 * hidden * width + hidden + biases)
     }
 }
 
@@ -938,6 +988,9 @@ impl LinearNames {
             }
             "baichuan" => LinearNames { qkv: "W_pack", ..usual },
             "mixtral" => LinearNames { gate: "w1", up: "w3", down: "w2", ..usual },
+            "granitemoeshared" => LinearNames { gate_up: "input_linear", down: "output_linear", ..usual },
+            "starcoder2" => LinearNames { up: "c_fc", down: "c_proj", ..usual },
+            "phi" => LinearNames { output: "dense", up: "fc1", down: "fc2", ..usual },
             "chatglm" => LinearNames {
                 qkv: "query_key_value",
                 output: "dense",
@@ -955,12 +1008,13 @@ struct Traits {
     known: bool,
     block: BlockKind,
     bias: AttentionBias,
-    qk_norm: bool,
     fused_qkv: bool,
     fused_gate_up: bool,
-    norms: u64,
     tied: bool,
     mixture: bool,
+    gated_mlp: bool,
+    mlp_bias: bool,
+    style: Style,
 }
 
 impl Traits {
@@ -971,41 +1025,196 @@ impl Traits {
             known: true,
             block: BlockKind::Llama,
             bias: AttentionBias::None,
-            qk_norm: false,
             fused_qkv: false,
             fused_gate_up: false,
-            norms: 2,
             tied: false,
             mixture: false,
+            gated_mlp: true,
+            mlp_bias: false,
+            style: Style::LLAMA,
         };
         let moe = Traits { mixture: true, ..llama };
+        let style = Style::LLAMA;
+        let gemma = Style { norm: Norm::Raised, scales_embedding: true, ..style };
+        let glm = Style { rotary: Rotary::Pairs, rotated: 0.5, ..style };
+        let olmo = Style { rotary: Rotary::WideTables, ..style };
+        let olmo2 =
+            Style { norm: Norm::Wide, placement: Placement::After, head_norm: HeadNorm::Whole, ..olmo };
+        let cohere = Style {
+            norm: Norm::Centred,
+            placement: Placement::Parallel,
+            rotary: Rotary::Lifted,
+            scales_logits: true,
+            ..style
+        };
+        let granite = Style { scales_residual: true, scales_embedding: true, scales_logits: true, ..style };
+        let layer_norm = Norm::Layer { bias: true };
+        // GLM-4.5 and DeepSeek V3: sigmoid of fp32 products, a shared expert without a gate behind the others.
+        let sigmoid = Style { router: Router::Sigmoid, gates_shared: false, shared_first: false, ..style };
         match model_type {
-            "llama" | "mistral" | "yi" | "ministral" | "ministral3" => llama,
-            "smollm3" => Traits { tied: true, ..llama },
+            "llama" | "mistral" | "yi" | "ministral" | "ministral3" | "cwm" => llama,
+            "smollm3" => {
+                Traits { tied: true, style: Style { unrotated: Unrotated::Every(4), ..style }, ..llama }
+            }
             "internlm" => Traits { bias: AttentionBias::All, ..llama },
             "internlm2" | "baichuan" => Traits { fused_qkv: true, ..llama },
             "qwen2" => Traits { bias: AttentionBias::Qkv, ..llama },
             "qwen" => Traits { bias: AttentionBias::Qkv, fused_qkv: true, ..llama },
-            "qwen3" => Traits { qk_norm: true, ..llama },
-            "phi3" => Traits { fused_qkv: true, fused_gate_up: true, ..llama },
-            "gemma" => Traits { block: BlockKind::Gemma, tied: true, ..llama },
-            "gemma2" => Traits { block: BlockKind::Gemma, tied: true, norms: 4, ..llama },
-            "gemma3_text" | "gemma3" => {
-                Traits { block: BlockKind::Gemma, tied: true, norms: 4, qk_norm: true, ..llama }
-            }
-            "glm" => Traits { block: BlockKind::Glm, fused_gate_up: true, ..llama },
-            "glm4" => Traits { block: BlockKind::Glm, fused_gate_up: true, norms: 4, ..llama },
+            "qwen3" => Traits { style: Style { head_norm: HeadNorm::Each, ..style }, ..llama },
+            "phi3" => Traits {
+                fused_qkv: true,
+                fused_gate_up: true,
+                style: Style { rotary: Rotary::Joined, ..style },
+                ..llama
+            },
+            "gemma" => Traits { block: BlockKind::Gemma, tied: true, style: gemma, ..llama },
+            "gemma2" => Traits {
+                block: BlockKind::Gemma,
+                tied: true,
+                style: Style { placement: Placement::Around, ..gemma },
+                ..llama
+            },
+            "gemma3_text" | "gemma3" => Traits {
+                block: BlockKind::Gemma,
+                tied: true,
+                style: Style { placement: Placement::Around, head_norm: HeadNorm::EachLater, ..gemma },
+                ..llama
+            },
+            "glm" => Traits { block: BlockKind::Glm, fused_gate_up: true, style: glm, ..llama },
+            "glm4" => Traits {
+                block: BlockKind::Glm,
+                fused_gate_up: true,
+                style: Style { placement: Placement::Around, ..glm },
+                ..llama
+            },
             "chatglm" => Traits {
                 block: BlockKind::Glm,
                 bias: AttentionBias::Qkv,
                 fused_qkv: true,
                 fused_gate_up: true,
+                style: glm,
                 ..llama
             },
-            "qwen3_moe" => Traits { qk_norm: true, ..moe },
+            "olmo" => Traits { style: Style { norm: Norm::LayerLifted, ..olmo }, ..llama },
+            "olmo2" | "olmo3" => Traits { style: olmo2, ..llama },
+            "flex_olmo" => Traits { style: olmo2, ..moe },
+            "olmoe" => Traits { style: Style { head_norm: HeadNorm::Whole, ..style }, ..moe },
+            "exaone4" => Traits {
+                style: Style { placement: Placement::After, head_norm: HeadNorm::EachLater, ..style },
+                ..llama
+            },
+            "hunyuan_v1_dense" => {
+                Traits { style: Style { head_norm: HeadNorm::EachRotated, ..style }, ..llama }
+            }
+            "seed_oss" => Traits { bias: AttentionBias::Qkv, ..llama },
+            "starcoder2" => Traits {
+                bias: AttentionBias::All,
+                tied: true,
+                gated_mlp: false,
+                mlp_bias: true,
+                style: Style { norm: layer_norm, ..style },
+                ..llama
+            },
+            "nemotron" => Traits {
+                gated_mlp: false,
+                style: Style {
+                    norm: Norm::LayerRaised,
+                    activation: Activation::Squared,
+                    rotary: Rotary::Joined,
+                    rotated: 0.5,
+                    ..style
+                },
+                ..llama
+            },
+            "arcee" => Traits {
+                gated_mlp: false,
+                style: Style { activation: Activation::Squared, ..style },
+                ..llama
+            },
+            "apertus" => Traits {
+                gated_mlp: false,
+                style: Style { activation: Activation::Xielu, head_norm: HeadNorm::EachLater, ..style },
+                ..llama
+            },
+            "phi" => Traits {
+                bias: AttentionBias::All,
+                gated_mlp: false,
+                mlp_bias: true,
+                style: Style {
+                    norm: layer_norm,
+                    placement: Placement::Parallel,
+                    activation: Activation::Written,
+                    rotary: Rotary::Joined,
+                    rotated: 0.5,
+                    head_bias: true,
+                    ..style
+                },
+                ..llama
+            },
+            "stablelm" => Traits {
+                style: Style { norm: layer_norm, rotary: Rotary::Joined, rotated: 0.25, ..style },
+                ..llama
+            },
+            "cohere" => Traits { tied: true, style: cohere, ..llama },
+            "cohere2" => {
+                Traits { tied: true, style: Style { unrotated: Unrotated::Full, ..cohere }, ..llama }
+            }
+            "granite" => Traits { style: granite, ..llama },
+            "granitemoeshared" => Traits {
+                fused_gate_up: true,
+                style: Style {
+                    router: Router::BestFirst,
+                    gates_shared: false,
+                    shared_first: false,
+                    ..granite
+                },
+                ..moe
+            },
+            "jais2" => Traits {
+                bias: AttentionBias::All,
+                gated_mlp: false,
+                mlp_bias: true,
+                style: Style { norm: layer_norm, activation: Activation::Squared, ..style },
+                ..llama
+            },
+            "hyperclovax" => Traits { style: Style { placement: Placement::Around, ..granite }, ..llama },
+            "granitemoe" => Traits { style: Style { router: Router::BestFirst, ..granite }, ..moe },
+            "helium" => {
+                Traits { style: Style { norm: Norm::Lifted, rotary: Rotary::PairsWhole, ..style }, ..llama }
+            }
+            "ernie4_5" => {
+                Traits { tied: true, style: Style { rotary: Rotary::LiftedApart, ..style }, ..llama }
+            }
+            "ernie4_5_moe" => Traits {
+                tied: true,
+                style: Style {
+                    rotary: Rotary::LiftedApart,
+                    router: Router::Corrected,
+                    gates_shared: false,
+                    ..style
+                },
+                ..moe
+            },
+            "glm4_moe" => Traits { style: Style { rotary: Rotary::Joined, rotated: 0.5, ..sigmoid }, ..moe },
+            "solar_open" => Traits { style: Style { rotary: Rotary::Joined, ..sigmoid }, ..moe },
+            "dots1" => Traits { style: Style { head_norm: HeadNorm::Each, ..sigmoid }, ..moe },
+            "qwen3_moe" => Traits { style: Style { head_norm: HeadNorm::Each, ..style }, ..moe },
             "qwen2_moe" => Traits { bias: AttentionBias::Qkv, ..moe },
             "mixtral" => moe,
-            "gpt_oss" => Traits { block: BlockKind::GptOss, bias: AttentionBias::All, ..moe },
+            "gpt_oss" => Traits {
+                block: BlockKind::GptOss,
+                bias: AttentionBias::All,
+                style: Style {
+                    norm: Norm::Wide,
+                    rotary: Rotary::Apart,
+                    rotated: 1.0,
+                    router: Router::BestFirst,
+                    ..style
+                },
+                ..moe
+            },
+            // No list was recorded for these: up, an activation that keeps its input, down.
+            "gpt_neox" | "falcon" => Traits { known: false, gated_mlp: false, mlp_bias: true, ..llama },
             _ => Traits { known: false, ..llama },
         }
     }
@@ -1035,7 +1244,13 @@ impl ClassDefaults {
             "gemma" => gemma(16, 16, 256_000),
             "gemma2" => gemma(8, 4, 256_000),
             "gemma3" | "gemma3_text" => gemma(8, 4, 262_208),
-            "mistral" | "mixtral" => ClassDefaults { kv_heads: Some(8), ..none },
+            "mistral" | "mixtral" | "ministral" | "glm4_moe" => ClassDefaults { kv_heads: Some(8), ..none },
+            "seed_oss" | "ministral3" => ClassDefaults { kv_heads: Some(8), head_dim: Some(128), ..none },
+            "starcoder2" => ClassDefaults { kv_heads: Some(2), ..none },
+            "smollm3" | "ernie4_5_moe" => ClassDefaults { kv_heads: Some(4), ..none },
+            "exaone4" | "stablelm" => ClassDefaults { kv_heads: Some(32), ..none },
+            "ernie4_5" => ClassDefaults { kv_heads: Some(2), head_dim: Some(128), ..none },
+            "helium" => ClassDefaults { kv_heads: Some(20), head_dim: Some(128), ..none },
             "gpt_oss" => ClassDefaults { kv_heads: Some(8), head_dim: Some(64), ..none },
             "qwen3" => ClassDefaults { head_dim: Some(128), ..none },
             "glm" | "glm4" => ClassDefaults { kv_heads: Some(2), head_dim: Some(128), ..none },
@@ -1102,7 +1317,27 @@ fn read_shape(
         },
     };
     let bias = match fields.flag("attention_bias")? {
-        Some(true) if traits.block == BlockKind::Glm => AttentionBias::Qkv,
+        // The biases of these kinds are not up to this key.
+        _ if matches!(
+            model_type.as_str(),
+            "starcoder2" | "ernie4_5" | "ernie4_5_moe" | "stablelm" | "phi"
+        ) =>
+        {
+            match fields.flag(if model_type == "stablelm" { "use_qkv_bias" } else { "use_bias" })? {
+                Some(true) if model_type == "stablelm" => AttentionBias::Qkv,
+                Some(true) if model_type != "phi" => AttentionBias::All,
+                Some(false) if model_type != "phi" => AttentionBias::None,
+                Some(_) | None => traits.bias,
+            }
+        }
+        stated if model_type == "seed_oss" => {
+            match (stated.unwrap_or(true), fields.flag("attention_out_bias")?.unwrap_or(false)) {
+                (true, true) => AttentionBias::All,
+                (true, false) => AttentionBias::Qkv,
+                (false, _) => AttentionBias::None,
+            }
+        }
+        Some(true) if traits.block == BlockKind::Glm || model_type == "glm4_moe" => AttentionBias::Qkv,
         Some(true) => AttentionBias::All,
         Some(false) => AttentionBias::None,
         None => match (model_type.as_str(), fields.flag("add_qkv_bias")?, fields.flag("bias")?) {
@@ -1116,12 +1351,15 @@ fn read_shape(
         |key| fields.positive(key).map(|stated| stated.map_or(model_type == "gemma2", |cap| cap.is_some()));
     let capped_logits = capped("final_logit_softcapping")?;
     let capped_scores = capped("attn_logit_softcapping")?;
-    let gated_mlp =
-        !matches!(model_type.as_str(), "arcee" | "nemotron" | "starcoder2" | "phi" | "gpt_neox" | "falcon");
-    let mlp_bias = match fields.flag("mlp_bias")? {
-        Some(flag) if !traits.known || matches!(model_type.as_str(), "llama" | "smollm3") => flag,
-        Some(_) | None => !gated_mlp,
+    let stated_mlp_bias = fields.flag("mlp_bias")?;
+    let mlp_bias = match model_type.as_str() {
+        "starcoder2" | "ernie4_5" | "ernie4_5_moe" => fields.flag("use_bias")?,
+        "llama" | "smollm3" | "nemotron" | "arcee" | "jais2" | "granite" | "hyperclovax" | "helium"
+        | "seed_oss" => stated_mlp_bias,
+        _ => stated_mlp_bias.filter(|_| !traits.known),
     };
+    let mlp_bias = mlp_bias.unwrap_or(traits.mlp_bias);
+    let style = read_style(fields, &model_type, traits)?;
     let window = read_window(fields, &model_type)?;
     Ok(ModelShape {
         hidden,
@@ -1132,12 +1370,11 @@ fn read_shape(
         intermediate,
         vocab,
         tied_embeddings: tied.unwrap_or(traits.tied),
-        qk_norm: traits.qk_norm,
         fused_qkv: traits.fused_qkv,
         fused_gate_up: traits.fused_gate_up,
         attention_bias: bias,
-        norms_per_block: traits.norms,
-        gated_mlp,
+        style,
+        gated_mlp: traits.gated_mlp,
         mlp_bias,
         block: traits.block,
         soft_capped_logits: traits.block == BlockKind::Gemma && capped_logits,
@@ -1150,6 +1387,98 @@ fn read_shape(
     })
 }
 
+/// Returns the attributes of a block: those of its kind, with what its config.json says of them.
+///
+/// Source: the defaults of `configuration_*.py` in transformers 5.19.
+fn read_style(fields: &Fields<'_>, model_type: &str, traits: &Traits) -> Result<Style, ShapeError> {
+    let mut style = traits.style;
+    if fields.flag("use_qk_norm")?.unwrap_or(false) {
+        match model_type {
+            "cohere" => style.head_norm = HeadNorm::EachOwn,
+            "glm4_moe" => style.head_norm = HeadNorm::Each,
+            _ => {}
+        }
+    }
+    if model_type == "hyperclovax" && fields.flag("use_post_norm")? == Some(false) {
+        style.placement = Placement::Before;
+    }
+    if model_type == "stablelm" {
+        if fields.flag("qk_layernorm")? == Some(true) {
+            style.head_norm = HeadNorm::EachModule;
+        }
+        if fields.flag("use_parallel_residual")? == Some(true) {
+            style.placement = Placement::Parallel;
+        }
+    }
+    if !traits.known {
+        style = guessed_style(fields)?;
+    }
+    if style.rotary == Rotary::Joined {
+        let nested = fields.object.get("rope_parameters").and_then(Value::as_object);
+        let nested = nested.map(|object| Fields { object });
+        let stated = match nested.map(|inner| inner.positive("partial_rotary_factor")).transpose()?.flatten()
+        {
+            Some(Some(share)) => Some(share),
+            Some(None) | None => fields.positive("partial_rotary_factor")?.flatten(),
+        };
+        style.rotated = stated.unwrap_or(style.rotated).min(1.0);
+    }
+    match style.unrotated {
+        Unrotated::Every(every) => {
+            let stated = fields.number(&["no_rope_layer_interval"], LAYERS_MAX)?;
+            style.unrotated = Unrotated::Every(stated.unwrap_or(every));
+        }
+        Unrotated::None | Unrotated::Full => {}
+    }
+    if model_type == "exaone4" && !fields.object.get("sliding_window").is_some_and(Value::is_null) {
+        style.unrotated = Unrotated::Full;
+    }
+    if model_type == "seed_oss" {
+        style.drops_residual =
+            fields.object.get("residual_dropout").and_then(Value::as_f64).is_none_or(|p| p > 0.0);
+    }
+    if model_type == "starcoder2" {
+        style.drops_residual =
+            fields.object.get("residual_dropout").and_then(Value::as_f64).is_some_and(|p| p > 0.0);
+    }
+    Ok(style)
+}
+
+/// Returns what the config.json of an unknown kind lets guess about its block: kinds name the same thing alike.
+fn guessed_style(fields: &Fields<'_>) -> Result<Style, ShapeError> {
+    let mut style = Style::LLAMA;
+    let states = |key: &str| fields.object.get(key).is_some_and(|value| !value.is_null());
+    let is_set = |key: &str| fields.object.get(key) == Some(&Value::Bool(true));
+    if !states("rms_norm_eps")
+        && ["layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"].iter().any(|key| states(key))
+    {
+        style.norm = Norm::Layer { bias: true };
+    }
+    if is_set("use_qk_norm") || is_set("qk_norm") || is_set("use_qk_layernorm") || is_set("qk_layernorm") {
+        style.head_norm = HeadNorm::Each;
+    }
+    if is_set("use_parallel_residual") || is_set("parallel_attn") {
+        style.placement = Placement::Parallel;
+    }
+    if states("partial_rotary_factor") {
+        style.rotary = Rotary::Joined;
+    }
+    if states("n_group") && states("topk_group") {
+        style.router = Router::Sigmoid;
+    }
+    style.gates_shared = !(states("n_shared_experts") || states("num_shared_experts"));
+    style.scales_residual = states("residual_multiplier");
+    style.scales_embedding = states("embedding_multiplier");
+    style.scales_logits = states("logits_scaling") || states("logit_scale");
+    style.activation = match fields.object.get("hidden_act").and_then(Value::as_str) {
+        Some("relu2") => Activation::Squared,
+        Some("xielu") => Activation::Xielu,
+        Some("gelu_new") => Activation::Written,
+        Some(_) | None => Activation::Kept,
+    };
+    Ok(style)
+}
+
 /// Returns the window of sliding layers, and which layers do not slide.
 ///
 /// Source: `configuration_*.py` of transformers 5.19: defaults of `sliding_window`, `sliding_window_pattern` and
@@ -1160,17 +1489,41 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         "gemma2" => (Some(4096), 2),
         "gemma3" | "gemma3_text" => (Some(4096), 6),
         "gpt_oss" => (Some(128), 2),
-        "phi3" | "mixtral" => (None, 0),
+        "olmo3" | "cohere2" | "exaone4" | "cwm" => (Some(4096), 4),
+        "ministral" => (Some(4096), 0),
+        "phi3" | "mixtral" | "starcoder2" => (None, 0),
         _ => return Ok(None),
     };
     let off = fields.flag("use_sliding_window")? == Some(false);
-    if off || fields.object.get("sliding_window").is_some_and(Value::is_null) && every == 0 {
+    if off
+        || fields.object.get("sliding_window").is_some_and(Value::is_null)
+            && (every == 0 || model_type == "exaone4")
+    {
         return Ok(None);
     }
-    let window = fields.number(&["sliding_window"], LENGTH_MAX)?.or(default);
-    let every =
-        fields.number(&["sliding_window_pattern", "_sliding_window_pattern"], LAYERS_MAX)?.unwrap_or(every);
+    let window = window_of(fields, default)?;
+    let listed = fields.object.get("layer_types").and_then(Value::as_array);
+    if let Some(types) =
+        listed.filter(|_| matches!(model_type, "olmo3" | "cohere2" | "exaone4" | "ministral"))
+    {
+        // Which layer is the first that does not slide says which the others are.
+        let first = types.iter().position(|of| of == "full_attention");
+        let every = first.map_or(0, |index| u64::try_from(index).unwrap_or(0) + 1);
+        return Ok(window_of(fields, default)?.filter(|_| every != 1).map(|window| (window, every)));
+    }
+    // EXAONE 4 writes its pattern in letters: `LLLG`.
+    let letters = fields.object.get("sliding_window_pattern").and_then(Value::as_str);
+    let every = match letters.filter(|_| model_type == "exaone4") {
+        Some(letters) => u64::try_from(letters.len()).unwrap_or(every),
+        None => fields
+            .number(&["sliding_window_pattern", "_sliding_window_pattern"], LAYERS_MAX)?
+            .unwrap_or(every),
+    };
     Ok(window.map(|window| (window, every)))
+}
+
+fn window_of(fields: &Fields<'_>, default: Option<u64>) -> Result<Option<u64>, ShapeError> {
+    Ok(fields.number(&["sliding_window"], LENGTH_MAX)?.or(default))
 }
 
 fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Option<Experts>, ShapeError> {
@@ -1191,13 +1544,22 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
         return Ok(None);
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
+    let model_type = fields.object.get("model_type").and_then(Value::as_str).unwrap_or_default();
     let count = fields.needed(&COUNT, EXPERTS_MAX)?;
     // More than there are would end the trainer.
     let top_k = fields.needed(&TOP_K, count)?;
     let intermediate = fields.needed(&["moe_intermediate_size", "intermediate_size"], WIDTH_MAX)?;
-    let shared_experts = fields.count("n_shared_experts", EXPERTS_MAX)?.filter(|_| !traits.known);
+    let has_shared = !traits.known || !traits.style.gates_shared;
+    let shared_experts = match fields.count("n_shared_experts", EXPERTS_MAX)? {
+        Some(count) => Some(count),
+        None => fields.count("moe_num_shared_experts", EXPERTS_MAX)?,
+    };
+    let shared_experts = shared_experts.filter(|_| has_shared);
     let shared = match fields.count("shared_expert_intermediate_size", WIDTH_MAX)? {
         Some(width) => width,
+        None if model_type == "granitemoeshared" => {
+            fields.count("shared_intermediate_size", WIDTH_MAX)?.unwrap_or(1024)
+        }
         None => shared_experts.unwrap_or(0).saturating_mul(intermediate),
     };
     // `*MoeDecoderLayer.__init__` of Qwen: experts where (i + 1) % decoder_sparse_step is 0 and i is not listed.
@@ -1205,8 +1567,17 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
     let listed = fields.layer_list("mlp_only_layers", layers)?;
     let leading = fields.count("first_k_dense_replace", layers)?.unwrap_or(0);
     let step = fields.number(&["decoder_sparse_step"], LAYERS_MAX)?.unwrap_or(1);
+    // ERNIE 4.5: each moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index.
+    let start = fields.count("moe_layer_start_index", layers)?.unwrap_or(0);
+    let end = fields.object.get("moe_layer_end_index").and_then(Value::as_u64).unwrap_or(u64::MAX);
+    let interval = fields.number(&["moe_layer_interval"], LAYERS_MAX)?.unwrap_or(1);
     let is_dense = |index: &u64| {
-        *index < leading || !(index + 1).is_multiple_of(step) || listed.binary_search(index).is_ok()
+        *index < leading
+            || *index < start
+            || *index > end
+            || !(index + 1).is_multiple_of(interval)
+            || !(index + 1).is_multiple_of(step)
+            || listed.binary_search(index).is_ok()
     };
     Ok(Some(Experts {
         count,
@@ -1217,7 +1588,7 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
         biases: gpt_oss,
         normalises: match fields.flag("norm_topk_prob")? {
             Some(flag) => flag,
-            None => fields.object.get("model_type").and_then(Value::as_str) == Some("mixtral"),
+            None => matches!(model_type, "mixtral" | "glm4_moe" | "solar_open" | "deepseek_v3"),
         },
     }))
 }

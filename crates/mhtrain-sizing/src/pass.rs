@@ -13,7 +13,7 @@
 //! of the vocabulary too many at the very end.
 
 use crate::block::{Layer, Lists, float};
-use crate::model::{BlockKind, ModelShape};
+use crate::model::{BlockKind, ModelShape, Unrotated};
 use crate::tape::{High, Kind, Saved, Tape, Tensor};
 use crate::workload::{AttnImpl, ExpertForm, Workload};
 
@@ -113,27 +113,36 @@ fn layers(shape: &ModelShape) -> impl DoubleEndedIterator<Item = Layer> + '_ {
     let dense = |index| {
         shape.experts.as_ref().is_none_or(|experts| experts.dense_layers.binary_search(&index).is_ok())
     };
-    (0..shape.layers).map(move |index| Layer {
-        sliding: shape.window.is_some() && (shape.full_every == 0 || (index + 1) % shape.full_every != 0),
-        dense: dense(index),
+    (0..shape.layers).map(move |index| {
+        let full = |every: u64| every != 0 && (index + 1).is_multiple_of(every);
+        let sliding = shape.window.is_some() && !full(shape.full_every);
+        let rotated = match shape.style.unrotated {
+            Unrotated::None => true,
+            Unrotated::Every(every) => !full(every),
+            Unrotated::Full => sliding,
+        };
+        Layer { sliding, dense: dense(index), rotated }
     })
 }
 
 /// Index of a kind of layer.
 fn kind_of(layer: Layer) -> usize {
-    usize::from(layer.sliding) + 2 * usize::from(layer.dense)
+    usize::from(layer.sliding) + 2 * usize::from(layer.dense) + 4 * usize::from(!layer.rotated)
 }
 
-const KINDS: [Layer; 4] = [
-    Layer { sliding: false, dense: false },
-    Layer { sliding: true, dense: false },
-    Layer { sliding: false, dense: true },
-    Layer { sliding: true, dense: true },
-];
+/// Kinds of layers.
+const KINDS: usize = 8;
+
+/// Returns all kinds of layers, each at its index.
+fn kinds() -> impl Iterator<Item = (usize, Layer)> {
+    (0..KINDS).map(|index| {
+        (index, Layer { sliding: index & 1 != 0, dense: index & 2 != 0, rotated: index & 4 == 0 })
+    })
+}
 
 impl Pass<'_> {
     fn course(&mut self, start: High, all_gradients: f64) -> Highest {
-        let mut present = [false; 4];
+        let mut present = [false; KINDS];
         for layer in layers(self.shape) {
             present[kind_of(layer)] = true;
         }
@@ -163,7 +172,7 @@ impl Pass<'_> {
     }
 
     /// Inputs, embedding, positions, masks.
-    fn prologue(&mut self, present: &[bool; 4]) -> (Segment, Tensor, [Tensor; 2], Vec<Tensor>) {
+    fn prologue(&mut self, present: &[bool; KINDS]) -> (Segment, Tensor, [Tensor; 2], Vec<Tensor>) {
         let start = self.tape.live;
         self.tape.take_high();
         let lists = &self.lists;
@@ -175,26 +184,35 @@ impl Pass<'_> {
         tape.plain(positions, 8.0);
         tape.plain(1.0, 4.0);
         let mut x = tape.plain(tokens * lists.h, lists.stream_width);
-        if self.shape.block == BlockKind::Gemma {
-            // Gemma scales the embedding.
+        if self.shape.style.scales_embedding {
             let scaled = tape.plain(x.n, x.width);
-            tape.drop(x);
+            // `enable_input_require_grads` makes what the embedding returns a leaf, which the graph holds: the scaled
+            // one of Gemma, whose embedding scales itself, the one before it in others.
+            let is_leaf = !lists.full && self.work.gradient_checkpointing;
+            if !is_leaf || self.shape.block == BlockKind::Gemma {
+                tape.drop(x);
+            }
             x = scaled;
         }
         let mut held = vec![tape.plain(length, 8.0)];
-        for (layer, _) in KINDS.iter().zip(present).filter(|(_, present)| **present).take(2) {
+        // One mask for layers that slide, one for those that do not.
+        for sliding in [false, true] {
+            let Some((_, layer)) = kinds().find(|(index, layer)| layer.sliding == sliding && present[*index])
+            else {
+                continue;
+            };
             if self.work.attn_impl == AttnImpl::Eager {
                 held.push(tape.plain(lists.rows * length * length, lists.stream_width));
-            } else if lists.is_masked(*layer) {
+            } else if lists.is_masked(layer) {
                 held.push(tape.plain(lists.rows * length * length, 1.0));
             }
         }
         let share = lists.table_share();
         let table = length * float(self.shape.head_dim) * share;
-        let tables = [tape.plain(table, lists.stream_width), tape.plain(table, lists.stream_width)];
-        if self.shape.full_every == 6 {
-            // Gemma 3 has tables for local layers beside those for global ones.
-            tape.plain(2.0 * table, lists.stream_width);
+        let tables = [tape.plain(table, lists.table_width()), tape.plain(table, lists.table_width())];
+        if self.shape.has_two_rotary_tables() {
+            // Tables for local layers beside those for global ones.
+            tape.plain(2.0 * table, lists.table_width());
         }
         if lists.full {
             x = tape.root(x);
@@ -222,9 +240,9 @@ impl Pass<'_> {
         (rows * whole).max(rounded_up * (whole + 1.0)).max(rows)
     }
 
-    fn checkpointed(&mut self, course: &mut Course, x: Tensor, tables: [Tensor; 2], present: [bool; 4]) {
-        let mut segments = [LayerSegments::default(); 4];
-        for (index, layer) in KINDS.into_iter().enumerate().filter(|(index, _)| present[*index]) {
+    fn checkpointed(&mut self, course: &mut Course, x: Tensor, tables: [Tensor; 2], present: [bool; KINDS]) {
+        let mut segments = [LayerSegments::default(); KINDS];
+        for (index, layer) in kinds().filter(|(index, _)| present[*index]) {
             let input = self.tape.plain(x.n, x.width);
             let mut out = input;
             let mut forward = self.measured(|pass| {
@@ -274,15 +292,16 @@ impl Pass<'_> {
         course: &mut Course,
         x: Tensor,
         tables: [Tensor; 2],
-        present: [bool; 4],
+        present: [bool; KINDS],
         mut held: Vec<Tensor>,
     ) {
         let first = layers(self.shape).next();
         let mut stack: Vec<(Layer, usize, LayerSegments)> = Vec::with_capacity(5);
-        let middle =
-            KINDS.into_iter().enumerate().filter(|(index, _)| present[*index]).map(|(_, layer)| layer);
+        let middle = kinds().filter(|(index, _)| present[*index]).map(|(_, layer)| layer);
         let mut current = self.tape.hold(x);
         held.push(x);
+        // What of the tables is needed on the way back is kept by the nodes that need it.
+        held.extend(tables);
         for layer in first.into_iter().chain(middle) {
             let mark = self.tape.mark();
             let mut forward = self.measured(|pass| {
@@ -396,9 +415,15 @@ impl Pass<'_> {
             }
             tape.kind = Kind::Logits;
             tape.tied = pass.shape.tied_embeddings;
-            let mut logits = lists.product(tape, kept, [h, vocab], false, lists.full);
+            let bias = pass.shape.style.head_bias;
+            let mut logits = lists.product(tape, kept, [h, vocab], bias, lists.full);
             tape.tied = false;
             tape.drop(kept);
+            if pass.shape.style.scales_logits {
+                let scaled = tape.scale(logits);
+                tape.drop(logits);
+                logits = scaled;
+            }
             if pass.shape.soft_capped_logits {
                 for saved in [Saved::Nothing, Saved::Output, Saved::Nothing] {
                     let next = tape.unary(logits, saved);
@@ -470,7 +495,7 @@ impl Pass<'_> {
         }
         let lists = &self.lists;
         let table = float(self.shape.vocab) * lists.h * lists.weight_width;
-        let scales = self.shape.block == BlockKind::Gemma;
+        let scales = self.shape.style.scales_embedding;
         let bytes = x.n * x.width;
         let back = self.measured(|pass| {
             let mut gradient = pass.tape.plain(bytes, 1.0);

@@ -55,6 +55,11 @@ impl Tensor {
         self.node != NONE
     }
 
+    /// Returns where its gradient goes; `None` when it needs none.
+    pub(crate) fn node_if(&self) -> Option<u32> {
+        Some(self.node).filter(|node| *node != NONE)
+    }
+
     /// Returns the same storage with another number of elements: a view.
     pub(crate) fn view(self, n: f64) -> Tensor {
         Tensor { n, ..self }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use recipe::any_workload;
 use serde_json::{Map, Value, json};
 
-const KEYS: [&str; 38] = [
+const KEYS: [&str; 49] = [
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -48,9 +48,20 @@ const KEYS: [&str; 38] = [
     "vision_config",
     "model_type",
     "text_config",
+    "use_qk_norm",
+    "qk_layernorm",
+    "use_parallel_residual",
+    "use_bias",
+    "partial_rotary_factor",
+    "no_rope_layer_interval",
+    "layer_types",
+    "moe_layer_start_index",
+    "moe_layer_interval",
+    "n_group",
+    "hidden_act",
 ];
 
-const TYPES: [&str; 19] = [
+const TYPES: [&str; 38] = [
     "llama",
     "mistral",
     "qwen",
@@ -69,6 +80,25 @@ const TYPES: [&str; 19] = [
     "mixtral",
     "gpt_oss",
     "smollm3",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "exaone4",
+    "hunyuan_v1_dense",
+    "seed_oss",
+    "starcoder2",
+    "nemotron",
+    "apertus",
+    "phi",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "granite",
+    "granitemoe",
+    "helium",
+    "ernie4_5_moe",
+    "glm4_moe",
     "novel",
 ];
 

@@ -87,6 +87,25 @@ fn measured_peaks_are_met_to_the_byte_but_for_rounding() {
     assert!(median < 0.000_001, "{median}");
 }
 
+/// Kinds that are put together from attributes; their configurations are in `fixtures/kinds.json`.
+#[test]
+fn kinds_of_attributes_are_met_to_the_byte_but_for_rounding() {
+    let configs: serde_json::Value = serde_json::from_str(include_str!("fixtures/kinds.json")).unwrap();
+    let mut reader = csv::Reader::from_reader(include_str!("fixtures/kinds.csv").as_bytes());
+    let mut errors: Vec<(f64, Row)> = Vec::new();
+    for row in reader.deserialize::<Row>().map(Result::unwrap) {
+        let model = Model::resolve("some/model", Some(&configs[&row.model]), None).unwrap();
+        assert_eq!(model.source, ShapeSource::Config, "{}", row.model);
+        let said = estimate(&model, &row.workload()).unwrap().allocated_peak_bytes.as_f64();
+        errors.push(((said / row.peak_bytes - 1.0).abs(), row));
+    }
+    errors.sort_by(|a, b| a.0.total_cmp(&b.0));
+    assert!(errors.len() > 150, "{}", errors.len());
+    let (worst, row) = errors.last().unwrap();
+    assert!(*worst < 0.0003, "{worst} {row:?}");
+    assert!(errors[errors.len() / 2].0 < 0.000_001, "{}", errors[errors.len() / 2].0);
+}
+
 fn qwen() -> Model {
     Model::resolve("Qwen/Qwen2.5-7B", None, None).unwrap()
 }

@@ -43,6 +43,20 @@ pub(super) enum Rule {
     Grouped { weight: f64, input: f64 },
     /// Gradients that were made in the forward pass: of the weight and of the input.
     Made,
+    /// A product whose gradient is made in a wider type and cast back.
+    Narrow { wide: f64, narrow: f64 },
+    /// A difference: the gradient goes on to the first, and negated to the second, summed to `sum` (0: not summed).
+    Difference { full: f64, sum: f64 },
+    /// torch's layer norm: gradients of the input, the weight and the bias (0: none).
+    LayerNorm { input: f64, weight: f64, bias: f64 },
+    /// Parts of a tensor are joined to it again: its size.
+    Gather(f64),
+    /// A tensor that was joined of what the nodes from `first` to `last` made, each of which gets its part.
+    Spread { first: u32, last: u32 },
+    /// The smaller of a tensor and a number: size of the gradient.
+    Least(f64),
+    /// A choice of two tensors: size of either gradient.
+    Where(f64),
     /// Weights of the routes are made to sum to one.
     Normalise { n: f64, sum: f64 },
 }
@@ -89,6 +103,13 @@ impl Tape {
                 let there = node.gradient;
                 if there != NONE && matches!(node.rule, Rule::Join(_) | Rule::Rejoin { .. }) {
                     node.saved[0] = storage;
+                    return;
+                }
+                if there != NONE && matches!(node.rule, Rule::Gather(_)) {
+                    // Parts stay apart until all are there.
+                    let bytes = std::mem::take(&mut self.storages[storage as usize].bytes);
+                    self.storages[there as usize].bytes += bytes;
+                    self.release(storage);
                     return;
                 }
                 self.nodes[index as usize].gradient = if there == NONE {
@@ -309,6 +330,52 @@ impl Tape {
                     self.give(first, weight);
                 }
                 self.give(second, input);
+            }
+            Rule::Narrow { wide, narrow } => {
+                let product = self.new_gradient(wide);
+                self.release(gradient);
+                let new = self.new_gradient(narrow);
+                self.release(product);
+                self.forget(node);
+                self.give(first, new);
+            }
+            Rule::Difference { full, sum } => {
+                let negative = self.new_gradient(full);
+                let second_gradient = self.summed(negative, sum);
+                self.give(first, gradient);
+                self.give(second, second_gradient);
+            }
+            Rule::LayerNorm { input, weight, bias } => {
+                let new = [input, weight, bias].map(|bytes| self.gradient_if(bytes));
+                self.release(gradient);
+                self.forget(node);
+                for (target, id) in [first, second, third].into_iter().zip(new) {
+                    self.give_some(target, id);
+                }
+            }
+            Rule::Gather(bytes) => {
+                let new = self.new_gradient(bytes);
+                self.replace(node, new);
+            }
+            Rule::Spread { first, last } => {
+                for target in first..=last {
+                    if matches!(self.nodes[target as usize].rule, Rule::LayerNorm { .. }) {
+                        let shared = self.retain(gradient);
+                        self.give(target, shared);
+                    }
+                }
+                self.release(gradient);
+            }
+            Rule::Least(bytes) => {
+                let new = self.new_gradient(bytes);
+                self.replace(node, new);
+            }
+            Rule::Where(bytes) => {
+                let new = [self.new_gradient(bytes), self.new_gradient(bytes)];
+                self.release(gradient);
+                self.forget(node);
+                self.give(first, new[0]);
+                self.give(second, new[1]);
             }
             Rule::Normalise { n, sum } => {
                 let work = [self.new_gradient(n), self.new_gradient(n), self.new_gradient(n)];

@@ -5,6 +5,7 @@
 
 use super::backward::Rule;
 use super::{NONE, Tape, Tensor};
+use crate::model::Rotary;
 
 impl Tape {
     /// `x.to(width)`; `x` itself when it has that width.
@@ -125,6 +126,177 @@ impl Tape {
         self.result(x.n, x.width, Rule::Pass, [x.node, NONE, NONE], [])
     }
 
+    /// `x - y`, `y` one number for each row of `x`.
+    pub(crate) fn minus(&mut self, x: Tensor, y: Tensor) -> Tensor {
+        let rule = Rule::Difference { full: x.bytes(), sum: y.bytes() };
+        self.result(x.n, x.width, rule, [x.node, y.node, NONE], [])
+    }
+
+    /// Where the gradient of a parameter goes; `None` when it is frozen.
+    pub(crate) fn leaf_if(&self, parameter: Parameter) -> Option<u32> {
+        Some(self.leaf(parameter.trains)).filter(|leaf| *leaf != NONE)
+    }
+
+    /// `1 + parameter`.
+    pub(crate) fn raised_parameter(&mut self, parameter: Parameter) -> Tensor {
+        let leaf = self.leaf(parameter.trains);
+        self.result(parameter.n, parameter.width, Rule::Pass, [leaf, NONE, NONE], [])
+    }
+
+    /// torch's layer norm over `rows` rows: keeps its input, and a mean and a deviation for each. `parameters` are where
+    /// the gradients of weight and bias go, `size` elements each.
+    pub(crate) fn layer_norm(
+        &mut self,
+        x: Tensor,
+        rows: f64,
+        parameters: [Option<u32>; 2],
+        size: f64,
+    ) -> Tensor {
+        let out = self.plain(x.n, x.width);
+        let statistics = [self.plain(rows, x.width), self.plain(rows, x.width)];
+        let [weight, bias] = parameters.map(|node| node.unwrap_or(NONE));
+        let bytes = |node: u32| if node == NONE { 0.0 } else { size * x.width };
+        let rule = Rule::LayerNorm {
+            input: if x.needs_gradient() { x.bytes() } else { 0.0 },
+            weight: bytes(weight),
+            bias: bytes(bias),
+        };
+        let saved = [x, statistics[0], statistics[1]];
+        let out = self.link(out, rule, [x.node, weight, bias], saved);
+        for tensor in statistics {
+            self.drop(tensor);
+        }
+        out
+    }
+
+    /// A layer norm without bias for each head, and their results joined (`StableLmLayerNormPerHead`).
+    pub(crate) fn layer_norms(&mut self, x: Tensor, heads: f64, size: f64, parameter: Parameter) -> Tensor {
+        // The heads share the storage, and their gradients come together again.
+        let mut split = Tensor { node: NONE, ..x };
+        split = self.link(split, Rule::Gather(x.bytes()), [x.node, NONE, NONE], []);
+        let leaf = self.leaf_if(parameter);
+        let n = x.n / heads;
+        let mut parts = Vec::new();
+        let mut head = 0.0;
+        while head < heads {
+            parts.push(self.layer_norm(split.view(n), n / size, [leaf, None], size));
+            head += 1.0;
+        }
+        let mut out = self.plain(x.n, x.width);
+        let first = parts.first().map_or(NONE, |part| part.node);
+        let last = parts.last().map_or(NONE, |part| part.node);
+        if first != NONE {
+            out = self.link(out, Rule::Spread { first, last }, [last, NONE, NONE], []);
+        }
+        for part in parts {
+            self.drop(part);
+        }
+        out
+    }
+
+    /// `x * table`, of the wider type; the gradient is cast back.
+    fn times_table(&mut self, x: Tensor, table: Tensor) -> Tensor {
+        let width = x.width.max(table.width);
+        let rule = if width > x.width {
+            Rule::Narrow { wide: x.n * width, narrow: x.bytes() }
+        } else {
+            Rule::New(x.bytes())
+        };
+        self.result(x.n, width, rule, [x.node, NONE, NONE], [table])
+    }
+
+    /// `rotate_half(x)`: one half negated, both joined in the other order.
+    fn turned(&mut self, x: Tensor) -> Tensor {
+        let first = self.slice(x, x.n / 2.0);
+        let second = self.slice(x, x.n / 2.0);
+        let negative = self.scale(second);
+        self.drop(second);
+        let out = self.result(x.n, x.width, Rule::Pass, [negative.node, first.node, NONE], []);
+        self.drop(negative);
+        self.drop(first);
+        out
+    }
+
+    /// `(x * cos + rotate_half(x) * sin)` in fp32, cast back when query and key are both there.
+    ///
+    /// Source: `apply_rotary_pos_emb` of OLMo, Cohere and ERNIE 4.5.
+    pub(crate) fn rotate_lifted(
+        &mut self,
+        both: [Tensor; 2],
+        kind: Rotary,
+        tables: [Tensor; 2],
+    ) -> [Tensor; 2] {
+        // Cohere lifts first.
+        let early = both.map(|x| if kind == Rotary::Lifted { self.cast(x, 4.0) } else { self.hold(x) });
+        let wide = early.map(|x| {
+            let apart = kind == Rotary::LiftedApart;
+            let lifted = if apart { self.cast(x, 4.0) } else { self.hold(x) };
+            let straight = self.times_table(lifted, tables[0]);
+            self.drop(lifted);
+            let mut turned = self.turned(x);
+            if apart {
+                let lifted = self.cast(turned, 4.0);
+                self.drop(turned);
+                turned = lifted;
+            }
+            let crossed = self.times_table(turned, tables[1]);
+            self.drop(turned);
+            let out = self.add(straight, crossed);
+            self.drop(straight);
+            self.drop(crossed);
+            out
+        });
+        let out = [0, 1].map(|index: usize| self.cast(wide[index], both[index].width));
+        for tensor in early.into_iter().chain(wide) {
+            self.drop(tensor);
+        }
+        out
+    }
+
+    /// xIELU in Python: `where(x > 0, a * x * x + b * x, (expm1(min(x, e)) - x) * c + b * x)`, `a` and `c` made of one
+    /// parameter each.
+    ///
+    /// Source: `XIELUActivation._xielu_python` of transformers 5.19.
+    pub(crate) fn xielu(&mut self, x: Tensor, parameter: Parameter) -> Tensor {
+        let leaf = self.leaf(parameter.trains);
+        let slope = |tape: &mut Tape| {
+            tape.result(1.0, parameter.width, Rule::New(parameter.width), [leaf, NONE, NONE], [])
+        };
+        let positive = slope(self);
+        let negative = slope(self);
+        let sign = self.plain(x.n, 1.0);
+        let scaled = self.multiply(x, positive);
+        let squared = self.multiply(scaled, x);
+        self.drop(scaled);
+        let linear = self.scale(x);
+        let above = self.add(squared, linear);
+        self.drop(squared);
+        self.drop(linear);
+        let least = self.result(x.n, x.width, Rule::Least(x.bytes()), [x.node, NONE, NONE], [x]);
+        let exponential = self.unary(least, Saved::Output);
+        self.drop(least);
+        let apart = self.result(
+            x.n,
+            x.width,
+            Rule::Difference { full: x.bytes(), sum: 0.0 },
+            [exponential.node, x.node, NONE],
+            [],
+        );
+        self.drop(exponential);
+        let product = self.multiply(apart, negative);
+        self.drop(apart);
+        let linear = self.scale(x);
+        let below = self.add(product, linear);
+        self.drop(product);
+        self.drop(linear);
+        let rule = Rule::Where(x.bytes());
+        let out = self.result(x.n, x.width, rule, [above.node, below.node, NONE], [sign]);
+        for tensor in [above, below, sign, positive, negative] {
+            self.drop(tensor);
+        }
+        out
+    }
+
     /// `1 / sqrt(x)`.
     pub(crate) fn rsqrt(&mut self, x: Tensor) -> Tensor {
         let mut out = self.plain(x.n, x.width);
@@ -183,7 +355,7 @@ impl Tape {
     /// [`Tape::rotate`], because the parts are cut before either is rotated.
     pub(crate) fn cut(&mut self, x: Tensor, rotation: Rotation) -> Tensor {
         let part = match rotation {
-            Rotation::Whole | Rotation::Halves => return x,
+            Rotation::Whole | Rotation::Halves | Rotation::Lifted(_) => return x,
             Rotation::WholeJoined => 1.0,
             Rotation::Partial(part) => part,
         };
@@ -198,7 +370,7 @@ impl Tape {
         let width = x.width.max(tables[0].width);
         let n = match rotation {
             Rotation::Halves => return self.rotate_halves(x, width, tables),
-            Rotation::Whole | Rotation::WholeJoined => x.n,
+            Rotation::Whole | Rotation::WholeJoined | Rotation::Lifted(_) => x.n,
             Rotation::Partial(part) => x.n * part,
         };
         let straight = self.plain(n, width);
@@ -503,6 +675,8 @@ pub(crate) enum Rotation {
     Partial(f64),
     /// Both halves apart (gpt-oss).
     Halves,
+    /// In fp32, see [`Tape::rotate_lifted`].
+    Lifted(Rotary),
 }
 
 /// What a fused attention kernel takes beside q, k, v and its result.
