@@ -467,7 +467,7 @@ fn a_retry_goes_on_with_its_own_job_through_other_retries_and_other_jobs() {
     served.run(&["wait", &first]).expect(1);
     // Another job in the same place, with later checkpoints of its own.
     served.host.env.write("other.jsonl", std::fs::read(served.host.env.path("train.jsonl")).unwrap());
-    let other = served.submit(json!({"dataset": "other.jsonl"}), &slow);
+    let other = served.submit(json!({"dataset": "other.jsonl"}), &json!({"step_seconds": 0.6}));
     served.wait_until("a later step", |served| served.job(&other)["progress"]["step"].as_u64() >= Some(7));
     served.run(&["cancel", &other]).expect(0);
     served.run(&["wait", &other]).expect(1);
