@@ -375,7 +375,11 @@ fn resident(model: &Model, work: &Workload) -> Peak {
     } else {
         // The headers of the weight files know better than any count, whatever type they hold the weights in: they are
         // loaded in that of the training. What sees or hears is frozen (`freeze_vit` and `freeze_aligner` of ms-swift).
-        weights = (weights + width * model.miscounted).max(0.0);
+        // What an unknown kind has fewer is taken for linear modules, which are packed; what it has more for others.
+        let miscounted = model.miscounted.unwrap_or(0.0);
+        let each = if four_bit && miscounted < 0.0 { NF4_BYTES } else { width };
+        weights = (weights + packed + each * miscounted).max(0.0);
+        packed = 0.0;
         frozen = width * model.frozen_beside;
     }
     let trained = if work.train_type == TrainType::Full { weights } else { adapter };
@@ -390,6 +394,9 @@ fn resident(model: &Model, work: &Workload) -> Peak {
     }
 }
 
+/// Bytes of a weight in NF4 with both of its scales. Source: Dettmers et al. 2023, section 3.
+const NF4_BYTES: f64 = 0.5 + 1.0 / 64.0 + 4.0 / 16384.0;
+
 /// Returns what torch's caching allocator takes for a request: a multiple of 512 bytes.
 fn requested(bytes: f64) -> f64 {
     (bytes / 512.0).ceil() * 512.0
@@ -402,7 +409,7 @@ fn requested(bytes: f64) -> f64 {
 /// them. Half of the equal rows had a fused loss, and those lie inside as the others do (five of six, six of six); the
 /// quantised models all had unequal rows (four of four inside). NF4 is what QLoRA was measured with.
 fn doubts(model: &Model, work: &Workload, group: Group) -> Vec<[Ratio; 2]> {
-    let mut doubts = vec![doubt(model.source)];
+    let mut doubts = vec![doubt(model)];
     if let Some(quantised) = &model.quantised {
         let is_nf4 = quantised.method == "bitsandbytes" && quantised.bits == Some(4);
         match quantised.bits {
@@ -415,10 +422,9 @@ fn doubts(model: &Model, work: &Workload, group: Group) -> Vec<[Ratio; 2]> {
             Some(_) => {}
         }
     }
-    if model.shape.has_expert_modules(work.experts) && model.source < ShapeSource::UnknownBlock {
-        // The pass through experts one by one is not the one that was measured: as an unknown kind of block.
-        let [_, of_dynamic] = doubt(ShapeSource::UnknownBlock);
-        doubts.push([Ratio::about_one(1.0, 1.0), of_dynamic]);
+    if model.shape.has_expert_modules(work.experts) && model.source < ShapeSource::PartlyKnown {
+        // The pass through experts one by one is not the one that was measured. Set by judgement.
+        doubts.push([Ratio::about_one(1.0, 1.0), Ratio::about_one(0.8, 1.4)]);
     }
     if work.liger_kernel && group == Group::Unequal {
         // Set by judgement: none of these figures has Liger's loss.
@@ -434,16 +440,21 @@ fn doubts(model: &Model, work: &Workload, group: Group) -> Vec<[Ratio; 2]> {
 /// - A name says little: of 20 configurations taken for their size alone, in six passes each, what is resident was 0.90 to
 ///   1.21 times the predicted and what grows with the batch 0.37 to 1.03 (5 % to 95 %), down to 0.33. The guess has a large
 ///   vocabulary; one of Gemma's size, which none of the 20 has, takes up to 1.7 times as much.
-/// - The nearest block kind stands in for
-///   an unknown one: on 33 measured peaks of 13 such kinds (Gemma 4, LFM2, BitNet, Qwen3-Next and others), without their weight
-///   files, the median was off by 8 %, 95 of 100 by less than 35 %; of 95 peaks of 19 kinds that were unknown before, 0.3 % and
-///   11 %. `docs/measurements/memory.md` has the tables.
-fn doubt(source: ShapeSource) -> [Ratio; 2] {
+/// - What a known kind has beside its blocks (pictures, sounds) was not measured: judgement.
+/// - The nearest block kind stands in for an unknown one. Both intervals are what 33 measured peaks of 13 such kinds (Gemma 4, LFM2,
+///   BitNet, Qwen3-Next, Mellum and others) were of the prediction, 5 % to 95 % of them. Without weight files 0.735 to 1.422 of what
+///   is resident and 0.833 to 1.478 of what comes and goes; with the parameters of their files 0.972 to 1.000 and 0.833 to 1.293.
+///   Above, what is resident gets as much as below by judgement: adapters may sit on modules that were not counted. Alone they hold
+///   32 and 32 of those 33 peaks, and 208 and 205 of 221 peaks of 32 known kinds that are taken for unknown, on which nothing was
+///   drawn. `docs/measurements/memory.md` has the tables.
+fn doubt(model: &Model) -> [Ratio; 2] {
     let ratio = Ratio::about_one;
-    match source {
+    match model.source {
         ShapeSource::Config => [ratio(1.0, 1.0), ratio(1.0, 1.0)],
         ShapeSource::Catalogue => [ratio(0.99, 1.01), ratio(0.98, 1.02)],
-        ShapeSource::UnknownBlock => [ratio(0.95, 1.08), ratio(0.8, 1.4)],
+        ShapeSource::PartlyKnown => [ratio(0.95, 1.08), ratio(0.8, 1.4)],
+        ShapeSource::UnknownBlock if model.is_weighed() => [ratio(0.97, 1.03), ratio(0.83, 1.33)],
+        ShapeSource::UnknownBlock => [ratio(0.73, 1.42), ratio(0.83, 1.48)],
         ShapeSource::Name => [ratio(0.85, 1.2), ratio(0.35, 2.0)],
     }
 }
@@ -495,6 +506,76 @@ mod tests {
     fn unknown() -> Model {
         let quantised = Quantised { method: "gptq".to_owned(), bits: None, group: None };
         Model { quantised: Some(quantised), ..Model::resolve("novel-7B", None, None).unwrap() }
+    }
+
+    #[derive(Debug, serde::Deserialize)]
+    struct Row {
+        model: String,
+        method: TrainType,
+        rank: u32,
+        batch: u32,
+        length: u32,
+        packing: u8,
+        padded: u8,
+        attn: crate::workload::AttnImpl,
+        gc: u8,
+        kept: f64,
+        grad_accum: u8,
+        params: u64,
+        peak_bytes: f64,
+    }
+
+    /// Returns how many measured peaks lie in what the doubt alone makes of the prediction for a kind that nobody knows, and how
+    /// many there are.
+    fn held(configs: &str, rows: &str, weighed: bool) -> (usize, usize) {
+        let configs: serde_json::Value = serde_json::from_str(configs).unwrap();
+        let rows: Vec<Row> =
+            csv::Reader::from_reader(rows.as_bytes()).deserialize().map(Result::unwrap).collect();
+        let is_held = |row: &&Row| {
+            let mut config = configs[&row.model].clone();
+            config["model_type"] = "a kind that nobody knows".into();
+            let files = weighed.then_some(crate::model::WeightFiles {
+                bytes: Bytes::from_gib(1),
+                parameters: Some(row.params),
+            });
+            let model = Model::resolve("some/model", Some(&config), files).unwrap();
+            assert_eq!((model.source, model.is_weighed()), (ShapeSource::UnknownBlock, weighed), "{row:?}");
+            let work = Workload {
+                train_type: row.method,
+                lora_rank: row.rank,
+                micro_batch: row.batch,
+                max_length: row.length,
+                accumulation: u32::from(row.grad_accum) + 1,
+                packing: row.packing == 1,
+                padded: row.padded == 1,
+                attn_impl: row.attn,
+                gradient_checkpointing: row.gc == 1,
+                logit_share: row.kept,
+                ..Workload::packed_lora()
+            };
+            let peak = peak(&model, &work);
+            let [resident, dynamic] = doubt(&model);
+            let end = |resident: f64, dynamic: f64| resident * peak.resident() + dynamic * peak.dynamic();
+            (end(resident.low, dynamic.low)..=end(resident.high, dynamic.high)).contains(&row.peak_bytes)
+        };
+        (rows.iter().filter(is_held).count(), rows.len())
+    }
+
+    #[test]
+    fn the_interval_of_an_unknown_kind_holds_nine_of_ten_measured_peaks() {
+        let unknown = [
+            include_str!("../tests/fixtures/unknown-kinds.json"),
+            include_str!("../tests/fixtures/unknown-kinds.csv"),
+        ];
+        let known =
+            [include_str!("../tests/fixtures/kinds.json"), include_str!("../tests/fixtures/kinds.csv")];
+        for (what, [configs, rows]) in [("unknown", unknown), ("known, taken for unknown", known)] {
+            for weighed in [false, true] {
+                let (held, all) = held(configs, rows, weighed);
+                println!("{what}, parameters known {weighed}: {held} of {all}");
+                assert!(10 * held >= 9 * all, "{what} {weighed}: {held} of {all}");
+            }
+        }
     }
 
     #[test]

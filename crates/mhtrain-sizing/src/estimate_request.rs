@@ -26,7 +26,7 @@ pub struct Answer {
     /// The predicted peak.
     #[serde(flatten)]
     pub estimate: Estimate,
-    /// How well the model is known; `unknown_block` is a wider interval.
+    /// How well the model is known; `partly_known` is a wider interval, `unknown_block` a wide one.
     pub source: ShapeSource,
     /// What a reader should know about it; a sentence each.
     pub notes: Vec<String>,

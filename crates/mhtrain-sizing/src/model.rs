@@ -29,8 +29,9 @@ pub struct Model {
     pub weight_files: Option<WeightFiles>,
     /// Parameters of the weight files beyond those of the shape: loaded, and never trained.
     pub frozen_beside: f64,
-    /// Parameters by which an unknown kind of block has more, or fewer, than the shape says.
-    pub miscounted: f64,
+    /// Parameters by which an unknown kind of block has more, or fewer, than the shape says; `None` where no weight file
+    /// says how many there are.
+    pub miscounted: Option<f64>,
     /// How its files hold the weights, where that is not as they are trained.
     pub quantised: Option<Quantised>,
     /// Attention implementations that the model class supports in transformers, best first.
@@ -116,7 +117,7 @@ impl Model {
                     ));
                 } else if model.multimodal {
                     // Its own blocks are known, and those beside it are not.
-                    model.source = ShapeSource::UnknownBlock;
+                    model.source = ShapeSource::PartlyKnown;
                 }
                 model
             }
@@ -144,23 +145,27 @@ impl Model {
         self.weight_files = files;
         let known = self.source == ShapeSource::Config || self.multimodal;
         let counted = float(self.parameters());
-        let mut beside = match files.and_then(|files| files.parameters) {
-            // Quantised weights are sized by the bytes of their files.
-            Some(stored) if self.quantised.is_none() => float(stored) - counted,
-            Some(_) | None => 0.0,
-        };
+        // Quantised weights are sized by the bytes of their files.
+        let stored = files.and_then(|files| files.parameters).filter(|_| self.quantised.is_none());
+        let mut beside = stored.map_or(0.0, |stored| float(stored) - counted);
         let table = float(self.shape.vocab.saturating_mul(self.shape.hidden));
-        if self.shape.tied_embeddings && !self.multimodal && beside >= table {
-            // A head that is tied to the embedding is not loaded, though some files hold it. What a multimodal model has
-            // more may as well be something else, which is.
+        if self.shape.tied_embeddings && known && !self.multimodal && beside >= table {
+            // A head that is tied to the embedding is not loaded, though some files hold it. What a multimodal model or an
+            // unknown kind has more may as well be something else, which is.
             beside -= table;
         }
         if known {
             // What a known kind has and the files lack is made when the model is built.
             self.frozen_beside = beside.max(0.0);
-        } else if -2.0 * beside <= counted {
+        } else if stored.is_some() && -2.0 * beside <= counted {
             // Files of less than half of a model do not hold all of it.
-            self.miscounted = beside;
+            self.miscounted = Some(beside);
+        }
+        if self.source == ShapeSource::UnknownBlock && !self.multimodal && !self.is_weighed() {
+            self.notes.push(
+                "no weight file says how many parameters that kind has, so the interval is wider still"
+                    .to_owned(),
+            );
         }
         let much = self.frozen_beside > WORTH_A_NOTE * counted;
         let held = format!("{:.2} billion parameters of its weight files", self.frozen_beside / 1e9);
@@ -183,12 +188,17 @@ impl Model {
                 self.shape.model_type
             ));
         } else if much {
-            self.source = ShapeSource::UnknownBlock;
+            self.source = self.source.max(ShapeSource::PartlyKnown);
             self.notes.push(format!(
                 "{held} are more than its config.json explains: they are sized as frozen weights, and the interval is \
                  wider"
             ));
         }
+    }
+
+    /// Returns whether its weight files say how much it holds, whatever its blocks are.
+    pub fn is_weighed(&self) -> bool {
+        self.miscounted.is_some() || self.quantised.is_some() && self.weight_files.is_some()
     }
 
     /// Returns whether bitsandbytes can pack its weights into 4 bits: not those that are packed already, and not
@@ -214,7 +224,7 @@ impl Model {
             multimodal: false,
             weight_files: None,
             frozen_beside: 0.0,
-            miscounted: 0.0,
+            miscounted: None,
             quantised: None,
         }
     }
@@ -292,6 +302,9 @@ pub enum ShapeSource {
     Config,
     /// `config/models.toml`.
     Catalogue,
+    /// The model's own config.json, of a block kind that the estimate knows, and the model has more than those blocks: it
+    /// sees or hears, or its weight files hold more.
+    PartlyKnown,
     /// The model's own config.json, but its block kind is unknown and the nearest one stands in.
     UnknownBlock,
     /// Only the parameter count in the name, for example `7B`.
@@ -1637,7 +1650,7 @@ mod tests {
         let (shape, known) = ModelShape::from_config(&config).unwrap();
         assert_eq!((shape.hidden, shape.model_type.as_str(), known), (2560, "gemma3_text", true));
         let model = Model::resolve("a/b", Some(&config), None).unwrap();
-        assert_eq!((model.source, model.multimodal), (ShapeSource::UnknownBlock, true));
+        assert_eq!((model.source, model.multimodal), (ShapeSource::PartlyKnown, true));
     }
 
     #[test]
@@ -1818,7 +1831,7 @@ mod tests {
         let files = |parameters| Some(WeightFiles { bytes: Bytes::from_gib(13), parameters });
         for config in [inside, beside] {
             let seen = Model::resolve("a/b", Some(&config), files(Some(6_979_321_856))).unwrap();
-            assert_eq!((seen.source, seen.multimodal), (ShapeSource::UnknownBlock, true));
+            assert_eq!((seen.source, seen.multimodal), (ShapeSource::PartlyKnown, true));
             assert_eq!(seen.frozen_beside, float(6_979_321_856 - text));
             assert!(
                 seen.notes.iter().any(|note| note.contains("5.88 billion parameters")),
@@ -1826,16 +1839,16 @@ mod tests {
                 seen.notes
             );
             let unseen = Model::resolve("a/b", Some(&config), None).unwrap();
-            assert_eq!((unseen.source, unseen.frozen_beside), (ShapeSource::UnknownBlock, 0.0));
+            assert_eq!((unseen.source, unseen.frozen_beside), (ShapeSource::PartlyKnown, 0.0));
             assert!(unseen.notes.iter().any(|note| note.contains("not in the figure")), "{:?}", unseen.notes);
         }
         let known = Model::resolve("a/b", Some(&llama), files(Some(text))).unwrap();
         assert_eq!((known.source, known.frozen_beside, known.notes.len()), (ShapeSource::Config, 0.0, 0));
         let more = Model::resolve("a/b", Some(&llama), files(Some(2 * text))).unwrap();
-        assert_eq!((more.source, more.frozen_beside), (ShapeSource::UnknownBlock, float(text)));
+        assert_eq!((more.source, more.frozen_beside), (ShapeSource::PartlyKnown, float(text)));
         assert!(more.notes[0].contains("more than its config.json explains"), "{:?}", more.notes);
         let fewer = Model::resolve("a/b", Some(&llama), files(Some(text - 1000))).unwrap();
-        assert_eq!((fewer.source, fewer.frozen_beside, fewer.miscounted), (ShapeSource::Config, 0.0, 0.0));
+        assert_eq!((fewer.source, fewer.frozen_beside, fewer.miscounted), (ShapeSource::Config, 0.0, None));
         // A head that is tied, and stored all the same.
         let mut tied = llama;
         tied["tie_word_embeddings"] = json!(true);
@@ -1845,7 +1858,9 @@ mod tests {
         let mut novel = whole("novel");
         novel.as_object_mut().unwrap().remove("num_experts");
         let counted = shape(novel.clone()).parameters();
-        for (stored, miscounted) in [(counted + 500, 500.0), (counted - 500, -500.0), (counted / 3, 0.0)] {
+        for (stored, miscounted) in
+            [(counted + 500, Some(500.0)), (counted - 500, Some(-500.0)), (counted / 3, None)]
+        {
             let model = Model::resolve("a/b", Some(&novel), files(Some(stored))).unwrap();
             assert_eq!((model.miscounted, model.frozen_beside), (miscounted, 0.0));
         }

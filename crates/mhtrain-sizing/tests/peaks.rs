@@ -116,9 +116,14 @@ fn a_worse_source_widens_the_interval() {
         let estimate = estimate(&Model { source, ..qwen() }, &workload()).unwrap();
         estimate.high_bytes.as_f64() / estimate.low_bytes.as_f64()
     };
-    use ShapeSource::{Catalogue, Config, Name, UnknownBlock};
-    let widths = [Config, Catalogue, UnknownBlock, Name].map(width);
+    use ShapeSource::{Catalogue, Config, Name, PartlyKnown, UnknownBlock};
+    let widths = [Config, Catalogue, PartlyKnown, Name].map(width);
     assert!(widths.is_sorted_by(|a, b| a < b), "{widths:?}");
+    let unknown = Model { source: UnknownBlock, ..qwen() };
+    let weighed = estimate(&Model { miscounted: Some(0.0), ..unknown }, &workload()).unwrap();
+    let weighed = weighed.high_bytes.as_f64() / weighed.low_bytes.as_f64();
+    assert!(width(Catalogue) < weighed && weighed < width(UnknownBlock), "{weighed}");
+    assert!(width(PartlyKnown) < width(UnknownBlock));
 }
 
 #[test]

@@ -284,5 +284,5 @@ fn model(name: &str) -> Option<Model> {
         other => other.trim_end_matches("-Int4"),
     };
     let model = Model::resolve(alias, stand_in.as_ref(), None).ok()?;
-    (model.source != ShapeSource::Name && model.source != ShapeSource::UnknownBlock).then_some(model)
+    (model.source < ShapeSource::PartlyKnown).then_some(model)
 }
