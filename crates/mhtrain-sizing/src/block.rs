@@ -342,6 +342,19 @@ impl<'a> Lists<'a> {
         let after = matches!(placement, Placement::After | Placement::Around);
         let normal = if before { self.norm(tape, x, self.h) } else { tape.hold(x) };
         let mut attended = self.attention(tape, normal, layer, tables);
+        if placement == Placement::ParallelOwn {
+            tape.drop(normal);
+            let normal = self.norm(tape, x, self.h);
+            let expanded = self.expanded(tape, normal, layer);
+            tape.drop(normal);
+            // `GPTNeoXLayer.forward`: mlp_output + attn_output + hidden_states.
+            let middle = tape.add(expanded, attended);
+            let out = tape.add(middle, x);
+            for tensor in [attended, expanded, middle] {
+                tape.drop(tensor);
+            }
+            return out;
+        }
         if placement == Placement::Parallel {
             let expanded = self.expanded(tape, normal, layer);
             let middle = tape.add(x, attended);
@@ -450,7 +463,13 @@ impl<'a> Lists<'a> {
         let kernel_copies_v = self.gradients_by_head(layer);
         let mut fused = None;
         let (mut q, mut k, v);
-        if self.shape.fused_qkv {
+        if self.shape.fused_qkv && self.shape.style.fused_by_head {
+            // `GPTNeoXAttention.forward`: the product seen head by head, then cut into three.
+            let product = self.linear(tape, x, [self.h, self.q + 2.0 * self.k], qkv_bias, self.adapted.qkv);
+            let product = self.by_head(tape, product, self.heads);
+            [q, k, v] = tape.thirds(product);
+            fused = Some(product);
+        } else if self.shape.fused_qkv {
             let product = self.linear(tape, x, [self.h, self.q + 2.0 * self.k], qkv_bias, self.adapted.qkv);
             let parts = tape.parts(product, [self.q, self.k, self.k].map(|width| self.tokens * width));
             fused = Some(product);
@@ -758,7 +777,9 @@ impl<'a> Lists<'a> {
         tape.transient(8.0 * routes);
         let ordered = tape.index(weighted, routes * self.h, inverse);
         tape.drop(weighted);
-        let out = tape.sum_over(ordered, top_k);
+        let sum = tape.sum_over(ordered, top_k);
+        let out = tape.cast(sum, x.width);
+        tape.drop(sum);
         for tensor in [sorted, order, inputs, weights, ids, histogram, offsets, down, ordered, inverse] {
             tape.drop(tensor);
         }
@@ -849,6 +870,41 @@ impl<'a> Lists<'a> {
         [logits, scaled, places]
     }
 
+    /// `HunYuanMoEV1Gate.forward`: `wg(hidden_states.float())` with `wg` in fp32, both of which autocast makes half; logits.
+    fn wide_router(&self, tape: &mut Tape, x: Tensor, count: f64) -> Tensor {
+        let lifted = tape.cast(x, 4.0);
+        let width = self.autocast.unwrap_or(4.0);
+        let copy = (width < 4.0).then(|| tape.weight_copy(count * self.h, 4.0, width, self.full));
+        let narrow = tape.cast(lifted, width);
+        let weight =
+            Weight { input: self.h, output: count, width, trains: self.full, copy, bias: false, times: 1.0 };
+        let logits = tape.matrix(narrow, self.tokens, weight);
+        tape.drop(narrow);
+        if let Some(copy) = copy {
+            tape.drop(copy);
+        }
+        tape.drop(lifted);
+        logits
+    }
+
+    /// `MiniMaxM2TopKRouter.forward`: logits, weights of the routes and their experts.
+    fn half_sigmoid_router(&self, tape: &mut Tape, x: Tensor, routes: f64) -> [Tensor; 3] {
+        let Some(experts) = &self.shape.experts else { return [x; 3] };
+        let logits = self.router(tape, x, float(experts.count), false, self.adapted.router);
+        let lifted = tape.cast(logits, 4.0);
+        let open = tape.unary(lifted, Saved::Output);
+        tape.drop(lifted);
+        let corrected = tape.plain(open.n, 4.0);
+        let values = tape.plain(routes, 4.0);
+        let places = tape.plain(routes, 8.0);
+        tape.drop(values);
+        let chosen = tape.index(open, routes, places);
+        let chosen = tape.normalised(chosen, self.tokens);
+        tape.drop(corrected);
+        tape.drop(open);
+        [logits, chosen, places]
+    }
+
     /// `Ernie4_5_MoeTopKRouter.forward`: without autocast, on a router in fp32.
     fn corrected_router(&self, tape: &mut Tape, x: Tensor, routes: f64) -> [Tensor; 3] {
         let Some(experts) = &self.shape.experts else { return [x; 3] };
@@ -901,8 +957,12 @@ impl<'a> Lists<'a> {
         let routes = self.tokens * top_k;
         let gpt_oss = self.shape.block == BlockKind::GptOss;
         let [logits, scores, places] = match style.router {
-            Router::Softmax => {
-                let logits = self.router(tape, x, count, false, self.adapted.router);
+            Router::Softmax | Router::SoftmaxWide => {
+                let logits = if style.router == Router::Softmax {
+                    self.router(tape, x, count, false, self.adapted.router)
+                } else {
+                    self.wide_router(tape, x, count)
+                };
                 let lifted = tape.cast(logits, 4.0);
                 let probabilities = tape.unary(lifted, Saved::Output);
                 tape.drop(lifted);
@@ -929,6 +989,7 @@ impl<'a> Lists<'a> {
             }
             Router::Sigmoid => self.sigmoid_router(tape, x, routes),
             Router::Corrected => self.corrected_router(tape, x, routes),
+            Router::SigmoidHalf => self.half_sigmoid_router(tape, x, routes),
         };
         let out = if self.expert_modules {
             self.experts_one_by_one(tape, x, scores)

@@ -619,7 +619,10 @@ impl ModelShape {
         if parameters > PARAMETERS_MAX {
             return Err(ShapeError::TooLarge { parameters, limit: PARAMETERS_MAX });
         }
-        Ok((shape, traits.known && stated))
+        // GELU as torch has it; `gelu_fast` and `gelu_new` are written out, which no list has for this kind.
+        let act = object.get("hidden_act").and_then(Value::as_str).unwrap_or("gelu");
+        let usual = shape.model_type != "gpt_neox" || act == "gelu";
+        Ok((shape, traits.known && stated && usual))
     }
 
     /// Returns q, the width of all query heads.
@@ -795,6 +798,8 @@ impl ModelShape {
                 Router::Sigmoid => all.extend([(count * h, sparse), (2.0 * count, sparse)]),
                 // The router too.
                 Router::Corrected => all.extend([(2.0 * count * h, sparse), (2.0 * count, sparse)]),
+                Router::SoftmaxWide => all.push((2.0 * count * h, sparse)),
+                Router::SigmoidHalf => all.extend([(count * h, sparse), (count, sparse)]),
             }
             if experts.biases {
                 all.extend([(count * 2.0 * width, sparse), (count * h, sparse), (count, sparse)]);
@@ -806,9 +811,12 @@ impl ModelShape {
         all.into_iter()
     }
 
-    /// Returns whether layers that slide have rotary tables of their own (Gemma 3, OLMo 3).
+    /// Returns whether layers that slide have rotary tables of their own (Gemma 3, OLMo 3, Mellum).
     pub(crate) fn has_two_rotary_tables(&self) -> bool {
-        self.model_type.starts_with("gemma3") || self.model_type == "olmo3"
+        let both = self.window.is_some() && self.full_every != 0;
+        self.model_type.starts_with("gemma3")
+            || self.model_type == "olmo3"
+            || (self.model_type == "mellum" && both)
     }
 
     /// Returns the buffers of the rotary embedding: elements of one, and how many there are.
@@ -1004,6 +1012,13 @@ impl LinearNames {
             "granitemoeshared" => LinearNames { gate_up: "input_linear", down: "output_linear", ..usual },
             "starcoder2" => LinearNames { up: "c_fc", down: "c_proj", ..usual },
             "phi" => LinearNames { output: "dense", up: "fc1", down: "fc2", ..usual },
+            "gpt_neox" => LinearNames {
+                qkv: "query_key_value",
+                output: "dense",
+                up: "dense_h_to_4h",
+                down: "dense_4h_to_h",
+                ..usual
+            },
             "chatglm" => LinearNames {
                 qkv: "query_key_value",
                 output: "dense",
@@ -1211,6 +1226,40 @@ impl Traits {
             "glm4_moe" => Traits { style: Style { rotary: Rotary::Joined, rotated: 0.5, ..sigmoid }, ..moe },
             "solar_open" => Traits { style: Style { rotary: Rotary::Joined, ..sigmoid }, ..moe },
             "dots1" => Traits { style: Style { head_norm: HeadNorm::Each, ..sigmoid }, ..moe },
+            "minimax_m2" => Traits {
+                style: Style {
+                    head_norm: HeadNorm::Whole,
+                    rotary: Rotary::Joined,
+                    router: Router::SigmoidHalf,
+                    ..style
+                },
+                ..moe
+            },
+            "hunyuan_v1_moe" => Traits {
+                style: Style {
+                    head_norm: HeadNorm::EachRotated,
+                    router: Router::SoftmaxWide,
+                    gates_shared: false,
+                    ..style
+                },
+                ..moe
+            },
+            "mellum" => Traits { style: Style { head_norm: HeadNorm::Each, ..style }, ..moe },
+            "gpt_neox" => Traits {
+                bias: AttentionBias::All,
+                fused_qkv: true,
+                gated_mlp: false,
+                mlp_bias: true,
+                style: Style {
+                    norm: layer_norm,
+                    placement: Placement::ParallelOwn,
+                    rotary: Rotary::Joined,
+                    rotated: 0.25,
+                    fused_by_head: true,
+                    ..style
+                },
+                ..llama
+            },
             "qwen3_moe" => Traits { style: Style { head_norm: HeadNorm::Each, ..style }, ..moe },
             "qwen2_moe" => Traits { bias: AttentionBias::Qkv, ..moe },
             "mixtral" => moe,
@@ -1227,7 +1276,7 @@ impl Traits {
                 ..moe
             },
             // No list was recorded for these: up, an activation that keeps its input, down.
-            "gpt_neox" | "falcon" => Traits { known: false, gated_mlp: false, mlp_bias: true, ..llama },
+            "falcon" => Traits { known: false, gated_mlp: false, mlp_bias: true, ..llama },
             _ => Traits { known: false, ..llama },
         }
     }
@@ -1266,6 +1315,8 @@ impl ClassDefaults {
             "helium" => ClassDefaults { kv_heads: Some(20), head_dim: Some(128), ..none },
             "gpt_oss" => ClassDefaults { kv_heads: Some(8), head_dim: Some(64), ..none },
             "qwen3" => ClassDefaults { head_dim: Some(128), ..none },
+            "mellum" => ClassDefaults { kv_heads: Some(4), head_dim: Some(128), ..none },
+            "minimax_m2" => ClassDefaults { kv_heads: Some(8), head_dim: Some(128), ..none },
             "glm" | "glm4" => ClassDefaults { kv_heads: Some(2), head_dim: Some(128), ..none },
             _ => none,
         }
@@ -1372,7 +1423,7 @@ fn read_shape(
         _ => stated_mlp_bias.filter(|_| !traits.known),
     };
     let mlp_bias = mlp_bias.unwrap_or(traits.mlp_bias);
-    let style = read_style(fields, &model_type, traits)?;
+    let style = read_style(fields, &model_type, traits, head_dim)?;
     let window = read_window(fields, &model_type)?;
     Ok(ModelShape {
         hidden,
@@ -1403,7 +1454,12 @@ fn read_shape(
 /// Returns the attributes of a block: those of its kind, with what its config.json says of them.
 ///
 /// Source: the defaults of `configuration_*.py` in transformers 5.19.
-fn read_style(fields: &Fields<'_>, model_type: &str, traits: &Traits) -> Result<Style, ShapeError> {
+fn read_style(
+    fields: &Fields<'_>,
+    model_type: &str,
+    traits: &Traits,
+    head_dim: u64,
+) -> Result<Style, ShapeError> {
     let mut style = traits.style;
     if fields.flag("use_qk_norm")?.unwrap_or(false) {
         match model_type {
@@ -1413,6 +1469,9 @@ fn read_style(fields: &Fields<'_>, model_type: &str, traits: &Traits) -> Result<
         }
     }
     if model_type == "hyperclovax" && fields.flag("use_post_norm")? == Some(false) {
+        style.placement = Placement::Before;
+    }
+    if model_type == "gpt_neox" && fields.flag("use_parallel_residual")? == Some(false) {
         style.placement = Placement::Before;
     }
     if model_type == "stablelm" {
@@ -1429,12 +1488,15 @@ fn read_style(fields: &Fields<'_>, model_type: &str, traits: &Traits) -> Result<
     if style.rotary == Rotary::Joined {
         let nested = fields.object.get("rope_parameters").and_then(Value::as_object);
         let nested = nested.map(|object| Fields { object });
+        let rotary_dim = fields.number(&["rotary_dim"], HIDDEN_MAX)?.filter(|_| model_type == "minimax_m2");
+        let neox = if model_type == "gpt_neox" { fields.positive("rotary_pct")?.flatten() } else { None };
         let stated = match nested.map(|inner| inner.positive("partial_rotary_factor")).transpose()?.flatten()
         {
             Some(Some(share)) => Some(share),
             Some(None) | None => fields.positive("partial_rotary_factor")?.flatten(),
         };
-        style.rotated = stated.unwrap_or(style.rotated).min(1.0);
+        let of_width = rotary_dim.map(|width| float(width) / float(head_dim));
+        style.rotated = stated.or(of_width).or(neox).unwrap_or(style.rotated).min(1.0);
     }
     match style.unrotated {
         Unrotated::Every(every) => {
@@ -1504,6 +1566,7 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         "gpt_oss" => (Some(128), 2),
         "olmo3" | "cohere2" | "exaone4" | "cwm" => (Some(4096), 4),
         "ministral" => (Some(4096), 0),
+        "mellum" if fields.object.contains_key("layer_types") => (Some(1024), 0),
         "phi3" | "mixtral" | "starcoder2" => (None, 0),
         _ => return Ok(None),
     };
@@ -1517,7 +1580,7 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
     let window = window_of(fields, default)?;
     let listed = fields.object.get("layer_types").and_then(Value::as_array);
     if let Some(types) =
-        listed.filter(|_| matches!(model_type, "olmo3" | "cohere2" | "exaone4" | "ministral"))
+        listed.filter(|_| matches!(model_type, "olmo3" | "cohere2" | "exaone4" | "ministral" | "mellum"))
     {
         // Which layer is the first that does not slide says which the others are.
         let first = types.iter().position(|of| of == "full_attention");
@@ -1558,10 +1621,36 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
     let model_type = fields.object.get("model_type").and_then(Value::as_str).unwrap_or_default();
-    let count = fields.needed(&COUNT, EXPERTS_MAX)?;
+    // Hunyuan's mixture may list a number for each layer: transformers builds its experts with one for all.
+    let mut alike = None;
+    if model_type == "hunyuan_v1_moe" {
+        let mut object = fields.object.clone();
+        for (_, value) in &mut object {
+            let one = value
+                .as_array()
+                .and_then(|list| list.first().filter(|first| list.iter().all(|n| n == *first)));
+            if let Some(one) = one.cloned() {
+                *value = one;
+            }
+        }
+        alike = Some(object);
+    }
+    let fields = &Fields { object: alike.as_ref().unwrap_or(fields.object) };
+    // Mellum's config.json may leave out all of it; the defaults are those of its class.
+    let mellum = model_type == "mellum";
+    let or_default = |key: &'static str, stated: Option<u64>, default| {
+        stated.or(Some(default).filter(|_| mellum)).ok_or(ShapeError::Missing { key })
+    };
+    let count = or_default(COUNT[0], fields.number(&COUNT, EXPERTS_MAX)?, 64)?;
     // More than there are would end the trainer.
-    let top_k = fields.needed(&TOP_K, count)?;
-    let intermediate = fields.needed(&["moe_intermediate_size", "intermediate_size"], WIDTH_MAX)?;
+    let top_k = or_default(TOP_K[0], fields.number(&TOP_K, count)?, 8)?;
+    // Hunyuan's mixture has experts of the dense width in transformers, whatever else its config.json says.
+    let widths: &[&'static str] = match model_type {
+        "mellum" => &["moe_intermediate_size"],
+        "hunyuan_v1_moe" => &["intermediate_size"],
+        _ => &["moe_intermediate_size", "intermediate_size"],
+    };
+    let intermediate = or_default(widths[0], fields.number(widths, WIDTH_MAX)?, 896)?;
     let has_shared = !traits.known || !traits.style.gates_shared;
     let shared_experts = match fields.count("n_shared_experts", EXPERTS_MAX)? {
         Some(count) => Some(count),
@@ -1573,6 +1662,7 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
         None if model_type == "granitemoeshared" => {
             fields.count("shared_intermediate_size", WIDTH_MAX)?.unwrap_or(1024)
         }
+        None if model_type == "hunyuan_v1_moe" => intermediate,
         None => shared_experts.unwrap_or(0).saturating_mul(intermediate),
     };
     // `*MoeDecoderLayer.__init__` of Qwen: experts where (i + 1) % decoder_sparse_step is 0 and i is not listed.
@@ -1584,8 +1674,14 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
     let start = fields.count("moe_layer_start_index", layers)?.unwrap_or(0);
     let end = fields.object.get("moe_layer_end_index").and_then(Value::as_u64).unwrap_or(u64::MAX);
     let interval = fields.number(&["moe_layer_interval"], LAYERS_MAX)?.unwrap_or(1);
+    let kinds = fields.object.get("mlp_layer_types").and_then(Value::as_array).filter(|_| mellum);
+    let listed_dense = |index: u64| {
+        let of = kinds.zip(usize::try_from(index).ok()).and_then(|(kinds, index)| kinds.get(index));
+        of.is_some_and(|of| of == "dense")
+    };
     let is_dense = |index: &u64| {
-        *index < leading
+        listed_dense(*index)
+            || *index < leading
             || *index < start
             || *index > end
             || !(index + 1).is_multiple_of(interval)
@@ -1601,7 +1697,10 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
         biases: gpt_oss,
         normalises: match fields.flag("norm_topk_prob")? {
             Some(flag) => flag,
-            None => matches!(model_type, "mixtral" | "glm4_moe" | "solar_open" | "deepseek_v3"),
+            None => matches!(
+                model_type,
+                "mixtral" | "glm4_moe" | "solar_open" | "deepseek_v3" | "mellum" | "hunyuan_v1_moe"
+            ),
         },
     }))
 }
@@ -1787,6 +1886,26 @@ mod tests {
         let (all, half) = (shape(whole("qwen3_moe")), shape(half));
         let expert_block = 8 * (3 * 64 * 32 + 64);
         assert_eq!(all.parameters() - half.parameters(), 2 * (expert_block - 3 * 64 * 128));
+    }
+
+    #[test]
+    fn hunyuan_may_list_a_number_for_each_layer() {
+        let mut config = whole("hunyuan_v1_moe");
+        config["num_experts_per_tok"] = json!(null);
+        config["moe_topk"] = json!([2, 2, 2, 2]);
+        config["moe_intermediate_size"] = json!([32, 32, 32, 32]);
+        let experts = shape(config.clone()).experts.unwrap();
+        assert_eq!((experts.top_k, experts.intermediate, experts.shared_intermediate), (2, 128, 128));
+        config["moe_topk"] = json!([2, 1, 2, 2]);
+        assert!(ModelShape::from_config(&config).unwrap_err().to_string().contains("`moe_topk`"));
+    }
+
+    #[test]
+    fn neox_with_an_activation_that_is_written_out_is_not_known() {
+        let mut config = whole("gpt_neox");
+        assert!(ModelShape::from_config(&config).unwrap().1);
+        config["hidden_act"] = json!("gelu_fast");
+        assert!(!ModelShape::from_config(&config).unwrap().1);
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct Style {
     pub shared_first: bool,
     /// The head has a bias.
     pub head_bias: bool,
+    /// Query, key and value of a head lie beside each other in the fused product (GPT-NeoX), and not those of all heads.
+    pub fused_by_head: bool,
 }
 
 impl Style {
@@ -58,6 +60,7 @@ impl Style {
         gates_shared: true,
         shared_first: true,
         head_bias: false,
+        fused_by_head: false,
     };
 }
 
@@ -108,13 +111,15 @@ pub enum Placement {
     Around,
     /// One before both, which run beside each other (Cohere, Phi).
     Parallel,
+    /// One before each, and both run beside each other (GPT-NeoX).
+    ParallelOwn,
 }
 
 impl Placement {
     /// Norms in a block.
     pub fn norms(self) -> u64 {
         match self {
-            Placement::Before | Placement::After => 2,
+            Placement::Before | Placement::After | Placement::ParallelOwn => 2,
             Placement::Around => 4,
             Placement::Parallel => 1,
         }
@@ -196,4 +201,8 @@ pub enum Router {
     Sigmoid,
     /// Softmax of fp32 products with a correction (ERNIE 4.5).
     Corrected,
+    /// Softmax of products with a weight that is kept in fp32, made to sum to one (Hunyuan's mixture).
+    SoftmaxWide,
+    /// Sigmoid of half-precision products, a correction, made to sum to one (MiniMax M2).
+    SigmoidHalf,
 }

@@ -35,7 +35,7 @@ pub(super) enum Rule {
     /// Eager attention: scores, fp32 softmax (0: none), queries, keys before they were repeated (0: not), scores with
     /// sinks (0: none), one number for each row of scores.
     Eager { scores: f64, wide: f64, query: f64, key: f64, sinks: f64, sums: f64, capped: bool },
-    /// Two halves come together: size of both.
+    /// Parts come together: size of all.
     Join(f64),
     /// Clamped and scaled gate of gpt-oss: size of one half.
     ClampedGate(f64),
@@ -102,7 +102,9 @@ impl Tape {
                 let node = &mut self.nodes[index as usize];
                 let there = node.gradient;
                 if there != NONE && matches!(node.rule, Rule::Join(_) | Rule::Rejoin { .. }) {
-                    node.saved[0] = storage;
+                    if let Some(free) = node.saved.iter_mut().find(|slot| **slot == NONE) {
+                        *free = storage;
+                    }
                     return;
                 }
                 if there != NONE && matches!(node.rule, Rule::Gather(_)) {

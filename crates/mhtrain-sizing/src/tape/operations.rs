@@ -548,6 +548,13 @@ impl Tape {
         [first, second]
     }
 
+    /// Three equal parts of `x`, views of it, as one handle each; their gradients are joined (`chunk`).
+    pub(crate) fn thirds(&mut self, x: Tensor) -> [Tensor; 3] {
+        let mut node = Tensor { node: NONE, ..x };
+        node = self.link(node, Rule::Join(x.bytes()), [x.node, NONE, NONE], []);
+        [0; 3].map(|_| Tensor { node: node.node, ..self.hold(x).view(x.n / 3.0) })
+    }
+
     /// Three parts of one product as views; each gradient is as large as all of it, and they are summed.
     pub(crate) fn parts(&mut self, x: Tensor, sizes: [f64; 3]) -> [Tensor; 3] {
         sizes.map(|n| {
