@@ -989,6 +989,11 @@ impl<'a> Lists<'a> {
             }
             Router::Sigmoid => self.sigmoid_router(tape, x, routes),
             Router::Corrected => self.corrected_router(tape, x, routes),
+            Router::Mixer => {
+                let logits = self.router(tape, x, count, false, self.adapted.router);
+                let [scores, places] = tape.mixed(logits, self.tokens);
+                [logits, scores, places]
+            }
             Router::SigmoidHalf => self.half_sigmoid_router(tape, x, routes),
         };
         let out = if self.expert_modules {

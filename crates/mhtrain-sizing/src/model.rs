@@ -793,7 +793,7 @@ impl ModelShape {
             let (count, width) = (float(experts.count), float(experts.intermediate));
             all.extend([(count * 2.0 * width * h, sparse), (count * width * h, sparse)]);
             match self.style.router {
-                Router::Softmax | Router::BestFirst => all.push((count * h, sparse)),
+                Router::Softmax | Router::BestFirst | Router::Mixer => all.push((count * h, sparse)),
                 // Corrections in fp32: two numbers of half precision each.
                 Router::Sigmoid => all.extend([(count * h, sparse), (2.0 * count, sparse)]),
                 // The router too.
@@ -1244,6 +1244,7 @@ impl Traits {
                 },
                 ..moe
             },
+            "phimoe" => Traits { style: Style { norm: layer_norm, router: Router::Mixer, ..style }, ..moe },
             "mellum" => Traits { style: Style { head_norm: HeadNorm::Each, ..style }, ..moe },
             "gpt_neox" => Traits {
                 bias: AttentionBias::All,
@@ -1306,7 +1307,9 @@ impl ClassDefaults {
             "gemma" => gemma(16, 16, 256_000),
             "gemma2" => gemma(8, 4, 256_000),
             "gemma3" | "gemma3_text" => gemma(8, 4, 262_208),
-            "mistral" | "mixtral" | "ministral" | "glm4_moe" => ClassDefaults { kv_heads: Some(8), ..none },
+            "mistral" | "mixtral" | "ministral" | "glm4_moe" | "phimoe" => {
+                ClassDefaults { kv_heads: Some(8), ..none }
+            }
             "seed_oss" | "ministral3" => ClassDefaults { kv_heads: Some(8), head_dim: Some(128), ..none },
             "starcoder2" => ClassDefaults { kv_heads: Some(2), ..none },
             "smollm3" | "ernie4_5_moe" => ClassDefaults { kv_heads: Some(4), ..none },
@@ -1508,6 +1511,9 @@ fn read_style(
     if model_type == "exaone4" && !fields.object.get("sliding_window").is_some_and(Value::is_null) {
         style.unrotated = Unrotated::Full;
     }
+    if model_type == "phimoe" {
+        style.head_bias = fields.flag("lm_head_bias")?.unwrap_or(false);
+    }
     if model_type == "seed_oss" {
         style.drops_residual =
             fields.object.get("residual_dropout").and_then(Value::as_f64).is_none_or(|p| p > 0.0);
@@ -1567,7 +1573,7 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         "olmo3" | "cohere2" | "exaone4" | "cwm" => (Some(4096), 4),
         "ministral" => (Some(4096), 0),
         "mellum" if fields.object.contains_key("layer_types") => (Some(1024), 0),
-        "phi3" | "mixtral" | "starcoder2" => (None, 0),
+        "phi3" | "mixtral" | "starcoder2" | "phimoe" => (None, 0),
         _ => return Ok(None),
     };
     let off = fields.flag("use_sliding_window")? == Some(false);

@@ -30,6 +30,7 @@ KINDS = {
     "qwen2_moe": dict(num_experts=61, num_experts_per_tok=2, moe_intermediate_size=536, shared_expert_intermediate_size=568),
     "mixtral": dict(num_local_experts=61, num_experts_per_tok=2),
     "gpt_oss": dict(num_local_experts=61, num_experts_per_tok=2),
+    "phimoe": dict(num_local_experts=61, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True),
 }
 HEADS = {"gqa": (5, 11), "mha": (5, 1), "mqa": (1, 11)}
 
@@ -106,7 +107,7 @@ def main():
     key_heads, per_key = HEADS[options.get("heads", "gqa")]
     heads = key_heads * per_key
     # Grouped products want rows of 16 bytes, so mixtures get dimensions that are multiples of 8.
-    eight = 8 if "moe" in kind or kind in ("mixtral", "gpt_oss") else 1
+    eight = 8 if "moe" in kind or kind in ("mixtral", "gpt_oss", "phimoe") else 1
     config = dict(model_type=kind, hidden_size=17 * heads * eight, num_hidden_layers=int(options.get("layers", 2)),
                   num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=HEAD_WIDTH, intermediate_size=31 * eight,
                   vocab_size=23, max_position_embeddings=4096, pad_token_id=0,

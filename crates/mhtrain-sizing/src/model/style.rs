@@ -205,4 +205,6 @@ pub enum Router {
     SoftmaxWide,
     /// Sigmoid of half-precision products, a correction, made to sum to one (MiniMax M2).
     SigmoidHalf,
+    /// Two experts, one after the other, by sampling (Phi-3.5-MoE).
+    Mixer,
 }

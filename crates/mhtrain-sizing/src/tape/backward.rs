@@ -57,6 +57,8 @@ pub(super) enum Rule {
     Least(f64),
     /// A choice of two tensors: size of either gradient.
     Where(f64),
+    /// One expert of `sparsemixer`: sizes of all scores and of the chosen ones.
+    Mixer { scores: f64, chosen: f64 },
     /// Weights of the routes are made to sum to one.
     Normalise { n: f64, sum: f64 },
 }
@@ -378,6 +380,14 @@ impl Tape {
                 self.forget(node);
                 self.give(first, new[0]);
                 self.give(second, new[1]);
+            }
+            Rule::Mixer { scores, chosen } => {
+                let small = [self.new_gradient(chosen), self.new_gradient(chosen)];
+                let new = self.new_gradient(scores);
+                for id in small {
+                    self.release(id);
+                }
+                self.replace(node, new);
             }
             Rule::Normalise { n, sum } => {
                 let work = [self.new_gradient(n), self.new_gradient(n), self.new_gradient(n)];

@@ -589,6 +589,77 @@ impl Tape {
         [values, places]
     }
 
+    /// `sparsemixer`: two experts of each row, one after the other, from scores of which `rows` are chosen each time; weights
+    /// and places.
+    ///
+    /// Source: `modeling_phimoe.py` of transformers 5.19 (`sparsemixer`, `PhimoeMultiplier`).
+    pub(crate) fn mixed(&mut self, scores: Tensor, rows: f64) -> [Tensor; 2] {
+        let (n, width) = (scores.n, scores.width);
+        let mut old: Vec<Tensor> = Vec::new();
+        let mut made = [scores; 2];
+        let mut held: Vec<Tensor> = Vec::new();
+        for (index, out) in made.iter_mut().enumerate() {
+            // The first expert's scores are masked out for the second.
+            let masked = (index > 0).then(|| self.plain(n, width));
+            let (largest, place) = (self.plain(rows, width), self.plain(rows, 8.0));
+            let absolute = self.plain(n, width);
+            let factor = self.plain(n, width);
+            self.drop(absolute);
+            if index > 0 {
+                self.drop(old.remove(0));
+            }
+            let difference = self.plain(n, width);
+            let share = self.plain(n, width);
+            self.drop(difference);
+            let mask = self.plain(n, 1.0);
+            self.drop(share);
+            self.drop(largest);
+            let gates = self.plain(n, width);
+            let noise = self.plain(n, width);
+            let logarithm = self.plain(n, width);
+            self.drop(noise);
+            let noisy = self.plain(n, width);
+            self.drop(logarithm);
+            let (value, chosen) = (self.plain(rows, width), self.plain(rows, 8.0));
+            self.drop(noisy);
+            self.drop(value);
+            let softmax = self.plain(n, width);
+            self.drop(gates);
+            let weight = self.plain(rows, width);
+            let best = [self.plain(rows, width), self.plain(rows, 8.0)];
+            self.drop(place);
+            for tensor in old.drain(..) {
+                self.drop(tensor);
+            }
+            let bits = [self.plain(rows, 1.0), self.plain(rows, 1.0)];
+            let either = self.plain(rows, 1.0);
+            for tensor in bits {
+                self.drop(tensor);
+            }
+            let wide = self.plain(rows, 4.0);
+            let narrow = self.plain(rows, width);
+            self.drop(wide);
+            self.drop(either);
+            let product = self.plain(rows, width);
+            let rule = Rule::Mixer { scores: scores.bytes(), chosen: rows * width };
+            *out = self.link(product, rule, [scores.node, NONE, NONE], [mask, softmax, chosen, weight]);
+            for tensor in [mask, softmax, weight] {
+                self.drop(tensor);
+            }
+            old.extend([factor, best[0], best[1]]);
+            held.extend([chosen, narrow]);
+            held.extend(masked);
+        }
+        let weights = self.result(2.0 * rows, width, Rule::Pass, [made[0].node, made[1].node, NONE], []);
+        self.drop(made[0]);
+        let places = self.plain(2.0 * rows, 8.0);
+        for tensor in old.into_iter().chain(held) {
+            self.drop(tensor);
+        }
+        self.drop(made[1]);
+        [weights, places]
+    }
+
     /// `values /= values.sum()`, in place.
     pub(crate) fn normalised(&mut self, values: Tensor, rows: f64) -> Tensor {
         let sum = self.plain(rows, values.width);
