@@ -1096,6 +1096,7 @@ impl Traits {
                 ..llama
             },
             "gemma" => Traits { block: BlockKind::Gemma, tied: true, style: gemma, ..llama },
+            "vaultgemma" => Traits { block: BlockKind::Gemma, tied: true, style: gemma, ..llama },
             "gemma2" => Traits {
                 block: BlockKind::Gemma,
                 tied: true,
@@ -1305,7 +1306,7 @@ impl ClassDefaults {
         let none = ClassDefaults::default();
         match model_type {
             "gemma" => gemma(16, 16, 256_000),
-            "gemma2" => gemma(8, 4, 256_000),
+            "gemma2" | "vaultgemma" => gemma(8, 4, 256_000),
             "gemma3" | "gemma3_text" => gemma(8, 4, 262_208),
             "mistral" | "mixtral" | "ministral" | "glm4_moe" | "phimoe" => {
                 ClassDefaults { kv_heads: Some(8), ..none }
@@ -1414,8 +1415,8 @@ fn read_shape(
         },
     };
     // Gemma 2 caps both unless its config says null; Gemma 3 has the keys, and caps the logits alone when told to.
-    let capped =
-        |key| fields.positive(key).map(|stated| stated.map_or(model_type == "gemma2", |cap| cap.is_some()));
+    let caps = matches!(model_type.as_str(), "gemma2" | "vaultgemma");
+    let capped = |key| fields.positive(key).map(|stated| stated.map_or(caps, |cap| cap.is_some()));
     let capped_logits = capped("final_logit_softcapping")?;
     let capped_scores = capped("attn_logit_softcapping")?;
     let stated_mlp_bias = fields.flag("mlp_bias")?;
@@ -1445,7 +1446,7 @@ fn read_shape(
         mlp_bias,
         block: traits.block,
         soft_capped_logits: traits.block == BlockKind::Gemma && capped_logits,
-        soft_capped_scores: model_type == "gemma2" && capped_scores,
+        soft_capped_scores: caps && capped_scores,
         attention_sinks: traits.block == BlockKind::GptOss,
         experts,
         window: window.map(|(window, _)| window),
@@ -1567,7 +1568,7 @@ fn guessed_style(fields: &Fields<'_>) -> Result<Style, ShapeError> {
 fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64)>, ShapeError> {
     let (default, every) = match model_type {
         "mistral" => (Some(4096), 0),
-        "gemma2" => (Some(4096), 2),
+        "gemma2" | "vaultgemma" => (Some(4096), 2),
         "gemma3" | "gemma3_text" => (Some(4096), 6),
         "gpt_oss" => (Some(128), 2),
         "olmo3" | "cohere2" | "exaone4" | "cwm" => (Some(4096), 4),
