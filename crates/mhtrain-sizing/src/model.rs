@@ -1246,6 +1246,7 @@ impl Traits {
                 ..moe
             },
             "phimoe" => Traits { style: Style { norm: layer_norm, router: Router::Mixer, ..style }, ..moe },
+            "exaone_moe" => Traits { style: Style { head_norm: HeadNorm::EachLater, ..sigmoid }, ..moe },
             "mellum" => Traits { style: Style { head_norm: HeadNorm::Each, ..style }, ..moe },
             "gpt_neox" => Traits {
                 bias: AttentionBias::All,
@@ -1509,7 +1510,9 @@ fn read_style(
         }
         Unrotated::None | Unrotated::Full => {}
     }
-    if model_type == "exaone4" && !fields.object.get("sliding_window").is_some_and(Value::is_null) {
+    if matches!(model_type, "exaone4" | "exaone_moe")
+        && !fields.object.get("sliding_window").is_some_and(Value::is_null)
+    {
         style.unrotated = Unrotated::Full;
     }
     if model_type == "phimoe" {
@@ -1571,7 +1574,7 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         "gemma2" | "vaultgemma" => (Some(4096), 2),
         "gemma3" | "gemma3_text" => (Some(4096), 6),
         "gpt_oss" => (Some(128), 2),
-        "olmo3" | "cohere2" | "exaone4" | "cwm" => (Some(4096), 4),
+        "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "cwm" => (Some(4096), 4),
         "ministral" => (Some(4096), 0),
         "mellum" if fields.object.contains_key("layer_types") => (Some(1024), 0),
         "phi3" | "mixtral" | "starcoder2" | "phimoe" => (None, 0),
@@ -1580,15 +1583,15 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
     let off = fields.flag("use_sliding_window")? == Some(false);
     if off
         || fields.object.get("sliding_window").is_some_and(Value::is_null)
-            && (every == 0 || model_type == "exaone4")
+            && (every == 0 || matches!(model_type, "exaone4" | "exaone_moe"))
     {
         return Ok(None);
     }
     let window = window_of(fields, default)?;
     let listed = fields.object.get("layer_types").and_then(Value::as_array);
-    if let Some(types) =
-        listed.filter(|_| matches!(model_type, "olmo3" | "cohere2" | "exaone4" | "ministral" | "mellum"))
-    {
+    if let Some(types) = listed.filter(|_| {
+        matches!(model_type, "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "ministral" | "mellum")
+    }) {
         // Which layer is the first that does not slide says which the others are.
         let first = types.iter().position(|of| of == "full_attention");
         let every = first.map_or(0, |index| u64::try_from(index).unwrap_or(0) + 1);
@@ -1596,7 +1599,7 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
     }
     // EXAONE 4 writes its pattern in letters: `LLLG`.
     let letters = fields.object.get("sliding_window_pattern").and_then(Value::as_str);
-    let every = match letters.filter(|_| model_type == "exaone4") {
+    let every = match letters.filter(|_| matches!(model_type, "exaone4" | "exaone_moe")) {
         Some(letters) => u64::try_from(letters.len()).unwrap_or(every),
         None => fields
             .number(&["sliding_window_pattern", "_sliding_window_pattern"], LAYERS_MAX)?
@@ -1661,6 +1664,9 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
     let has_shared = !traits.known || !traits.style.gates_shared;
     let shared_experts = match fields.count("n_shared_experts", EXPERTS_MAX)? {
         Some(count) => Some(count),
+        None if model_type == "exaone_moe" => {
+            Some(fields.count("num_shared_experts", EXPERTS_MAX)?.unwrap_or(1))
+        }
         None => fields.count("moe_num_shared_experts", EXPERTS_MAX)?,
     };
     let shared_experts = shared_experts.filter(|_| has_shared);
@@ -1675,13 +1681,17 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
     // `*MoeDecoderLayer.__init__` of Qwen: experts where (i + 1) % decoder_sparse_step is 0 and i is not listed.
     // DeepSeek and GLM: from the layer first_k_dense_replace on.
     let listed = fields.layer_list("mlp_only_layers", layers)?;
-    let leading = fields.count("first_k_dense_replace", layers)?.unwrap_or(0);
+    let exaone = model_type == "exaone_moe";
+    let kinds = fields.object.get("mlp_layer_types").and_then(Value::as_array);
+    let kinds = kinds.filter(|_| mellum || exaone);
+    let leading = fields.count("first_k_dense_replace", layers)?;
+    // What a list says of each layer goes before it.
+    let leading = if kinds.is_some() { 0 } else { leading.unwrap_or(u64::from(exaone)) };
     let step = fields.number(&["decoder_sparse_step"], LAYERS_MAX)?.unwrap_or(1);
     // ERNIE 4.5: each moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index.
     let start = fields.count("moe_layer_start_index", layers)?.unwrap_or(0);
     let end = fields.object.get("moe_layer_end_index").and_then(Value::as_u64).unwrap_or(u64::MAX);
     let interval = fields.number(&["moe_layer_interval"], LAYERS_MAX)?.unwrap_or(1);
-    let kinds = fields.object.get("mlp_layer_types").and_then(Value::as_array).filter(|_| mellum);
     let listed_dense = |index: u64| {
         let of = kinds.zip(usize::try_from(index).ok()).and_then(|(kinds, index)| kinds.get(index));
         of.is_some_and(|of| of == "dense")
@@ -1706,7 +1716,13 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
             Some(flag) => flag,
             None => matches!(
                 model_type,
-                "mixtral" | "glm4_moe" | "solar_open" | "deepseek_v3" | "mellum" | "hunyuan_v1_moe"
+                "mixtral"
+                    | "glm4_moe"
+                    | "solar_open"
+                    | "deepseek_v3"
+                    | "mellum"
+                    | "hunyuan_v1_moe"
+                    | "exaone_moe"
             ),
         },
     }))
