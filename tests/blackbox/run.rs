@@ -346,6 +346,31 @@ fn a_receipt_says_how_a_job_ended_whose_process_could_not_write_it() {
     assert_eq!(receipt["rungs"], whole["rungs"], "what only it knew is kept");
 }
 
+/// Leaves what a kill leaves between setting a job aside and the beginning of the next one.
+fn lose_the_job(host: &FakeHost) {
+    std::fs::remove_file(host.env.path("out/.mhtraind/journal.jsonl")).unwrap();
+    for name in ["receipt.json", ".mhtraind/receipt.json", "attempt-1", ".mhtraind/attempt-1"] {
+        let path = host.env.path("out").join(name);
+        let _a_file = std::fs::remove_file(&path);
+        let _a_directory = std::fs::remove_dir_all(&path);
+    }
+}
+
+#[test]
+fn a_fresh_job_goes_on_with_nothing_that_another_left() {
+    let host = host();
+    host.job(json!({}));
+    host.run(&["run", "job.json"], json!({"fail": {"at_step": 5, "text": "zorglub: the flux is inverted"}}))
+        .expect(1);
+    host.run(&["run", "job.json", "--continue"], json!({"fail": {"at_step": 5, "text": "zorglub"}}))
+        .expect(1);
+    lose_the_job(&host);
+    // It saves nothing.
+    host.run(&["run", "job.json", "--fresh"], json!({"fail": {"at_step": 1, "text": "zorglub"}})).expect(1);
+    host.run(&["run", "job.json", "--continue"], json!({})).expect(0);
+    assert_eq!(host.receipt()["attempts"][0]["resume"], Value::Null, "{}", host.receipt());
+}
+
 #[test]
 fn a_job_that_goes_on_with_another_knows_its_checkpoints_after_a_kill() {
     let host = host();
@@ -354,15 +379,17 @@ fn a_job_that_goes_on_with_another_knows_its_checkpoints_after_a_kill() {
     host.run(&["run", "job.json"], fails).expect(1);
     host.run(&["run", "job.json", "--continue"], json!({"fail": {"at_step": 5, "text": "zorglub"}}))
         .expect(1);
-    // Killed when the job was set aside, and the next one had not begun.
-    std::fs::remove_file(host.env.path("out/.mhtraind/journal.jsonl")).unwrap();
-    for name in ["receipt.json", ".mhtraind/receipt.json", "attempt-1", ".mhtraind/attempt-1"] {
-        let path = host.env.path("out").join(name);
-        let _a_file = std::fs::remove_file(&path);
-        let _a_directory = std::fs::remove_dir_all(&path);
-    }
+    lose_the_job(&host);
     let refused = host.run(&["run", "job.json"], json!({})).expect(2);
     assert!(refused.stderr.contains("--continue"), "{}", refused.stderr);
+    host.job(json!({"args": {"learning_rate": 0.5}}));
+    let refused = host.run(&["run", "job.json", "--continue"], json!({})).expect(2);
+    assert!(
+        refused.stderr.contains("learning_rate") || refused.stderr.contains("args"),
+        "{}",
+        refused.stderr
+    );
+    host.job(json!({}));
     host.run(&["run", "job.json", "--continue"], json!({})).expect(0);
     assert_eq!(host.receipt()["attempts"][0]["resume"]["from_step"], 3);
 }

@@ -422,7 +422,8 @@ fn doubts(model: &Model, work: &Workload, group: Group) -> Vec<[Ratio; 2]> {
             Some(_) => {}
         }
     }
-    if model.shape.has_expert_modules(work.experts) && model.source < ShapeSource::PartlyKnown {
+    let is_doubted_as_much = matches!(model.source, ShapeSource::PartlyKnown | ShapeSource::Name);
+    if model.shape.has_expert_modules(work.experts) && !is_doubted_as_much {
         // The pass through experts one by one is not the one that was measured. Set by judgement.
         doubts.push([Ratio::about_one(1.0, 1.0), Ratio::about_one(0.8, 1.4)]);
     }

@@ -1375,7 +1375,7 @@ fn read_shape(
         Some(vocab) => vocab,
         None => return Err(ShapeError::Missing { key: "vocab_size" }),
     };
-    let experts = read_experts(fields, traits, layers)?;
+    let experts = read_experts(fields, &model_type, traits, layers)?;
     let intermediate = match fields.number(&["intermediate_size", "ffn_hidden_size", "n_inner"], WIDTH_MAX)? {
         // The first Qwen states both halves of its gated MLP together.
         Some(both) if model_type == "qwen" => (both / 2).max(1),
@@ -1612,7 +1612,12 @@ fn window_of(fields: &Fields<'_>, default: Option<u64>) -> Result<Option<u64>, S
     Ok(fields.number(&["sliding_window"], LENGTH_MAX)?.or(default))
 }
 
-fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Option<Experts>, ShapeError> {
+fn read_experts(
+    fields: &Fields<'_>,
+    model_type: &str,
+    traits: &Traits,
+    layers: u64,
+) -> Result<Option<Experts>, ShapeError> {
     const COUNT: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
     const TOP_K: [&str; 6] = [
         "num_experts_per_tok",
@@ -1630,7 +1635,6 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
         return Ok(None);
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
-    let model_type = fields.object.get("model_type").and_then(Value::as_str).unwrap_or_default();
     // Hunyuan's mixture may list a number for each layer: transformers builds its experts with one for all.
     let mut alike = None;
     if model_type == "hunyuan_v1_moe" {
@@ -1667,7 +1671,10 @@ fn read_experts(fields: &Fields<'_>, traits: &Traits, layers: u64) -> Result<Opt
         None if model_type == "exaone_moe" => {
             Some(fields.count("num_shared_experts", EXPERTS_MAX)?.unwrap_or(1))
         }
-        None => fields.count("moe_num_shared_experts", EXPERTS_MAX)?,
+        None => match fields.count("moe_num_shared_experts", EXPERTS_MAX)? {
+            None if !traits.known => fields.count("num_shared_experts", EXPERTS_MAX)?,
+            stated => stated,
+        },
     };
     let shared_experts = shared_experts.filter(|_| has_shared);
     let shared = match fields.count("shared_expert_intermediate_size", WIDTH_MAX)? {

@@ -71,9 +71,9 @@ impl Database {
             .map_err(|error| error.explain(&path, system_errno(&connection)))?;
         directory.hold_database()?;
         let mut database =
-            Database { connection, directory, path, distrusts_log: false, frames: 0, trouble: None };
+            Database { connection, directory, path, distrusts_log: crashed, frames: 0, trouble: None };
         if crashed {
-            // Whoever died may have distrusted it.
+            // Whoever died may have distrusted it. Where it cannot be begun anew now, the first write does it, or fails.
             database.copy_log("TRUNCATE");
         }
         Ok(database)
@@ -140,7 +140,7 @@ impl Database {
             Ok(!busy && frames == copied)
         });
         match copied.map_err(StoreError::from) {
-            Ok(true) => self.frames = 0,
+            Ok(true) => (self.distrusts_log, self.frames) = (false, 0),
             // Somebody reads from it: again after the next write.
             Ok(false) => {}
             // A full disk, for one, takes nothing away from the log.

@@ -203,6 +203,11 @@ fn take_up(
             let what = format!("{root} holds a job already, which was about to be gone on with");
             return Err(Failure::bad_input("not_empty", what).help(HOW_TO_GO_ON.to_owned()));
         }
+        if let Some(aside) = directory.gone_on_with().first()
+            && let Some(journal) = journal_aside(aside)?
+        {
+            must_be_same_job(&journal, spec)?;
+        }
         return Ok((None, before));
     };
     let state = journal.state().clone();
@@ -237,11 +242,15 @@ fn take_up(
 fn gone_on_with(directory: &JobDirectory) -> Result<Vec<OldAttempt>, Failure> {
     let mut attempts = Vec::new();
     for aside in directory.gone_on_with() {
-        let Some(journal) = Journal::open(&aside.join(".mhtraind/journal.jsonl"))? else { break };
+        let Some(journal) = journal_aside(&aside)? else { break };
         let of = |attempt| aside.join(format!("attempt-{attempt}"));
         attempts.splice(0..0, OldAttempt::all_of(journal.records(), of));
     }
     Ok(attempts)
+}
+
+fn journal_aside(aside: &Path) -> Result<Option<Journal>, Failure> {
+    Journal::open(&aside.join(".mhtraind/journal.jsonl"))
 }
 
 /// Brings the receipt of a job that is over up to date: the process that ended it may have been killed before it could.

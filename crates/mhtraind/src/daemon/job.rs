@@ -309,7 +309,9 @@ impl Worker {
             (false, Status::Bug) => TRIES_AFTER_A_BUG_MAX,
             (false, _) => 0,
         };
-        let goes_on = || tries < tries_max || self.trains(&state);
+        // What is left of a job that has succeeded waits for the disk, and keeps nobody from a card.
+        let is_proven = self.live.gave_device_back() && failure.code != local::DEVICE_GIVEN_BACK;
+        let goes_on = || tries < tries_max || is_proven || self.trains(&state);
         if (state.stop().is_none() && goes_on()) || (state.has_live_attempt() && !has_rights) {
             return Ok(After::TryAgain);
         }

@@ -68,7 +68,12 @@ impl LiveJob {
 
     /// Returns the UUID of its device while nobody else may have it.
     pub fn leased_device(&self) -> Option<&str> {
-        self.device_uuid.as_deref().filter(|_| !self.device_is_back.load(Ordering::Acquire))
+        self.device_uuid.as_deref().filter(|_| !self.gave_device_back())
+    }
+
+    /// Returns whether it needs no device any more: its success is proven, or it is over.
+    pub fn gave_device_back(&self) -> bool {
+        self.device_is_back.load(Ordering::Acquire)
     }
 
     /// Asks the job to end: politely, and at once the second time.
@@ -167,7 +172,10 @@ impl Audience for Followers {
     }
 
     fn has_device(&self) -> bool {
-        !self.live.device_is_back.load(Ordering::Acquire)
+        let Some(device) = self.live.leased_device() else { return self.live.device_uuid.is_none() };
+        // A daemon before this one may have given it to another.
+        let live = self.daemon.live();
+        live.values().all(|other| other.id == self.live.id || other.leased_device() != Some(device))
     }
 }
 

@@ -281,7 +281,7 @@ impl Queue {
             self.line.clear();
             return Ok(Vec::new());
         }
-        end_late(daemon).await?;
+        self.end_late(daemon).await;
         examine_new(daemon);
         download_missing(daemon).await?;
         let had = daemon.leases();
@@ -307,6 +307,22 @@ impl Queue {
             Some((uuid, gpu.card().ok()?.free))
         });
         Ok(unleased.collect())
+    }
+
+    /// Ends the jobs that wait for another card when their time is over.
+    async fn end_late(&mut self, daemon: &Arc<Daemon>) {
+        let now = Instant::now();
+        let late: Vec<_> = {
+            let queued = daemon.queued();
+            let late = queued.iter().filter(|(_, entry)| entry.ends_at.is_some_and(|at| at <= now));
+            late.map(|(id, entry)| (*id, entry.handed_in.spec.time_limit)).collect()
+        };
+        for (id, limit) in late {
+            let done = end_in_queue(daemon, id, limit).await;
+            if let Some(failure) = self.tell_trouble(Some(id), done.as_ref().err()) {
+                tracing::error!(job = id.get(), error = failure.message, "the job cannot be ended");
+            }
+        }
     }
 
     /// Starts what can start.
@@ -570,18 +586,14 @@ async fn more_memory(gpus: &Gpus, had: &[(String, Bytes)]) {
     }
 }
 
-/// Ends the jobs that wait for another card when their time is over.
-async fn end_late(daemon: &Daemon) -> Result<(), Failure> {
-    let now = Instant::now();
-    let late: Vec<_> = {
-        let queued = daemon.queued();
-        let late = queued.iter().filter(|(_, entry)| entry.ends_at.is_some_and(|at| at <= now));
-        late.map(|(id, entry)| (*id, entry.handed_in.spec.time_limit)).collect()
-    };
-    for (id, limit) in late {
-        append(daemon, id, stop::end(stop::TIME_LIMIT, limit)).await?;
-        daemon.queued().remove(&id);
+/// Ends a job that waits for another card and whose time is over, unless it is over already.
+async fn end_in_queue(daemon: &Daemon, id: JobId, limit: Option<Duration>) -> Result<(), Failure> {
+    let state = daemon.store.call(move |store| store.state(id)).await?;
+    if !state.is_final() {
+        // Whoever asked for the end before has it as it was asked for.
+        append(daemon, id, stop::end(state.stop().unwrap_or(stop::TIME_LIMIT), limit)).await?;
     }
+    daemon.queued().remove(&id);
     Ok(())
 }
 

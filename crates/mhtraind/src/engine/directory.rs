@@ -146,12 +146,17 @@ impl JobDirectory {
         write_whole(&path, b"", Lasting::OverPowerCut).map_err(|e| unwritable(&path, &e))
     }
 
-    /// Notes that what is about to be set aside is not gone on with.
+    /// Notes that nothing is gone on with: what is about to be set aside, or what was set aside last and not gone on with yet.
     ///
     /// # Errors
     /// The disk refuses it.
     pub fn goes_on_with_none(&self) -> Result<(), Failure> {
-        for path in [self.root.join(GONE_ON_WITH), self.root.join(UNFINISHED_ASIDE).join(GONE_ON_WITH)] {
+        let mut marks =
+            vec![self.root.join(GONE_ON_WITH), self.root.join(UNFINISHED_ASIDE).join(GONE_ON_WITH)];
+        if !self.holds_a_job() {
+            marks.extend(self.asides().last().map(|aside| aside.join(GONE_ON_WITH)));
+        }
+        for path in marks {
             match fs::remove_file(&path) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(unwritable(&path, &e)),
                 _ => {}

@@ -46,6 +46,9 @@ use crate::cli::output;
 use crate::config::Config;
 use crate::failure::{Failure, Status, own_unwritable};
 
+/// Code of the failure of a job that would start an attempt on a card that it gave back.
+pub const DEVICE_GIVEN_BACK: &str = "device_given_back";
+
 /// Everything that a local run starts from.
 #[derive(Debug)]
 pub struct LocalRun {

@@ -21,7 +21,7 @@ use mhtrain_swift::progress::TrainerLog;
 use mhtrain_swift::proof;
 
 use super::watch::until;
-use super::{Job, Next, OldAttempt, Step};
+use super::{DEVICE_GIVEN_BACK, Job, Next, OldAttempt, Step};
 use crate::engine::follow::Follower;
 use crate::engine::journal::now;
 use crate::engine::memory::{Waited, pause};
@@ -69,7 +69,7 @@ impl Job<'_> {
             let what =
                 "what proved the job's success is not there any more, and others may have its device by now";
             let help = "`mhtraind retry` goes on from the last checkpoint".to_owned();
-            return Err(Failure::failed("device_given_back", what).help(help));
+            return Err(Failure::failed(DEVICE_GIVEN_BACK, what).help(help));
         }
         let number = self.receipt.attempts.len() as u64 + 1;
         let number = u32::try_from(number).expect("attempts are bounded by the policy");
