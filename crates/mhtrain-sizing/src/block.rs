@@ -2,8 +2,8 @@
 //!
 //! Each function below is the list of one part of a block: the operations of its `forward`, in the order of the code,
 //! with the moments at which Python lets go of a value. [`Tape`] turns them into sums of bytes and replays them
-//! backwards. A new kind of block is a new list here, made of the parts that are there and of its own; it needs no new
-//! constants.
+//! backwards. Which parts a block has is said by its [`Style`](crate::model::Style); a new kind of operation is a new list
+//! here, and needs no new constants.
 //!
 //! Source: `modeling_*.py` of transformers 5.19 (named at each part), `peft/tuners/lora/layer.py` of peft 0.20. They were
 //! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
