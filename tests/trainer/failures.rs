@@ -365,7 +365,9 @@ fn a_missing_flash_attn_and_a_port_in_use_are_told_by_real_words() {
 fn a_signal_to_the_wrapper_is_an_interruption() {
     for name in ["-TERM", "-INT"] {
         let Some(lab) = Lab::new() else { return };
-        let found = diagnosed(&lab, "swift", &TYPED, &[], |child| {
+        // More steps than it can take before it is told to end.
+        let long = [&TYPED[..], &["--max_steps", "100000"]].concat();
+        let found = diagnosed(&lab, "swift", &long, &[], |child| {
             let until = std::time::Instant::now() + std::time::Duration::from_secs(300);
             let trains = || {
                 let said = std::fs::read_to_string(lab.env.path("typed.log")).unwrap_or_default();
