@@ -53,6 +53,17 @@ impl Broken {
         id
     }
 
+    /// A job whose last checkpoint the disk refuses, and one that trains on its card.
+    fn proven_and_next(&self) -> (String, String) {
+        let id = self.running();
+        self.breaks(&[("fsync-fails", "a")]);
+        let next = self.submitted(json!({"step_seconds": 0.4}), "b");
+        self.served.wait_until("the next job's turn", |served| {
+            served.job(&next)["progress"]["step"].as_u64() >= Some(1)
+        });
+        (id, next)
+    }
+
     /// A job that waits for the first one, and says so.
     fn waiting(&self) -> String {
         let id = self.submitted(json!({}), "b");
@@ -211,12 +222,7 @@ fn a_last_checkpoint_that_cannot_be_put_on_disk_is_no_success_until_it_can() {
 #[test]
 fn the_card_of_a_job_whose_success_is_proven_is_free_before_its_checkpoint_is_durable() {
     let mut broken = Broken::new();
-    let id = broken.running();
-    broken.breaks(&[("fsync-fails", "a")]);
-    let next = broken.submitted(json!({"step_seconds": 0.4}), "b");
-    broken.served.wait_until("the next job's turn", |served| {
-        served.job(&next)["progress"]["step"].as_u64() >= Some(1)
-    });
+    let (id, next) = broken.proven_and_next();
     assert_eq!(
         broken.served.state(&id),
         "recovering",
@@ -239,12 +245,7 @@ fn the_card_of_a_job_whose_success_is_proven_is_free_before_its_checkpoint_is_du
 #[test]
 fn a_job_that_gave_its_card_back_starts_nothing_there_when_its_proof_is_lost() {
     let mut broken = Broken::new();
-    let id = broken.running();
-    broken.breaks(&[("fsync-fails", "a")]);
-    let next = broken.submitted(json!({"step_seconds": 0.4}), "b");
-    broken.served.wait_until("the next job's turn", |served| {
-        served.job(&next)["progress"]["step"].as_u64() >= Some(1)
-    });
+    let (id, next) = broken.proven_and_next();
     broken.served.kill();
     std::fs::remove_dir_all(broken.served.host.env.path("a/attempt-1/checkpoint-10")).unwrap();
     broken.kill_and_restart();
