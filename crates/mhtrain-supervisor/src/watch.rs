@@ -60,6 +60,7 @@ pub(crate) struct Watch<'a> {
     sight: Sight,
     cgroup: Option<Watched>,
     logs: LogCap,
+    /// What tells of a stop file where no signal does.
     arrivals: Option<Arrivals>,
     ended: Option<End>,
     asked_by_signal: bool,
@@ -71,12 +72,13 @@ impl<'a> Watch<'a> {
     pub(crate) fn new(
         record: &'a RecordDir,
         launch: &'a LaunchRecord,
-        signals: Signals,
+        mut signals: Signals,
         trainer: Option<ProcessIdentity>,
         sight: Sight,
         group: Option<Group>,
         logs: LogCap,
     ) -> Watch<'a> {
+        let hears = signals.hear_of_files_in(record.path());
         let watched = |group: Group| Some(Watched { population: group.population().ok()?, group });
         Watch {
             record,
@@ -86,7 +88,7 @@ impl<'a> Watch<'a> {
             sight,
             cgroup: group.and_then(watched),
             logs,
-            arrivals: Arrivals::by_anybody(record.path()),
+            arrivals: if hears.is_ok() { None } else { Arrivals::by_anybody(record.path()) },
             ended: None,
             asked_by_signal: false,
             stop_file: None,
