@@ -187,6 +187,43 @@ fn a_job_that_is_over_has_its_whole_receipt() {
     }
 }
 
+/// Makes receipts say what they said before the job ended, as a daemon leaves them that is killed just after the end.
+fn forget_the_end(served: &Served, receipts: &[&str]) {
+    for receipt in receipts {
+        let path = served.host.env.path(receipt);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains("\"state\": \"succeeded\""), "{text}");
+        std::fs::write(&path, text.replace("\"state\": \"succeeded\"", "\"state\": \"running\"")).unwrap();
+    }
+}
+
+#[test]
+fn a_receipt_that_a_killed_daemon_left_tells_the_end_when_the_next_one_is_up() {
+    let mut served = Served::new();
+    let id = served.submit(json!({}), &json!({}));
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+    let whole = served.receipt(&id);
+    served.kill();
+    let own = format!("state/jobs/{id}/receipt.json");
+    forget_the_end(&served, &["out/receipt.json", &own]);
+    served.start();
+    served.wait_until("the receipt", |served| served.host.receipt()["state"] == "succeeded");
+    let receipt = served.host.receipt();
+    assert_eq!((&receipt["rungs"], &receipt["proof"]), (&whole["rungs"], &whole["proof"]));
+    // A later job has the directory: its receipt is not touched.
+    let later = served.submit(json!({}), &json!({}));
+    served.run(&["wait", &later, "--timeout", "60"]).expect(0);
+    served.receipt(&later);
+    served.kill();
+    forget_the_end(&served, &[&own, &format!("state/jobs/{later}/receipt.json")]);
+    served.start();
+    served.wait_until("the later job's receipt", |served| {
+        let text = std::fs::read_to_string(served.host.env.path(&format!("state/jobs/{later}/receipt.json")));
+        text.unwrap().contains("\"state\": \"succeeded\"")
+    });
+    assert_eq!(served.host.receipt()["id"].to_string(), later);
+}
+
 #[test]
 fn an_oom_is_recovered_and_followed() {
     let served = Served::new();
@@ -560,6 +597,7 @@ fn the_time_limit_ends_a_job_that_waits_for_another_card() {
     let ran = served.run(&["wait", &id, "--timeout", "30"]).expect(1);
     assert!(ran.stderr.contains("its time limit of 5 s is over"), "{}", ran.stderr);
     assert_eq!(served.state(&id), "failed");
+    served.wait_until("the receipt", |served| served.host.receipt()["state"] == "failed");
 }
 
 #[test]

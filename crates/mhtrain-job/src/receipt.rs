@@ -222,9 +222,14 @@ impl Receipt {
         receipt
     }
 
-    /// Returns this receipt, whose writer did not live to see the end, with the end that the events tell.
+    /// Returns the receipt that was kept, which knows more than the events do, with what they tell of the end where its writer
+    /// did not live to see it.
     #[must_use]
-    pub fn with_end_of(self, told: Receipt) -> Receipt {
+    pub fn up_to_date(kept: Option<Receipt>, told: Receipt) -> Receipt {
+        let Some(kept) = kept else { return told };
+        if kept.state == told.state {
+            return kept;
+        }
         Receipt {
             state: told.state,
             reason: told.reason,
@@ -233,7 +238,7 @@ impl Receipt {
             attempts: told.attempts,
             warnings: told.warnings,
             proof: told.proof,
-            ..self
+            ..kept
         }
     }
 

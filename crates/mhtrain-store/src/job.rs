@@ -218,6 +218,15 @@ pub(crate) fn unfinished_rows(connection: &Connection) -> Result<Vec<JobRow>, St
     rows.map(|row| row?.read()).collect()
 }
 
+/// Returns the numbers of the jobs that are over and had an attempt, the one that was told of last first.
+pub(crate) fn ended_last(connection: &Connection, at_most: u32) -> Result<Vec<JobId>, StoreError> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id FROM jobs WHERE is_final = 1 AND attempts > 0 ORDER BY updated_at DESC LIMIT ?1",
+    )?;
+    let ids = statement.query_map([at_most], |row| row.get(0))?;
+    Ok(ids.collect::<Result<_, _>>()?)
+}
+
 /// The events of a job that is not over, and the name of the state that is noted beside them.
 pub(crate) struct History {
     pub(crate) id: JobId,

@@ -230,6 +230,14 @@ impl Store {
             .collect()
     }
 
+    /// Returns the jobs that were the last to end after an attempt, the last one first, at most so many.
+    ///
+    /// # Errors
+    /// What keeps the store from reading.
+    pub fn ended_last(&self, at_most: u32) -> Result<Vec<JobId>, StoreError> {
+        self.database.read(|connection| job::ended_last(connection, at_most))
+    }
+
     /// Removes a job that is over, with its events and samples. Its number is not used again; its key can be.
     /// The file does not shrink, but its room is used again.
     ///

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use super::routes::{Answer, Asked, Id, to_the_end};
 use super::types::{JobList, JobView, SeriesPoint};
 use crate::daemon::{Account, Caller, Daemon};
-use crate::engine::directory::{RECEIPT_BYTES_MAX, read_plain};
+use crate::engine::directory::read_receipt;
 use crate::failure::{Failure, Status};
 
 /// Jobs of a page where the client names no number.
@@ -187,17 +187,10 @@ pub(super) async fn receipt(
 ) -> Answer<Json<Value>> {
     let owner = permit(&daemon, caller, id).await?;
     let (job, records) = settled(&daemon, id).await?;
-    let path = daemon.job_dir(id).join("receipt.json");
-    let kept = Account::as_submitted(&owner).act(move || read_plain(&path, RECEIPT_BYTES_MAX)).await?;
-    let kept: Option<Receipt> = kept.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    // One that a killed daemon left behind does not know the end. The events do.
+    let directory = daemon.job_dir(id);
+    let kept = Account::as_submitted(&owner).act(move || read_receipt(&directory)).await?;
     let told = Receipt::from_events(Some(id.get()), &records);
-    let receipt = match kept {
-        Some(kept) if kept.state == told.state => kept,
-        Some(kept) => kept.with_end_of(told),
-        None => told,
-    };
-    let receipt = Receipt { reason: job.reason, ..receipt };
+    let receipt = Receipt { reason: job.reason, ..Receipt::up_to_date(kept, told) };
     Ok(Json(serde_json::to_value(receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?))
 }
 

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::{output, plan};
 use crate::config::Config;
-use crate::engine::directory::{JobDirectory, Lasting, RECEIPT_BYTES_MAX, read_plain};
+use crate::engine::directory::{JobDirectory, Lasting, read_receipt};
 use crate::engine::journal::Journal;
 use crate::engine::local::{self, LocalRun, OldAttempt};
 use crate::engine::look::look;
@@ -259,16 +259,11 @@ fn end_receipt(directory: &JobDirectory, journal: &Journal) -> Result<(), Failur
     if !state.is_final() || directory.is_being_set_aside() {
         return Ok(());
     }
-    let kept = read_plain(&directory.root().join("receipt.json"), RECEIPT_BYTES_MAX).ok();
-    let kept: Option<Receipt> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let kept = read_receipt(directory.root());
     if kept.as_ref().is_some_and(|kept| kept.state == state.name()) {
         return Ok(());
     }
-    let told = Receipt::from_events(None, journal.records());
-    let receipt = match kept {
-        None => told,
-        Some(kept) => kept.with_end_of(told),
-    };
+    let receipt = Receipt::up_to_date(kept, Receipt::from_events(None, journal.records()));
     let text = serde_json::to_vec_pretty(&receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
     directory.write_receipt(&text, Lasting::OverPowerCut)
 }

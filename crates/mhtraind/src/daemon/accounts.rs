@@ -221,6 +221,12 @@ impl Served {
             }
         }
     }
+
+    /// Returns the account of somebody who submitted a job; `None` where this host does not know them any more, or knows
+    /// another by their number.
+    pub async fn account_of(&self, owner: &Owner) -> Option<Account> {
+        self.account(owner.uid).await.ok().filter(|account| account.name == owner.name)
+    }
 }
 
 impl Caller {

@@ -5,7 +5,6 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,12 +21,11 @@ use mhtrain_store::{JobId, ObservationOf};
 use mhtrain_supervisor::attempt::{Attempt, AttemptState};
 use rustix::fs::Mode;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use serde_json::Value;
 
 use super::live::{Followers, LiveJob};
 use super::store::StoreSink;
 use super::{Account, Daemon, HandedIn, QueuedEntry, Submission};
-use crate::engine::directory::{JobDirectory, RECEIPT_BYTES_MAX, read_plain};
+use crate::engine::directory::{JobDirectory, read_receipt};
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
 use crate::engine::local::{self, LocalRun, OldAttempt, clean_up};
@@ -245,7 +243,7 @@ impl Worker {
         let state = self.daemon.store.call_blocking(move |store| store.state(id))?;
         if let Some(by) = state.stop().filter(|_| !state.is_final()) {
             self.append(stop::end(by, self.spec.time_limit))?;
-            self.daemon.queued().remove(&self.id);
+            self.daemon.over_in_queue(self.id);
         }
         Ok(())
     }
@@ -273,7 +271,10 @@ impl Worker {
                 Err(failure) if failure.status == Status::NotFound => break,
                 Err(failure) => return Err(failure),
             };
-            for aside in asides.iter().filter(|aside| receipt_id(aside) == Some(id.get())) {
+            for aside in asides
+                .iter()
+                .filter(|aside| read_receipt(aside).is_some_and(|receipt| receipt.id == Some(id.get())))
+            {
                 let old = |attempt| aside.join(format!("attempt-{attempt}"));
                 attempts.splice(0..0, OldAttempt::all_of(&records, old));
             }
@@ -323,7 +324,7 @@ impl Worker {
             None => JobEvent::Failed { reason: failure.message.clone(), help: failure.help.clone() },
         })?;
         // It may have been on its way to another card.
-        self.daemon.queued().remove(&self.id);
+        self.daemon.over_in_queue(self.id);
         Ok(After::Over)
     }
 
@@ -425,11 +426,4 @@ fn take_umask(umask: u32) {
         // Some sandboxes forbid it. The daemon's own umask must not change for all threads.
         Err(error) => tracing::debug!(%error, "the submitter's umask holds for the trainer alone"),
     }
-}
-
-/// Returns the id of the job whose files were moved to `aside`: its receipt says it.
-fn receipt_id(aside: &Path) -> Option<u64> {
-    let receipt: Value =
-        serde_json::from_slice(&read_plain(&aside.join("receipt.json"), RECEIPT_BYTES_MAX).ok()?).ok()?;
-    receipt.get("id")?.as_u64()
 }

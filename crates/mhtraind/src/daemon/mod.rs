@@ -16,6 +16,7 @@ mod download;
 mod job;
 mod live;
 mod queue;
+mod receipts;
 mod room;
 mod service_manager;
 pub mod store;
@@ -51,6 +52,7 @@ use crate::engine::plans::Plans;
 use crate::engine::prepare::tier_book;
 use crate::engine::signals::{StopCause, StopSignals};
 use crate::failure::{Failure, Status, own_unwritable, unwritable};
+use receipts::DueReceipts;
 use room::Arriving;
 use store::StoreHandle;
 
@@ -90,6 +92,8 @@ pub struct Daemon {
     drained: AtomicBool,
     /// Cards that failed, by UUID, each with what happened. Nothing starts there.
     failed_devices: Mutex<BTreeMap<String, String>>,
+    /// Takes jobs that nobody follows to their end.
+    receipts: DueReceipts,
 }
 
 impl Daemon {
@@ -193,7 +197,7 @@ impl Daemon {
         // Off the queue only when it is on disk: a job whose end cannot be written still waits.
         let reason = StopCause::Cancel.to_string();
         self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
-        self.queued().remove(&id);
+        self.over_in_queue(id);
         reach("cancel.told", "queued");
         Ok(true)
     }
@@ -206,8 +210,14 @@ impl Daemon {
             let event = JobEvent::Cancelled { reason: by.to_owned() };
             self.store.append(id, Record::new(now(), event)).await?;
         }
-        self.queued().remove(&id);
+        self.over_in_queue(id);
         Ok(())
+    }
+
+    /// Takes a job off the queue whose end is on disk and that nobody follows: its receipt is still to tell of it.
+    fn over_in_queue(&self, id: JobId) {
+        self.queued().remove(&id);
+        self.receipts.is_due(id);
     }
 
     /// Returns where a job's own files lie. They are their owner's, and may hold traps for whoever has more rights.
@@ -323,6 +333,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let failed_devices = failed.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let observations = Observations::new(store.call(|store| store.observations()).await?);
     let gpus = Gpus::new(config.nvml_library().as_deref());
+    let (receipts, due) = DueReceipts::new();
     let daemon = Arc::new(Daemon {
         config,
         plans,
@@ -336,6 +347,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
         wake: Notify::new(),
         drained: AtomicBool::new(drained),
         failed_devices: Mutex::new(failed_devices),
+        receipts,
     });
     if let Err(failure) = daemon.make_jobs_dir() {
         // Each job makes it where it is missing, and waits until that works.
@@ -358,6 +370,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
             tracing::warn!(error = failure.message, "files of jobs that were removed are left");
         }
     });
+    tokio::spawn(receipts::keep_up_to_date(Arc::clone(&daemon), due));
     let server = tokio::spawn(routes::serve(listener, Arc::clone(&daemon)));
     let cause = tokio::select! {
         cause = signals.next() => cause,

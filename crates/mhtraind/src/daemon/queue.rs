@@ -164,8 +164,7 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
             daemon.store.append(id, Record::new(now(), event)).await?;
             continue;
         }
-        let account = daemon.served.account(job.row.owner.uid).await.ok();
-        let account = account.filter(|account| account.name == job.row.owner.name).unwrap_or_else(|| {
+        let account = daemon.served.account_of(&job.row.owner).await.unwrap_or_else(|| {
             // What runs still runs as them, and needs to be followed; nothing new is started.
             tracing::warn!(
                 job = id.get(),
@@ -285,9 +284,10 @@ impl Queue {
         examine_new(daemon);
         download_missing(daemon).await?;
         let had = daemon.leases();
-        let host = self.look_at_host(&daemon.gpus, &had).await?;
+        let drained = daemon.is_drained();
+        let host = self.look_at_host(&daemon.gpus, &had, drained).await?;
         line_up(daemon, &mut self.line);
-        let now = Now { host: &host, had, failed: daemon.failed_devices().clone() };
+        let now = Now { host: &host, had, drained, failed: daemon.failed_devices().clone() };
         self.start(daemon, &now).await?;
         let begin = Instant::now();
         self.behind = begin < self.reasons_due;
@@ -327,7 +327,7 @@ impl Queue {
 
     /// Starts what can start.
     async fn start(&mut self, daemon: &Arc<Daemon>, now: &Now<'_>) -> Result<(), Failure> {
-        let mut places = Places::new(now.leases(daemon), daemon.is_drained());
+        let mut places = Places::new(now.leases(daemon), now.is_drained(daemon));
         let devices = || now.host.gpus.devices().iter().filter_map(|gpu| gpu.uuid.as_deref());
         if !places.are_left(devices()) {
             return Ok(());
@@ -371,7 +371,7 @@ impl Queue {
             }
         }
         let jobs = self.line.values().map(|waiting| &waiting.job);
-        for (id, verdict) in decide(jobs, &now.leases(daemon), daemon.is_drained()) {
+        for (id, verdict) in decide(jobs, &now.leases(daemon), now.is_drained(daemon)) {
             let Some(id) = JobId::new(id) else { continue };
             // What was found out of may have changed since: what starts is decided by the next look.
             if !matches!(verdict, Verdict::Start { .. }) {
@@ -408,9 +408,14 @@ impl Queue {
         (before.as_ref() != Some(&failure.message)).then_some(failure)
     }
 
-    /// Looks at the whole host when it is time, else at the cards that somebody may take.
-    async fn look_at_host(&mut self, gpus: &Gpus, leases: &Leases) -> Result<Host, Failure> {
+    /// Looks at the whole host when it is time, else at the cards that somebody may take: none where nothing may start.
+    async fn look_at_host(&mut self, gpus: &Gpus, leases: &Leases, drained: bool) -> Result<Host, Failure> {
         let known = self.host.take().filter(|(_, at)| at.elapsed() < LOOK_EVERY);
+        if drained && let Some((host, _)) = &known {
+            let host = host.clone();
+            self.host = known;
+            return Ok(host);
+        }
         let (gpus, leased) = (gpus.clone(), leases.devices.clone());
         // NVML may take long, and the daemon must answer meanwhile.
         let asked = tokio::task::spawn_blocking(move || match known {
@@ -440,11 +445,18 @@ struct Now<'a> {
     host: &'a Host,
     /// What jobs had before NVML was asked: what is given back since was not asked about.
     had: Leases,
+    /// Whether nothing might start then, so that the cards were not asked again.
+    drained: bool,
     /// The cards that have failed.
     failed: BTreeMap<String, String>,
 }
 
 impl Now<'_> {
+    /// Whether nothing may start, or nothing might when the cards were looked at.
+    fn is_drained(&self, daemon: &Daemon) -> bool {
+        self.drained || daemon.is_drained()
+    }
+
     /// Returns what jobs have, or had.
     fn leases(&self, daemon: &Daemon) -> Leases {
         let (mut leases, had) = (daemon.leases(), self.had.clone());
@@ -593,7 +605,7 @@ async fn end_in_queue(daemon: &Daemon, id: JobId, limit: Option<Duration>) -> Re
         // Whoever asked for the end before has it as it was asked for.
         append(daemon, id, stop::end(state.stop().unwrap_or(stop::TIME_LIMIT), limit)).await?;
     }
-    daemon.queued().remove(&id);
+    daemon.over_in_queue(id);
     Ok(())
 }
 
@@ -813,7 +825,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
 
 async fn fail(daemon: &Daemon, id: JobId, reason: String, help: Option<String>) -> Result<(), Failure> {
     append(daemon, id, JobEvent::Failed { reason, help }).await?;
-    daemon.queued().remove(&id);
+    daemon.over_in_queue(id);
     Ok(())
 }
 

@@ -20,12 +20,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mhtrain_failpoint::reach;
+use mhtrain_job::receipt::Receipt;
 use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::failure::{Failure, Status, unwritable};
 
 /// Largest receipt that is read: its owner could have put anything there.
-pub const RECEIPT_BYTES_MAX: u64 = 16 << 20;
+const RECEIPT_BYTES_MAX: u64 = 16 << 20;
 
 /// Where an earlier job is gathered until all of it is there.
 const UNFINISHED_ASIDE: &str = ".previous.new";
@@ -287,6 +288,11 @@ impl JobDirectory {
         let path = self.private.join(relative);
         write_whole(&path, bytes, Lasting::UntilPowerCut).map_err(|e| unwritable(&path, &e))
     }
+}
+
+/// Returns the receipt that a directory holds; `None` where there is none that can be read.
+pub fn read_receipt(directory: &Path) -> Option<Receipt> {
+    serde_json::from_slice(&read_plain(&directory.join("receipt.json"), RECEIPT_BYTES_MAX).ok()?).ok()
 }
 
 /// Returns whether a job was run in an output directory before.

@@ -1,0 +1,110 @@
+//! Who tells a receipt of an end that nobody was there to write down?
+//!
+//! The one who follows a job writes its receipt last, after the end is in the store. A daemon that is killed in between leaves
+//! a receipt.json that says `running`, and a job that ends in the queue after its first attempt has nobody who follows it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mhtrain_job::event::{JobEvent, Record};
+use mhtrain_job::receipt::Receipt;
+use mhtrain_job::spec::JobSpec;
+use mhtrain_store::JobId;
+use tokio::sync::mpsc;
+
+use super::Daemon;
+use super::submission::Submission;
+use crate::engine::directory::{JobDirectory, Lasting, holds_a_job, read_receipt};
+use crate::engine::prepare;
+use crate::failure::{Failure, Status};
+
+/// How many of the jobs that ended last are looked at when a daemon starts. Between an end and its receipt are at most those that
+/// ran when the daemon before was killed.
+const LOOKED_AT: u32 = 256;
+
+/// Takes the numbers of jobs that have ended, and whose receipts do not tell it yet.
+#[derive(Debug)]
+pub struct DueReceipts(mpsc::UnboundedSender<JobId>);
+
+impl DueReceipts {
+    /// Returns where numbers go in, and where they come out.
+    pub fn new() -> (DueReceipts, mpsc::UnboundedReceiver<JobId>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (DueReceipts(sender), receiver)
+    }
+
+    /// Lets the receipt of a job be brought up to date soon; from any thread.
+    pub fn is_due(&self, id: JobId) {
+        // Nobody takes it when the daemon ends; the next one looks by itself.
+        let _at_the_next_start = self.0.send(id);
+    }
+}
+
+/// Brings receipts up to date: at first those that the daemon before left, then those that are due.
+pub async fn keep_up_to_date(daemon: Arc<Daemon>, mut due: mpsc::UnboundedReceiver<JobId>) {
+    match daemon.store.call(|store| store.ended_last(LOOKED_AT)).await {
+        Ok(ids) => {
+            for id in ids {
+                log(id, bring_up_to_date(&daemon, id).await);
+            }
+        }
+        Err(failure) => tracing::warn!(error = failure.message, "receipts are not looked at"),
+    }
+    while let Some(id) = due.recv().await {
+        // A task of its own: the slow disk of one user keeps nobody else waiting.
+        let daemon = Arc::clone(&daemon);
+        tokio::spawn(async move { log(id, bring_up_to_date(&daemon, id).await) });
+    }
+}
+
+fn log(id: JobId, done: Result<(), Failure>) {
+    if let Err(failure) = done {
+        tracing::warn!(
+            job = id.get(),
+            error = failure.message,
+            "the receipt does not tell how the job ended"
+        );
+    }
+}
+
+async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
+    let read = daemon.store.call(move |store| Ok((store.job(id)?, store.events(id)?))).await;
+    let (job, records) = match read {
+        // Removed meanwhile.
+        Err(failure) if failure.status == Status::NotFound => return Ok(()),
+        read => read?,
+    };
+    if !records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_))) {
+        // Nothing of it is in its output directory.
+        return Ok(());
+    }
+    let Some(account) = daemon.served.account_of(&job.row.owner).await else { return Ok(()) };
+    let unreadable = |e: &dyn std::fmt::Display| Failure::new(Status::Bug, "unreadable_job", e);
+    let spec = JobSpec::from_value(&job.row.spec).map_err(|e| unreadable(&e))?;
+    let submission: Submission = serde_json::from_value(job.context).map_err(|e| unreadable(&e))?;
+    let output_dir = prepare::output_dir(&spec, &submission.origin(&account, &daemon.config));
+    let own = daemon.job_dir(id);
+    account.act(move || end_receipt(&output_dir, own, id, &records)).await?
+}
+
+/// Writes the end of a job that is over into its receipt, if it is not there and the output directory is still the job's.
+fn end_receipt(output_dir: &Path, own: PathBuf, id: JobId, records: &[Record]) -> Result<(), Failure> {
+    let told = Receipt::from_events(Some(id.get()), records);
+    let kept = read_receipt(&own);
+    if told.ended_at.is_none() || kept.as_ref().is_some_and(|kept| kept.state == told.state) {
+        return Ok(());
+    }
+    if !own.is_dir() || !holds_a_job(output_dir) {
+        // Somebody removed it.
+        return Ok(());
+    }
+    // Nobody else runs a job there while we have it.
+    let directory = JobDirectory::open_beside(output_dir, own)?;
+    if read_receipt(output_dir).is_some_and(|receipt| receipt.id != Some(id.get())) {
+        // A later job set what this one left aside.
+        return Ok(());
+    }
+    let receipt = Receipt::up_to_date(kept, told);
+    let text = serde_json::to_vec_pretty(&receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
+    directory.write_receipt(&text, Lasting::OverPowerCut)
+}
