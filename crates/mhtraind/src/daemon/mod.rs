@@ -426,9 +426,15 @@ async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
         }
         std::fs::remove_file(socket).map_err(|e| unwritable(socket, &e))?;
     }
-    let listener = UnixListener::bind(socket).map_err(|e| unwritable(socket, &e))?;
-    // Who may do what is decided by the peer's credentials, so that others get a sentence and not a refusal to connect.
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o666))
-        .map_err(|e| unwritable(socket, &e))?;
-    Ok(listener)
+    // Who may do what is decided by the peer's credentials, so that others get a sentence and not a refusal to connect. It has its
+    // name when it has its mode and is listened to, so that whoever finds it is served.
+    // The other name is short, because the whole path of a socket has 107 bytes at most.
+    let unnamed = socket.with_file_name(format!(".{}", std::process::id()));
+    let _none_left = std::fs::remove_file(&unnamed);
+    let named = UnixListener::bind(&unnamed).and_then(|listener| {
+        std::fs::set_permissions(&unnamed, std::fs::Permissions::from_mode(0o666))?;
+        std::fs::rename(&unnamed, socket)?;
+        Ok(listener)
+    });
+    named.map_err(|e| unwritable(socket, &e))
 }

@@ -35,6 +35,9 @@ const QUIET_WITHIN: Duration = Duration::from_secs(60);
 /// How often a point counts that is about listings alone: samples come as often as the clock says.
 const NOTES_MAX: usize = 2;
 
+/// How long a receipt may take that tells of an end before its daemon died.
+const RECEIPT_WITHIN: Duration = Duration::from_secs(10);
+
 /// What happens in a trial, beside the kill.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Scenario {
@@ -589,11 +592,39 @@ impl Play<'_> {
                 );
             }
             let out = self.dir.join("out").join(&job.name);
+            if let Some(state) = self.left_beside(&out, job)? {
+                self.fault(
+                    Kind::Wrong,
+                    None,
+                    format!("job {id} is {}, the receipt beside its results says {state}", job.state),
+                );
+            }
             if job.state == "succeeded" && !out.join("final/trainer_state.json").exists() {
                 self.fault(Kind::Wrong, None, format!("job {id} succeeded without its final checkpoint"));
             }
         }
         Ok(())
+    }
+
+    /// Returns the state in the receipt that lies in a job's output directory, if it is another one than the job's and stays so.
+    fn left_beside(&self, out: &Path, job: &Found) -> anyhow::Result<Option<String>> {
+        let path = out.join("receipt.json");
+        let until = Instant::now() + RECEIPT_WITHIN;
+        loop {
+            let text = match std::fs::read_to_string(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+                text => text?,
+            };
+            let receipt: Value = serde_json::from_str(&text)?;
+            let state = receipt["state"].as_str().unwrap_or("nothing");
+            if receipt["id"] != job.id || state == job.state {
+                return Ok(None);
+            }
+            if Instant::now() >= until {
+                return Ok(Some(state.to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// After the daemon has ended: who and what is left?
