@@ -34,12 +34,21 @@ pub(crate) fn build() -> anyhow::Result<PathBuf> {
     let target = target_dir(&root);
     let tool = cargo_deb(&root, &target)?;
     run_command(
-        cargo().args(["build", "--release", "--locked", "--package", "mhtraind"]).current_dir(&root),
+        cargo().args(["build", "--profile", "dist", "--locked", "--package", "mhtraind"]).current_dir(&root),
     )?;
-    generate(&target.join("release/mhtraind"), &target.join("release/package"))?;
+    generate(&target.join("dist/mhtraind"), &target.join("dist/package"))?;
     // The binary is stripped: its debug information is several times its size.
     let mut command = Command::new(tool);
-    command.args(["--package", "mhtraind", "--no-build", "--strip", "--quiet", "--output"]);
+    command.args([
+        "--package",
+        "mhtraind",
+        "--profile",
+        "dist",
+        "--no-build",
+        "--strip",
+        "--quiet",
+        "--output",
+    ]);
     let path = output(command.arg(target.join("debian")).arg("--").arg("--locked").current_dir(&root))?;
     Ok(PathBuf::from(path.trim()))
 }

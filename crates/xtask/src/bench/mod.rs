@@ -86,7 +86,9 @@ struct Peer {
 #[expect(clippy::print_stdout, reason = "a command for developers reports on standard output")]
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let (root, dir) = (root()?, tempfile::Builder::new().prefix("mhtraind-bench-").tempdir()?);
-    if !cargo().args(["build", "--release"]).current_dir(&root).status()?.success() {
+    // As it is installed on hosts.
+    let build = ["build", "--profile", "dist", "--package", "mhtraind", "--package", "nvml-sim"];
+    if !cargo().args(build).current_dir(&root).status()?.success() {
         bail!("the daemon cannot be built");
     }
     let target = target_dir(&root);
@@ -340,7 +342,7 @@ fn page(root: &Path, table: &str, versions: &[&str]) -> anyhow::Result<String> {
     let versions: Vec<&str> = versions.iter().copied().filter(|version| !version.is_empty()).collect();
     Ok(format!(
         "# The daemon beside other queues\n\n\
-         Written by `cargo xtask bench --write` on {date}, commit {commit}, release build; {kernel}, {cores} cores. {}.\n\n\
+         Written by `cargo xtask bench --write` on {date}, commit {commit}, profile dist; {kernel}, {cores} cores. {}.\n\n\
          Cards are nvml-sim's. Every queue runs the same shell script, which says in a pipe that it was executed and copies what a\n\
          trainer leaves that trained ten steps: a Python that starts in 20 to 60 ms would be what is measured. Submits are\n\
          commands, their start included; the queues of the throughput rows are filled while nothing may start, but\n\

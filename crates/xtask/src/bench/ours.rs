@@ -38,9 +38,9 @@ impl<'a> Ours<'a> {
         let dir = &ground.dir;
         let settings = format!("[trainer]\ncommand = [{:?}, \"sft\"]\n", dir.join("trainer/bin/swift"));
         std::fs::write(dir.join("mhtraind.toml"), settings)?;
-        let release = target.join("release");
-        let library = release.join(nvml_sim::LIBRARY_FILE);
-        let mut ours = Ours { ground, binary: release.join("mhtraind"), library, daemon: None, jobs: 0 };
+        let built = target.join("dist");
+        let library = built.join(nvml_sim::LIBRARY_FILE);
+        let mut ours = Ours { ground, binary: built.join("mhtraind"), library, daemon: None, jobs: 0 };
         ours.hold(8, 0)?;
         ours.serve()?;
         Ok(ours)
