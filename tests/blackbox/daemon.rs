@@ -1078,10 +1078,17 @@ fn one_user_hands_in_so_many_jobs_and_no_more_until_some_have_started() {
     host.env.write("mhtraind.toml", format!("{settings}\n[daemon]\njobs_per_user = 2\n"));
     let served = Served::on(host);
     served.run(&["drain"]).expect(0);
-    for output_dir in ["a", "b"] {
-        served.submit(json!({"output_dir": output_dir}), &json!({}));
-    }
+    served.submit(json!({"output_dir": "a"}), &json!({}));
+    served.host.job(json!({"output_dir": "b"}));
+    served.run(&["submit", "job.json", "--key", "the-last-place"]).expect(0);
+    // Somebody who did not hear the answer asks again, and their job is there.
+    let again = served.run(&["submit", "job.json", "--key", "the-last-place", "--json"]).expect(0);
+    assert!(again.stdout.contains("\"existing\":true"), "{}", again.stdout);
+    let refused = served.run(&["submit", "job.json", "--key", "another"]).expect(1);
+    assert!(refused.stderr.contains("at most 2 jobs"), "{}", refused.stderr);
     served.host.job(json!({"output_dir": "c"}));
+    let refused = served.run(&["submit", "job.json", "--key", "the-last-place"]).expect(2);
+    assert!(refused.stderr.contains("the-last-place"), "{}", refused.stderr);
     let refused = served.run(&["submit", "job.json"]).expect(1);
     assert!(refused.stderr.contains("at most 2 jobs"), "{}", refused.stderr);
     served.run(&["undrain"]).expect(0);

@@ -101,6 +101,14 @@ impl Store {
         }
     }
 
+    /// Returns the job that [`Store::submit`] would find to be the same; `None` where it would add one.
+    ///
+    /// # Errors
+    /// [`StoreError::KeyReused`], and what keeps the store from reading.
+    pub fn submitted_before(&self, new: &NewJob) -> Result<Option<JobId>, StoreError> {
+        self.database.read(|connection| same_job(connection, new))
+    }
+
     /// Appends an event to a job and returns the state after it.
     ///
     /// # Errors
@@ -394,13 +402,7 @@ fn submit(connection: &Connection, new: &NewJob) -> Result<(Submitted, Option<Fo
         return Err(refused(IllegalEvent::NoBeginning { found: new.record.event.name() }));
     };
     check_version(&new.record)?;
-    if let Some(key) = &new.key
-        && let Some((id, submitted)) = by_key(connection, new.owner.uid, key)?
-    {
-        // Compared as they would be stored: a number may change in its last digit on the way through text.
-        if job::spec_of(id, submitted)? != job::spec_of(id, text_of(&new.record))? {
-            return Err(StoreError::KeyReused { key: key.clone(), id });
-        }
+    if let Some(id) = same_job(connection, new)? {
         return Ok((Submitted { id, existed: true }, None));
     }
     let id: JobId = connection
@@ -468,6 +470,17 @@ fn fold(connection: &Connection, id: JobId) -> Result<Fold, StoreError> {
         return Err(StoreError::NoSuchJob { id });
     }
     Fold::of(id, &events)
+}
+
+/// Returns the job of this key and owner.
+fn same_job(connection: &Connection, new: &NewJob) -> Result<Option<JobId>, StoreError> {
+    let Some(key) = &new.key else { return Ok(None) };
+    let Some((id, submitted)) = by_key(connection, new.owner.uid, key)? else { return Ok(None) };
+    // Compared as they would be stored: a number may change in its last digit on the way through text.
+    if job::spec_of(id, submitted)? != job::spec_of(id, text_of(&new.record))? {
+        return Err(StoreError::KeyReused { key: key.clone(), id });
+    }
+    Ok(Some(id))
 }
 
 fn by_key(connection: &Connection, uid: u32, key: &str) -> Result<Option<(JobId, String)>, StoreError> {

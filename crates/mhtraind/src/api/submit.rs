@@ -28,6 +28,9 @@ use crate::failure::{Failure, Status};
 /// How long a client may take to send a job.
 const BODY_WITHIN: Duration = Duration::from_secs(30);
 
+/// Largest job of somebody without room that is still read, one at a time, to see whether it is there already.
+const ASKED_AGAIN_BYTES_MAX: usize = 64 << 10;
+
 type Accepted = Answer<(StatusCode, Json<SubmitAnswer>)>;
 
 /// Takes a new job.
@@ -38,9 +41,16 @@ pub(super) async fn submit(
 ) -> Accepted {
     let account = daemon.served.account(caller.uid).await?;
     let bytes = body.size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
-    let room =
-        Room::take(&daemon, &account, bytes.map_or(BODY_BYTES_MAX, |bytes| bytes.min(BODY_BYTES_MAX)))?;
+    let bytes = bytes.map_or(BODY_BYTES_MAX, |bytes| bytes.min(BODY_BYTES_MAX));
+    let room = Room::take(&daemon, &account, bytes);
+    // Whoever did not hear the answer asks again, and may have filled the last place: their job is there, and needs no room.
+    let asks_alone = match &room {
+        Err(refusal) if bytes > ASKED_AGAIN_BYTES_MAX => return Err(refusal.clone().into()),
+        Err(refusal) => Some(daemon.asks_again.try_lock().map_err(|_| refusal.clone())?),
+        Ok(_) => None,
+    };
     let body = read(body).await?;
+    drop(asks_alone);
     let request: SubmitRequest = serde_json::from_slice(&body)
         .map_err(|e| Failure::bad_input("bad_request", format!("the request cannot be understood: {e}")))?;
     let mut spec = JobSpec::from_value(&request.job).map_err(bad_job)?;
@@ -85,7 +95,7 @@ pub(super) async fn retry(
     // Whoever asks for it, it stays its owner's.
     let account = Arc::new(daemon.served.account(owner.uid).await?);
     let handed_in = HandedIn { spec, submission, account };
-    let room = Room::take(&daemon, &handed_in.account, handed_in.bytes())?;
+    let room = Room::take(&daemon, &handed_in.account, handed_in.bytes());
     to_the_end(async move { accept(&daemon, caller, handed_in, room, None).await }).await
 }
 
@@ -116,14 +126,9 @@ async fn accept(
     daemon: &Arc<Daemon>,
     caller: Caller,
     handed_in: HandedIn,
-    room: Room,
+    room: Result<Room, Failure>,
     key: Option<String>,
 ) -> Accepted {
-    for id in &handed_in.spec.after {
-        must_exist(daemon, caller, *id).await?;
-    }
-    let known = examined(daemon, &handed_in).await?;
-    let notes = notes(&handed_in).await?;
     let HandedIn { spec, submission, account } = &handed_in;
     let new = NewJob {
         owner: Owner { uid: account.uid, gid: account.gid, name: account.name.clone() },
@@ -133,12 +138,24 @@ async fn accept(
         priority: i64::from(spec.priority),
         context: serde_json::to_value(submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
     };
+    let room = match room {
+        Ok(room) => room,
+        Err(refusal) => {
+            let same = daemon.store.call(move |store| store.submitted_before(&new)).await?;
+            return same.map(existing).ok_or_else(|| refusal.into());
+        }
+    };
+    for id in &spec.after {
+        must_exist(daemon, caller, *id).await?;
+    }
+    let known = examined(daemon, &handed_in).await?;
+    let notes = notes(&handed_in).await?;
     let submitted = daemon.store.call(move |store| store.submit(&new)).await?;
     reach("submit.on_disk", "");
-    let id = submitted.id.get();
     if submitted.existed {
-        return Ok((StatusCode::OK, Json(SubmitAnswer { id, existing: true, notes: Vec::new() })));
+        return Ok(existing(submitted.id));
     }
+    let id = submitted.id.get();
     let entry = QueuedEntry::new(handed_in, Some(Arc::new(known)));
     daemon.queued().insert(submitted.id, entry);
     drop(room);
@@ -146,6 +163,11 @@ async fn accept(
     daemon.wake();
     reach("submit.before_answer", "");
     Ok((StatusCode::CREATED, Json(SubmitAnswer { id, existing: false, notes })))
+}
+
+/// Returns the answer to whoever hands in a job that is there.
+fn existing(id: JobId) -> (StatusCode, Json<SubmitAnswer>) {
+    (StatusCode::OK, Json(SubmitAnswer { id: id.get(), existing: true, notes: Vec::new() }))
 }
 
 async fn must_exist(daemon: &Daemon, caller: Caller, id: u64) -> Result<(), Failure> {

@@ -94,6 +94,8 @@ pub struct Daemon {
     failed_devices: Mutex<BTreeMap<String, String>>,
     /// Takes jobs that nobody follows to their end.
     receipts: DueReceipts,
+    /// Held by whoever hands in a job without room for it, while it is read.
+    pub asks_again: tokio::sync::Mutex<()>,
 }
 
 impl Daemon {
@@ -348,6 +350,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
         drained: AtomicBool::new(drained),
         failed_devices: Mutex::new(failed_devices),
         receipts,
+        asks_again: tokio::sync::Mutex::default(),
     });
     if let Err(failure) = daemon.make_jobs_dir() {
         // Each job makes it where it is missing, and waits until that works.
