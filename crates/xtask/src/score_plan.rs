@@ -269,7 +269,7 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
     let mut draws = Draws::new(args.seed);
     let mut scores: [Score; 5] = Default::default();
     let mut ideals: [Score; IDEAL_RISKS.len()] = Default::default();
-    let (mut impossible, mut refused) = (0u32, 0u32);
+    let (mut impossible, mut refused, mut refused_rightly) = (0u32, 0u32, 0u32);
     // Every length up to the longest equally often.
     let data = args.longest_row.map(|longest| {
         let lengths: Vec<u32> = (1..=longest).step_by(7).chain([longest]).collect();
@@ -301,6 +301,7 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
             (0..=last).filter(|index| whole.rungs[*index].fits || *index == last).collect();
         let Some(oracle) = rungs.iter().copied().find(|index| fits(*index, noise)) else {
             impossible += 1;
+            refused_rightly += u32::from(plan(&case.request, &book).is_err());
             continue;
         };
         let cost = Cost::new(&case.request, &book.ladder);
@@ -396,7 +397,8 @@ pub(crate) fn run(args: &ScorePlanArgs) -> anyhow::Result<()> {
     }
     writeln!(
         out,
-        "{impossible} of {} cases fit on no rung and are left out; the cold plan refused {refused}",
+        "{impossible} of {} cases fit on no rung and are left out: the cold plan refused {refused_rightly} of them, and \
+         {refused} of the others",
         args.cases
     )?;
     Ok(())
