@@ -9,7 +9,8 @@
 //! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
 
 use crate::model::{
-    Activation, AttentionBias, BlockKind, HeadNorm, ModelShape, Norm, Part, Placement, Rotary, Router,
+    Activation, AttentionBias, BlockKind, Gemma4, HeadNorm, Heads, Keys, Layer, ModelShape, Norm, Part,
+    Placement, Rotary, Router,
 };
 use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
@@ -34,17 +35,27 @@ struct Adapted {
     down: bool,
     router: bool,
     shared_gate: bool,
+    input_gate: bool,
+    input_projection: bool,
+    all_inputs: bool,
 }
 
-/// What one block is beside its dimensions.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Layer {
-    /// Attention looks back a window only.
-    pub sliding: bool,
-    /// The MLP is dense, whatever the other blocks have.
-    pub dense: bool,
-    /// Positions are written into query and key.
-    pub rotated: bool,
+/// What a block gets beside the residual stream, and what it leaves for later ones.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Given {
+    /// Sine and cosine of the positions.
+    pub tables: [Tensor; 2],
+    /// Keys and values of an earlier layer (Gemma 4); those that a layer stores take their place.
+    pub stored: Option<[Tensor; 2]>,
+    /// What the layer knows of the tokens (Gemma 4).
+    pub input: Option<Tensor>,
+}
+
+impl Given {
+    /// Returns what most layers get: the tables alone.
+    pub(crate) fn tables(tables: [Tensor; 2]) -> Given {
+        Given { tables, stored: None, input: None }
+    }
 }
 
 /// A model and a pass as the lists need them.
@@ -226,6 +237,7 @@ impl<'a> Lists<'a> {
     pub(crate) fn norm(&self, tape: &mut Tape, x: Tensor, size: f64) -> Tensor {
         match self.shape.style.norm {
             Norm::Half | Norm::Wide | Norm::Lifted | Norm::Raised => self.rms_norm(tape, x, size),
+            Norm::Power => self.power_norm(tape, x, size, true),
             Norm::Centred => self.centred_norm(tape, x, size, size),
             Norm::Layer { bias } => self.layer_norm(tape, x, size, bias),
             Norm::LayerRaised => {
@@ -283,6 +295,31 @@ impl<'a> Lists<'a> {
         out
     }
 
+    /// `Gemma4RMSNorm.forward`, with or without a scale.
+    fn power_norm(&self, tape: &mut Tape, x: Tensor, size: f64, scales: bool) -> Tensor {
+        let lifted = tape.cast(x, 4.0);
+        let squares = tape.power(lifted);
+        let mean = tape.mean(squares, x.n / size);
+        tape.drop(squares);
+        let shifted = tape.plus_number(mean);
+        tape.drop(mean);
+        let inverse = tape.power(shifted);
+        let mut normal = tape.multiply(lifted, inverse);
+        for tensor in [inverse, lifted, shifted] {
+            tape.drop(tensor);
+        }
+        if scales {
+            let weight = tape.lifted_parameter(size, self.weight_width, self.full);
+            let scaled = tape.multiply(normal, weight);
+            tape.drop(weight);
+            tape.drop(normal);
+            normal = scaled;
+        }
+        let out = tape.cast(normal, x.width);
+        tape.drop(normal);
+        out
+    }
+
     fn rms_norm(&self, tape: &mut Tape, x: Tensor, size: f64) -> Tensor {
         let rows = x.n / size;
         let lifted = tape.cast(x, 4.0);
@@ -336,12 +373,15 @@ impl<'a> Lists<'a> {
     }
 
     /// One block: norms, attention, MLP, and the residual sums (`*DecoderLayer.forward`).
-    pub(crate) fn block(&self, tape: &mut Tape, x: Tensor, layer: Layer, tables: [Tensor; 2]) -> Tensor {
+    pub(crate) fn block(&self, tape: &mut Tape, x: Tensor, layer: Layer, given: &mut Given) -> Tensor {
         let placement = self.shape.style.placement;
         let before = placement != Placement::After;
         let after = matches!(placement, Placement::After | Placement::Around);
         let normal = if before { self.norm(tape, x, self.h) } else { tape.hold(x) };
-        let mut attended = self.attention(tape, normal, layer, tables);
+        let mut attended = match &self.shape.gemma4 {
+            Some(gemma4) => self.gemma4_attention(tape, normal, layer, given, gemma4),
+            None => self.attention(tape, normal, layer, given.tables),
+        };
         if placement == Placement::ParallelOwn {
             tape.drop(normal);
             let normal = self.norm(tape, x, self.h);
@@ -372,19 +412,159 @@ impl<'a> Lists<'a> {
         let normal = if before { self.norm(tape, middle, self.h) } else { tape.hold(middle) };
         let mut expanded = self.expanded(tape, normal, layer);
         tape.drop(normal);
+        let mut locals = Vec::new();
+        if self.shape.gemma4.is_some() && self.shape.experts.is_some() {
+            (expanded, locals) = self.gemma4_mixture(tape, middle, expanded);
+        }
         if after {
             expanded = self.replaced_by_norm(tape, expanded);
         }
-        let out = self.added(tape, middle, expanded);
+        let mut out = self.added(tape, middle, expanded);
         tape.drop(middle);
+        for tensor in locals {
+            tape.drop(tensor);
+        }
+        if self.shape.gemma4.is_some() {
+            if let Some(input) = given.input {
+                out = self.with_input(tape, out, input);
+            }
+            // `hidden_states *= self.layer_scalar`, in place.
+            let scaled = tape.copied_back(out);
+            tape.drop(out);
+            out = scaled;
+        }
         out
+    }
+
+    /// What Gemma 4 makes of the stream and of what a layer knows of the tokens, added to the stream.
+    fn with_input(&self, tape: &mut Tape, x: Tensor, input: Tensor) -> Tensor {
+        let width = input.n / self.tokens;
+        let gate = self.linear(tape, x, [self.h, width], false, self.adapted.input_gate);
+        let active = tape.unary(gate, Saved::Input);
+        tape.drop(gate);
+        let product = tape.multiply(active, input);
+        tape.drop(active);
+        let wide = self.linear(tape, product, [width, self.h], false, self.adapted.input_projection);
+        tape.drop(product);
+        let normal = self.replaced_by_norm(tape, wide);
+        let out = tape.add(x, normal);
+        tape.drop(normal);
+        tape.drop(x);
+        out
+    }
+
+    /// What each layer of Gemma 4 knows of the tokens: of their own table, and of the embedding `x`.
+    ///
+    /// Source: `get_per_layer_inputs` and `project_per_layer_inputs` in `modeling_gemma4.py`.
+    pub(crate) fn all_inputs(&self, tape: &mut Tape, x: Tensor, gemma4: &Gemma4) -> Tensor {
+        let columns = float(gemma4.inputs) * float(self.shape.layers);
+        let table = self.parameter(float(gemma4.inputs_vocab) * columns);
+        let looked_up = tape.embedding(self.tokens * columns, table);
+        let own = tape.scale(looked_up);
+        tape.drop(looked_up);
+        let product = self.linear(tape, x, [self.h, columns], false, self.adapted.all_inputs);
+        let scaled = tape.scale(product);
+        tape.drop(product);
+        let normal = self.norm(tape, scaled, float(gemma4.inputs));
+        tape.drop(scaled);
+        let sum = tape.add(normal, own);
+        let all = tape.scale(sum);
+        for tensor in [sum, normal, own] {
+            tape.drop(tensor);
+        }
+        all
+    }
+
+    /// `Gemma4TextAttention.forward`: query and key are normalised and rotated before they are transposed, the value is
+    /// normalised without a scale, and some layers take both of an earlier one.
+    fn gemma4_attention(
+        &self,
+        tape: &mut Tape,
+        x: Tensor,
+        layer: Layer,
+        given: &mut Given,
+        gemma4: &Gemma4,
+    ) -> Tensor {
+        let heads = self.shape.heads_of(layer);
+        let width = float(heads.width);
+        let (all_q, all_k) = (float(heads.queries) * width, float(heads.keys) * width);
+        let rotated = |tape: &mut Tape, product: Tensor| {
+            let normal = self.norm(tape, product, width);
+            let turned = tape.rotate(normal, Rotation::Whole, given.tables);
+            (normal, turned)
+        };
+        let product = self.linear(tape, x, [self.h, all_q], false, self.adapted.q);
+        let (normal, q) = rotated(tape, product);
+        tape.drop(product);
+        tape.drop(normal);
+        let [k, v] = match given.stored.filter(|_| layer.keys == Keys::Shared) {
+            Some(stored) => stored.map(|tensor| tape.hold(tensor)),
+            None => {
+                let key = self.linear(tape, x, [self.h, all_k], false, self.adapted.k);
+                let value = if gemma4.value_is_key && !layer.sliding {
+                    tape.hold(key)
+                } else {
+                    self.linear(tape, x, [self.h, all_k], false, self.adapted.v)
+                };
+                let (normal, k) = rotated(tape, key);
+                tape.drop(key);
+                tape.drop(normal);
+                let v = self.power_norm(tape, value, width, false);
+                tape.drop(value);
+                [k, v]
+            }
+        };
+        if layer.keys == Keys::Stored {
+            let old = given.stored.replace([k, v].map(|tensor| tape.hold(tensor)));
+            for tensor in old.into_iter().flatten() {
+                tape.drop(tensor);
+            }
+        }
+        let attended = self.scores(tape, [q, k, v], layer);
+        let out = self.linear(tape, attended, [all_q, self.h], false, self.adapted.output);
+        for tensor in [attended, q, k, v] {
+            tape.drop(tensor);
+        }
+        out
+    }
+
+    /// The experts of Gemma 4 beside its dense MLP, of which `dense` is the result: each with norms of its own. Their sum, and
+    /// what the layer's `forward` holds until it returns.
+    fn gemma4_mixture(&self, tape: &mut Tape, middle: Tensor, dense: Tensor) -> (Tensor, Vec<Tensor>) {
+        let Some(experts) = &self.shape.experts else { return (dense, Vec::new()) };
+        let first = self.norm(tape, dense, self.h);
+        let routes = self.tokens * float(experts.top_k);
+        let count = float(experts.count);
+        let normal = self.power_norm(tape, middle, self.h, false);
+        let scaled = tape.multiply_by_parameter(normal, self.parameter(self.h));
+        tape.drop(normal);
+        let lessened = tape.scale(scaled);
+        tape.drop(scaled);
+        let logits = self.linear(tape, lessened, [self.h, count], false, self.adapted.router);
+        let lifted = tape.cast(logits, 4.0);
+        let probabilities = tape.unary(lifted, Saved::Output);
+        tape.drop(lifted);
+        let [values, places] = tape.top(probabilities, routes);
+        let values = tape.normalised(values, self.tokens);
+        let each = tape.embedding(routes, self.parameter(count));
+        let scores = tape.multiply(values, each);
+        for tensor in [each, values, logits, lessened] {
+            tape.drop(tensor);
+        }
+        let second = self.norm(tape, middle, self.h);
+        let out = self.fused_experts(tape, second, scores);
+        tape.drop(second);
+        let out = self.replaced_by_norm(tape, out);
+        let sum = tape.add(first, out);
+        tape.drop(dense);
+        (sum, vec![first, out, scores, places, probabilities])
     }
 
     /// The MLP of a block, or its experts.
     fn expanded(&self, tape: &mut Tape, x: Tensor, layer: Layer) -> Tensor {
         let out = match &self.shape.experts {
-            Some(_) if !layer.dense => self.mixture(tape, x),
-            Some(_) | None => self.mlp(tape, x, float(self.shape.intermediate), 1.0),
+            Some(_) if !layer.dense && self.shape.gemma4.is_none() => self.mixture(tape, x),
+            Some(_) | None => self.mlp(tape, x, float(self.shape.dense_width(layer)), 1.0),
         };
         self.dropped_out(tape, out)
     }
@@ -607,8 +787,10 @@ impl<'a> Lists<'a> {
     /// Source: `flash_attn_interface.py` and `flash_api.cpp` of flash-attn 2 (rows up to multiples of 128 and head
     /// widths of 32 or 64 in the backward pass); `attention_backward.cu` of torch's memory-efficient kernel.
     fn scores(&self, tape: &mut Tape, [q, k, v]: [Tensor; 3], layer: Layer) -> Tensor {
-        let grouped = self.shape.kv_heads < self.shape.heads;
-        let rows = self.rows * self.heads * self.length;
+        let Heads { queries, keys, width } = self.shape.heads_of(layer);
+        let grouped = keys < queries;
+        let (heads, width) = (float(queries), float(width));
+        let rows = self.rows * heads * self.length;
         if self.attention == AttnImpl::Eager {
             let scores = Scores {
                 elements: rows * self.length,
@@ -622,24 +804,24 @@ impl<'a> Lists<'a> {
             return tape.eager(q, k, v, scores);
         }
         let kernel = if self.is_masked(layer) {
-            let wide = 4.0 * rows * self.head_dim;
-            let summed = if self.head_dim > 128.0 { wide } else { 0.0 };
+            let wide = 4.0 * rows * width;
+            let summed = if width > 128.0 { wide } else { 0.0 };
             Kernel {
-                sums: 4.0 * self.rows * self.heads * up(self.length, 32.0),
+                sums: 4.0 * self.rows * heads * up(self.length, 32.0),
                 bias: q.width * self.rows * self.length * self.length,
-                repeats: grouped && self.shape.kv_heads > 1,
+                repeats: grouped && keys > 1,
                 spreads: grouped,
                 workspace: [4.0 * rows, wide, summed, summed, 0.0],
             }
         } else {
             let length = up(self.length, 128.0);
-            let head = up(self.head_dim, if self.head_dim <= 128.0 { 32.0 } else { 64.0 });
+            let head = up(width, if width <= 128.0 { 32.0 } else { 64.0 });
             let each = if grouped { q.n * k.width } else { 0.0 };
             Kernel {
                 sums: 4.0 * rows,
                 workspace: [
-                    4.0 * self.rows * self.heads * length,
-                    4.0 * self.rows * self.heads * length * head,
+                    4.0 * self.rows * heads * length,
+                    4.0 * self.rows * heads * length * head,
                     each,
                     each,
                     0.0,
@@ -995,6 +1177,8 @@ impl<'a> Lists<'a> {
                 [logits, scores, places]
             }
             Router::SigmoidHalf => self.half_sigmoid_router(tape, x, routes),
+            // Stands beside a dense MLP, see `gemma4_mixture`.
+            Router::Scaled => return x,
         };
         let out = if self.expert_modules {
             self.experts_one_by_one(tape, x, scores)
@@ -1054,6 +1238,9 @@ impl Adapted {
                 Part::Down => &mut adapted.down,
                 Part::Router => &mut adapted.router,
                 Part::SharedGate => &mut adapted.shared_gate,
+                Part::InputGate => &mut adapted.input_gate,
+                Part::InputProjection => &mut adapted.input_projection,
+                Part::AllInputs => &mut adapted.all_inputs,
             };
             *place = true;
         }

@@ -220,6 +220,8 @@ fn dense_shape(billions: f64) -> ModelShape {
         experts: None,
         window: None,
         full_every: 0,
+        full_layers: None,
+        gemma4: None,
     }
 }
 

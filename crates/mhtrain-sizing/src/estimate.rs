@@ -384,7 +384,7 @@ fn resident(model: &Model, work: &Workload) -> Peak {
     }
     let trained = if work.train_type == TrainType::Full { weights } else { adapter };
     // Frequencies of the rotary embedding, kept twice.
-    let buffers = shape.rotary_buffers().map(|(n, count)| count * requested(4.0 * n)).sum::<f64>();
+    let buffers = shape.buffers().map(|(n, count)| count * requested(4.0 * n)).sum::<f64>();
     Peak {
         weights: weights + packed + frozen + buffers,
         adapter,
@@ -573,7 +573,8 @@ mod tests {
         let known =
             [include_str!("../tests/fixtures/kinds.json"), include_str!("../tests/fixtures/kinds.csv")];
         // These have lists by now, and the interval was drawn on them.
-        let drawn_on = ["EXAONE-MoE", "MiniMax-M2", "Phi-3.5-MoE", "hunyuan-a13b", "mellum", "vaultgemma"];
+        let drawn_on =
+            ["EXAONE-MoE", "MiniMax-M2", "Phi-3.5-MoE", "hunyuan-a13b", "mellum", "vaultgemma", "gemma4"];
         for (what, [configs, rows], without) in
             [("unknown", unknown, &[][..]), ("known, taken for unknown", known, &drawn_on[..])]
         {

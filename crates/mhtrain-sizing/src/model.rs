@@ -1,5 +1,7 @@
 //! What shape has a model, and how sure is that?
 
+mod gemma4;
+mod layer;
 mod quantised;
 mod style;
 
@@ -11,6 +13,8 @@ use crate::catalogue::{Catalogue, Entry};
 use crate::units::Bytes;
 use crate::workload::{AttnImpl, ExpertForm, Targets};
 
+pub use gemma4::Gemma4;
+pub(crate) use layer::{Heads, Keys, Layer};
 pub use quantised::Quantised;
 pub use style::{Activation, HeadNorm, Norm, Placement, Rotary, Router, Style, Unrotated};
 
@@ -360,6 +364,12 @@ pub struct ModelShape {
     /// Layers slide but for each of this number: 0 when all do, 2 when every second does not (Gemma 2, gpt-oss), 6 in
     /// Gemma 3.
     pub full_every: u64,
+    /// Indices of the layers that do not slide, smallest first, where they are listed one by one.
+    #[serde(skip)]
+    pub full_layers: Option<Vec<u64>>,
+    /// What Gemma 4 has beyond the above.
+    #[serde(skip)]
+    pub gemma4: Option<Gemma4>,
 }
 
 /// Families of blocks that allocate alike; see `block.rs`.
@@ -621,7 +631,9 @@ impl ModelShape {
         }
         // GELU as torch has it; `gelu_fast` and `gelu_new` are written out, which no list has for this kind.
         let act = object.get("hidden_act").and_then(Value::as_str).unwrap_or("gelu");
-        let usual = shape.model_type != "gpt_neox" || act == "gelu";
+        // Widths that a config states layer by layer are not read.
+        let by_layer = shape.gemma4.is_some() && object.contains_key("per_layer_config");
+        let usual = (shape.model_type != "gpt_neox" || act == "gelu") && !by_layer;
         Ok((shape, traits.known && stated && usual))
     }
 
@@ -662,6 +674,14 @@ impl ModelShape {
         if self.style.head_bias {
             total += u128::from(self.vocab);
         }
+        if let Some(gemma4) = &self.gemma4 {
+            let more = self.gemma4_parameters(gemma4);
+            total += more.iter().map(|(n, count)| u128::from(*n) * u128::from(*count)).sum::<u128>();
+            if let Some(experts) = &self.experts {
+                // Its router is a linear module.
+                total -= layers * hidden * u128::from(experts.count);
+            }
+        }
         if let Some(experts) = &self.experts {
             let mut each = experts.parameters(hidden);
             if self.has_shared_gate(experts) {
@@ -680,6 +700,7 @@ impl ModelShape {
         let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
         match self.style.head_norm {
             HeadNorm::None => [(0, 0); 2],
+            _ if self.gemma4.is_some() => [(0, 0); 2],
             HeadNorm::Each | HeadNorm::EachLater | HeadNorm::EachRotated => [(width, 1); 2],
             HeadNorm::Whole | HeadNorm::EachOwn => [(self.q_width(), 1), (self.k_width(), 1)],
             HeadNorm::EachModule => [(width, heads), (width, kv_heads)],
@@ -788,6 +809,10 @@ impl ModelShape {
             (1.0, slopes),
             (float(self.vocab), if self.style.head_bias { 1.0 } else { 0.0 }),
         ];
+        if let Some(gemma4) = &self.gemma4 {
+            let more = self.gemma4_parameters(gemma4);
+            all.extend(more.into_iter().map(|(n, count)| (float(n), float(count))));
+        }
         if let Some(experts) = self.experts.as_ref().filter(|_| !self.has_expert_modules(form)) {
             let sparse = float(self.sparse_layers(experts));
             let (count, width) = (float(experts.count), float(experts.intermediate));
@@ -800,6 +825,8 @@ impl ModelShape {
                 Router::Corrected => all.extend([(2.0 * count * h, sparse), (2.0 * count, sparse)]),
                 Router::SoftmaxWide => all.push((2.0 * count * h, sparse)),
                 Router::SigmoidHalf => all.extend([(count * h, sparse), (count, sparse)]),
+                // A linear module, and its scales are counted above.
+                Router::Scaled => {}
             }
             if experts.biases {
                 all.extend([(count * 2.0 * width, sparse), (count * h, sparse), (count, sparse)]);
@@ -819,15 +846,24 @@ impl ModelShape {
             || (self.model_type == "mellum" && both)
     }
 
-    /// Returns the buffers of the rotary embedding: elements of one, and how many there are.
-    pub(crate) fn rotary_buffers(&self) -> impl Iterator<Item = (f64, f64)> {
+    /// Returns the buffers, those of the rotary embedding above all: elements of four bytes of one, and how many there are.
+    pub(crate) fn buffers(&self) -> impl Iterator<Item = (f64, f64)> {
         let partial = self.style.rotated;
         let kinds = if self.has_two_rotary_tables() { 2.0 } else { 1.0 };
-        [(float(self.head_dim) * partial / 2.0, 2.0 * kinds)].into_iter()
+        let mut all = vec![(float(self.head_dim) * partial / 2.0, 2.0 * kinds)];
+        if let Some(gemma4) = &self.gemma4 {
+            // Those of layers that do not slide, a scale of each layer, and those of the embeddings.
+            let tables = if gemma4.inputs > 0 { 2.0 } else { 1.0 };
+            all.extend([(float(gemma4.full_head_dim) / 2.0, 2.0), (1.0, float(self.layers) + tables)]);
+        }
+        all.into_iter()
     }
 
     /// Returns the linear modules of the blocks. Fused experts and routers are none.
     pub fn linears(&self) -> Vec<Linear> {
+        if let Some(gemma4) = &self.gemma4 {
+            return self.gemma4_linears(gemma4);
+        }
         let (h, q, k) = (self.hidden, self.q_width(), self.k_width());
         let names = LinearNames::of(&self.model_type);
         let (qkv_bias, o_bias) =
@@ -868,6 +904,77 @@ impl ModelShape {
                 all.extend(self.mlp(experts.shared_intermediate, sparse, adapted));
                 all.extend(self.mlp(self.intermediate, self.layers.saturating_sub(sparse), adapted));
             }
+        }
+        all
+    }
+
+    /// Returns the linear modules of Gemma 4: those of each kind of layer, and what makes the layers' inputs of the embedding.
+    fn gemma4_linears(&self, gemma4: &Gemma4) -> Vec<Linear> {
+        let h = self.hidden;
+        let mut all = Vec::new();
+        let linear = |name, part, input, output, layers| Linear {
+            name,
+            part,
+            input,
+            output,
+            bias: false,
+            layers,
+            adapted_by_all: true,
+            packed: true,
+        };
+        for (layer, count) in self.layer_kinds() {
+            let heads = self.heads_of(layer);
+            let (q, k) = (heads.queries.saturating_mul(heads.width), heads.keys.saturating_mul(heads.width));
+            all.push(linear("q_proj", Part::Query, h, q, count));
+            if layer.keys != Keys::Shared {
+                all.push(linear("k_proj", Part::Key, h, k, count));
+                if layer.sliding || !gemma4.value_is_key {
+                    all.push(linear("v_proj", Part::Value, h, k, count));
+                }
+            }
+            all.push(linear("o_proj", Part::Output, q, h, count));
+            all.extend(self.mlp(self.dense_width(layer), count, true));
+            if gemma4.inputs > 0 {
+                all.push(linear("per_layer_input_gate", Part::InputGate, h, gemma4.inputs, count));
+                all.push(linear("per_layer_projection", Part::InputProjection, gemma4.inputs, h, count));
+            }
+        }
+        if let Some(experts) = &self.experts {
+            all.push(linear("proj", Part::Router, h, experts.count, self.layers));
+        }
+        if gemma4.inputs > 0 {
+            let all_inputs = gemma4.inputs.saturating_mul(self.layers);
+            all.push(linear("per_layer_model_projection", Part::AllInputs, h, all_inputs, 1));
+        }
+        all
+    }
+
+    /// Returns the width of the dense MLP of a layer.
+    pub(crate) fn dense_width(&self, layer: Layer) -> u64 {
+        match &self.gemma4 {
+            Some(gemma4) if gemma4.double_wide && layer.keys == Keys::Shared => {
+                self.intermediate.saturating_mul(2)
+            }
+            Some(_) | None => self.intermediate,
+        }
+    }
+
+    /// Returns what Gemma 4 has beside linear modules, tables of the vocabulary and the four norms of each layer: elements
+    /// of one, and how many there are.
+    fn gemma4_parameters(&self, gemma4: &Gemma4) -> Vec<(u64, u64)> {
+        let mut all = Vec::new();
+        for (layer, count) in self.layer_kinds() {
+            let norms = if layer.keys == Keys::Shared { 1 } else { 2 };
+            all.push((self.heads_of(layer).width, norms * count));
+        }
+        if gemma4.inputs > 0 {
+            let columns = gemma4.inputs.saturating_mul(self.layers);
+            all.extend([(gemma4.inputs_vocab.saturating_mul(columns), 1), (gemma4.inputs, 1)]);
+            all.push((self.hidden, self.layers));
+        }
+        if let Some(experts) = &self.experts {
+            // Three more norms, the router's scale, and one number for each expert.
+            all.extend([(self.hidden, 4 * self.layers), (experts.count, self.layers)]);
         }
         all
     }
@@ -959,6 +1066,12 @@ pub enum Part {
     Router,
     /// Gate of the shared expert.
     SharedGate,
+    /// Gate of what a layer gets beside the residual stream (Gemma 4).
+    InputGate,
+    /// What brings that to the width of the stream.
+    InputProjection,
+    /// What makes the inputs of all layers of the embedding.
+    AllInputs,
 }
 
 impl Linear {
@@ -1107,6 +1220,18 @@ impl Traits {
                 block: BlockKind::Gemma,
                 tied: true,
                 style: Style { placement: Placement::Around, head_norm: HeadNorm::EachLater, ..gemma },
+                ..llama
+            },
+            "gemma4_text" => Traits {
+                block: BlockKind::Gemma,
+                tied: true,
+                style: Style {
+                    norm: Norm::Power,
+                    placement: Placement::Around,
+                    head_norm: HeadNorm::Each,
+                    router: Router::Scaled,
+                    ..gemma
+                },
                 ..llama
             },
             "glm" => Traits { block: BlockKind::Glm, fused_gate_up: true, style: glm, ..llama },
@@ -1309,6 +1434,7 @@ impl ClassDefaults {
             "gemma" => gemma(16, 16, 256_000),
             "gemma2" | "vaultgemma" => gemma(8, 4, 256_000),
             "gemma3" | "gemma3_text" => gemma(8, 4, 262_208),
+            "gemma4_text" => gemma(8, 4, 262_144),
             "mistral" | "mixtral" | "ministral" | "glm4_moe" | "phimoe" => {
                 ClassDefaults { kv_heads: Some(8), ..none }
             }
@@ -1430,6 +1556,13 @@ fn read_shape(
     let mlp_bias = mlp_bias.unwrap_or(traits.mlp_bias);
     let style = read_style(fields, &model_type, traits, head_dim)?;
     let window = read_window(fields, &model_type)?;
+    let (gemma4, full_layers) = match model_type.as_str() {
+        "gemma4_text" => {
+            let (gemma4, full_layers) = Gemma4::read(fields, layers, kv_heads)?;
+            (Some(gemma4), Some(full_layers))
+        }
+        _ => (None, None),
+    };
     Ok(ModelShape {
         hidden,
         layers,
@@ -1452,6 +1585,8 @@ fn read_shape(
         experts,
         window: window.map(|(window, _)| window),
         full_every: window.map_or(0, |(_, every)| every),
+        full_layers,
+        gemma4,
         model_type,
     })
 }
@@ -1573,6 +1708,7 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         "mistral" => (Some(4096), 0),
         "gemma2" | "vaultgemma" => (Some(4096), 2),
         "gemma3" | "gemma3_text" => (Some(4096), 6),
+        "gemma4_text" => (Some(512), 6),
         "gpt_oss" => (Some(128), 2),
         "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "cwm" => (Some(4096), 4),
         "ministral" => (Some(4096), 0),
@@ -1619,8 +1755,9 @@ fn read_experts(
     layers: u64,
 ) -> Result<Option<Experts>, ShapeError> {
     const COUNT: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
-    const TOP_K: [&str; 6] = [
+    const TOP_K: [&str; 7] = [
         "num_experts_per_tok",
+        "top_k_experts",
         "experts_per_token",
         "num_experts_per_token",
         "moe_k",
@@ -1631,7 +1768,8 @@ fn read_experts(
     let stated = |keys: &[&'static str]| {
         keys.iter().any(|key| fields.object.get(*key).is_some_and(|value| !value.is_null()))
     };
-    if !traits.mixture && (traits.known || !stated(&COUNT) || !stated(&TOP_K)) {
+    let gemma4 = model_type == "gemma4_text" && fields.flag("enable_moe_block")? == Some(true);
+    if !traits.mixture && !gemma4 && (traits.known || !stated(&COUNT) || !stated(&TOP_K)) {
         return Ok(None);
     }
     let gpt_oss = traits.block == BlockKind::GptOss;

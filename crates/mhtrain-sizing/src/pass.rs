@@ -12,8 +12,8 @@
 //! fake tensors cannot be summed in place. It matters for full fine-tuning with tied embeddings only, at most two tables
 //! of the vocabulary too many at the very end.
 
-use crate::block::{Layer, Lists, float};
-use crate::model::{BlockKind, ModelShape, Unrotated};
+use crate::block::{Given, Lists, float};
+use crate::model::{BlockKind, Keys, Layer, ModelShape};
 use crate::tape::{High, Kind, Saved, Tape, Tensor};
 use crate::workload::{AttnImpl, ExpertForm, Workload};
 
@@ -108,51 +108,35 @@ struct Pass<'a> {
     tape: Tape,
 }
 
-/// The order of a model's layers: `sliding` and `dense` of each.
-fn layers(shape: &ModelShape) -> impl DoubleEndedIterator<Item = Layer> + '_ {
-    let dense = |index| {
-        shape.experts.as_ref().is_none_or(|experts| experts.dense_layers.binary_search(&index).is_ok())
-    };
-    (0..shape.layers).map(move |index| {
-        let full = |every: u64| every != 0 && (index + 1).is_multiple_of(every);
-        let sliding = shape.window.is_some() && !full(shape.full_every);
-        let rotated = match shape.style.unrotated {
-            Unrotated::None => true,
-            Unrotated::Every(every) => !full(every),
-            Unrotated::Full => sliding,
-        };
-        Layer { sliding, dense: dense(index), rotated }
-    })
+/// What the pass has when the first block begins.
+struct Prologue {
+    segment: Segment,
+    /// The embedding.
+    x: Tensor,
+    /// Sine and cosine of layers that do not slide, and of those that do.
+    tables: [[Tensor; 2]; 2],
+    /// What the model's `forward` holds until it returns.
+    held: Vec<Tensor>,
+    /// What all layers know of the tokens (Gemma 4).
+    inputs: Option<Tensor>,
 }
 
-/// Index of a kind of layer.
-fn kind_of(layer: Layer) -> usize {
-    usize::from(layer.sliding) + 2 * usize::from(layer.dense) + 4 * usize::from(!layer.rotated)
-}
-
-/// Kinds of layers.
-const KINDS: usize = 8;
-
-/// Returns all kinds of layers, each at its index.
-fn kinds() -> impl Iterator<Item = (usize, Layer)> {
-    (0..KINDS).map(|index| {
-        (index, Layer { sliding: index & 1 != 0, dense: index & 2 != 0, rotated: index & 4 == 0 })
-    })
+impl Prologue {
+    fn tables_of(&self, layer: Layer) -> [Tensor; 2] {
+        self.tables[usize::from(layer.sliding)]
+    }
 }
 
 impl Pass<'_> {
     fn course(&mut self, start: High, all_gradients: f64) -> Highest {
-        let mut present = [false; KINDS];
-        for layer in layers(self.shape) {
-            present[kind_of(layer)] = true;
-        }
+        let kinds: Vec<Layer> = self.shape.layer_kinds().into_iter().map(|(layer, _)| layer).collect();
         let mut course = Course { now: start, ..Course::default() };
-        let (prologue, x, tables, held) = self.prologue(&present);
-        course.goes_through(&prologue);
+        let prologue = self.prologue(&kinds);
+        course.goes_through(&prologue.segment);
         if self.work.gradient_checkpointing {
-            self.checkpointed(&mut course, x, tables, present);
+            self.checkpointed(&mut course, &prologue, &kinds);
         } else {
-            self.plain(&mut course, x, tables, present, held);
+            self.plain(&mut course, &prologue, &kinds);
         }
         // The optimizer's step: fused AdamW (ms-swift's default) takes nothing of its own.
         let step = High { sum: all_gradients, logits: 0.0, gradients: all_gradients };
@@ -172,7 +156,7 @@ impl Pass<'_> {
     }
 
     /// Inputs, embedding, positions, masks.
-    fn prologue(&mut self, present: &[bool; KINDS]) -> (Segment, Tensor, [Tensor; 2], Vec<Tensor>) {
+    fn prologue(&mut self, kinds: &[Layer]) -> Prologue {
         let start = self.tape.live;
         self.tape.take_high();
         let lists = &self.lists;
@@ -194,34 +178,36 @@ impl Pass<'_> {
             }
             x = scaled;
         }
+        // `enable_input_require_grads`: reentrant checkpoints need an input with a gradient.
+        if lists.full || self.work.gradient_checkpointing {
+            x = tape.root(x);
+        }
+        let gemma4 = self.shape.gemma4.as_ref();
+        let inputs =
+            gemma4.filter(|gemma4| gemma4.inputs > 0).map(|gemma4| lists.all_inputs(tape, x, gemma4));
         let mut held = vec![tape.plain(length, 8.0)];
         // One mask for layers that slide, one for those that do not.
         for sliding in [false, true] {
-            let Some((_, layer)) = kinds().find(|(index, layer)| layer.sliding == sliding && present[*index])
-            else {
-                continue;
-            };
+            let Some(layer) = kinds.iter().find(|layer| layer.sliding == sliding) else { continue };
             if self.work.attn_impl == AttnImpl::Eager {
                 held.push(tape.plain(lists.rows * length * length, lists.stream_width));
-            } else if lists.is_masked(layer) {
+            } else if lists.is_masked(*layer) {
                 held.push(tape.plain(lists.rows * length * length, 1.0));
             }
         }
-        let share = lists.table_share();
-        let table = length * float(self.shape.head_dim) * share;
-        let tables = [tape.plain(table, lists.table_width()), tape.plain(table, lists.table_width())];
-        if self.shape.has_two_rotary_tables() {
+        let table = length * float(self.shape.head_dim) * lists.table_share();
+        let width = lists.table_width();
+        let mut tables = [[tape.plain(table, width), tape.plain(table, width)]; 2];
+        if let Some(gemma4) = gemma4 {
+            let full = length * float(gemma4.full_head_dim);
+            tables[0] = [tape.plain(full, width), tape.plain(full, width)];
+        } else if self.shape.has_two_rotary_tables() {
             // Tables for local layers beside those for global ones.
-            tape.plain(2.0 * table, lists.table_width());
-        }
-        if lists.full {
-            x = tape.root(x);
-        } else if self.work.gradient_checkpointing {
-            // `enable_input_require_grads`: reentrant checkpoints need an input with a gradient.
-            x = tape.root(x);
+            tape.plain(2.0 * table, width);
         }
         let high = self.tape.take_high().minus(start);
-        (Segment { high, net: self.tape.live.minus(start), cached: 0.0 }, x, tables, held)
+        let segment = Segment { high, net: self.tape.live.minus(start), cached: 0.0 };
+        Prologue { segment, x, tables, held, inputs }
     }
 
     /// Number of positions that get logits.
@@ -240,14 +226,22 @@ impl Pass<'_> {
         (rows * whole).max(rounded_up * (whole + 1.0)).max(rows)
     }
 
-    fn checkpointed(&mut self, course: &mut Course, x: Tensor, tables: [Tensor; 2], present: [bool; KINDS]) {
-        let mut segments = [LayerSegments::default(); KINDS];
-        for (index, layer) in kinds().filter(|(index, _)| present[*index]) {
+    fn checkpointed(&mut self, course: &mut Course, prologue: &Prologue, kinds: &[Layer]) {
+        let x = prologue.x;
+        let mut segments: Vec<(Layer, LayerSegments)> = Vec::with_capacity(kinds.len());
+        for &layer in kinds {
             let input = self.tape.plain(x.n, x.width);
+            let mut given = Given::tables(prologue.tables_of(layer));
+            given.stored = self.stored(layer);
+            given.input = prologue.inputs.map(|all| self.tape.plain(self.input_of(all), all.width));
             let mut out = input;
             let mut forward = self.measured(|pass| {
                 pass.tape.recording = false;
-                out = pass.lists.block(&mut pass.tape, input, layer, tables);
+                if layer.keys == Keys::Stored {
+                    // There is nothing yet that it would take the place of.
+                    given.stored = None;
+                }
+                out = pass.lists.block(&mut pass.tape, input, layer, &mut given);
                 pass.tape.recording = true;
             });
             let before = self.tape.live.sum;
@@ -256,57 +250,126 @@ impl Pass<'_> {
             // The gradient takes the place of the output.
             let gradient = self.tape.plain(out.n, out.width);
             self.tape.drop(out);
-            let backward = self.measured(|pass| pass.recompute(input, gradient, layer, tables));
-            segments[index] = LayerSegments { forward, backward };
+            let backward = self.measured(|pass| pass.recompute(input, gradient, layer, given));
+            segments.push((layer, LayerSegments { forward, backward }));
         }
-        for layer in layers(self.shape) {
-            course.goes_through(&segments[kind_of(layer)].forward);
+        let segment = |layer: Layer| {
+            segments.iter().find(|(of, _)| *of == layer).map(|(_, segments)| *segments).unwrap_or_default()
+        };
+        for layer in self.shape.layer_list() {
+            course.goes_through(&segment(layer).forward);
         }
         let last = self.tape.plain(x.n, x.width);
         let last = self.tape.root(last);
         self.head(course, last, Vec::new());
-        for layer in layers(self.shape).rev() {
-            course.goes_through(&segments[kind_of(layer)].backward);
+        self.tape.forget_root();
+        let mut leaves = 0.0;
+        for (layer, index) in self.shape.layer_list().rev().zip(0..) {
+            course.goes_through(&segment(layer).backward);
+            course.now.sum += leaves;
+            leaves = 0.0;
+            if layer.keys == Keys::Stored {
+                // The graph of what it stored holds its input, and the gradient of that, which the block below starts with.
+                course.now.sum += requested(x);
+                leaves = requested(x);
+            }
+            let Some(all) = prologue.inputs else { continue };
+            if index + 1 == self.shape.layers {
+                // No checkpoint needs it any longer; what made it still holds the embedding.
+                course.now.sum -= requested(all);
+                if layer.keys != Keys::Stored {
+                    course.now.sum += requested(x);
+                    self.tape.drop(x);
+                }
+            }
+            if all.needs_gradient() {
+                let mut back = self.measured(|pass| pass.input_back(all, index == 0));
+                back.net.sum -= requested(all.view(self.input_of(all)));
+                course.goes_through(&back);
+            }
         }
-        self.embedding_back(course, x);
+        self.embedding_back(course, prologue);
+    }
+
+    /// Returns elements of what one layer knows of the tokens.
+    fn input_of(&self, all: Tensor) -> f64 {
+        all.n / float(self.shape.layers)
+    }
+
+    /// Returns stand-ins for the keys and values that a layer takes, or that it takes the place of.
+    fn stored(&mut self, layer: Layer) -> Option<[Tensor; 2]> {
+        if layer.keys == Keys::Own {
+            return None;
+        }
+        let heads = self.shape.heads_of(layer);
+        let n = self.lists.tokens * float(heads.keys) * float(heads.width);
+        Some([0; 2].map(|_| self.tape.plain(n, self.lists.stream_width)))
+    }
+
+    /// The gradient of what one layer knows of the tokens becomes one of what all know, and is added to that of the others.
+    ///
+    /// Source: `select_backward` of torch.
+    fn input_back(&mut self, all: Tensor, is_first: bool) {
+        let whole = self.tape.plain(all.n, all.width);
+        if !is_first {
+            let sum = self.tape.plain(all.n, all.width);
+            self.tape.drop(whole);
+            self.tape.drop(sum);
+        }
     }
 
     /// The backward pass of one checkpointed block.
-    fn recompute(&mut self, input: Tensor, gradient: Tensor, layer: Layer, tables: [Tensor; 2]) {
+    fn recompute(&mut self, input: Tensor, gradient: Tensor, layer: Layer, mut given: Given) {
         let mark = self.tape.mark();
         let root = self.tape.root(input);
-        let out = self.lists.block(&mut self.tape, root, layer, tables);
+        given.input = given.input.map(|input| self.tape.root(input));
+        let roots = mark + 1 + usize::from(given.input.is_some());
+        let out = self.lists.block(&mut self.tape, root, layer, &mut given);
         self.tape.leave_autocast();
         let seed = self.tape.hold(gradient);
         self.tape.seed(out, seed);
-        self.tape.backward(mark + 1);
+        self.tape.backward(roots);
         // The gradient of the input stays alive: it is what the block below starts with.
+        if given.input.is_some() {
+            self.tape.forget_root();
+        }
         self.tape.forget_root();
         for tensor in [out, gradient, input] {
             self.tape.drop(tensor);
         }
     }
 
-    fn plain(
-        &mut self,
-        course: &mut Course,
-        x: Tensor,
-        tables: [Tensor; 2],
-        present: [bool; KINDS],
-        mut held: Vec<Tensor>,
-    ) {
-        let first = layers(self.shape).next();
-        let mut stack: Vec<(Layer, usize, LayerSegments)> = Vec::with_capacity(5);
-        let middle = kinds().filter(|(index, _)| present[*index]).map(|(_, layer)| layer);
+    fn plain(&mut self, course: &mut Course, prologue: &Prologue, kinds: &[Layer]) {
+        let x = prologue.x;
+        let mut held = prologue.held.clone();
+        // Layers that share something are put on the tape one by one, others once for each kind, beside the first.
+        let order: Vec<Layer> = if self.shape.gemma4.is_some() {
+            self.shape.layer_list().collect()
+        } else {
+            self.shape.layer_list().take(1).chain(kinds.iter().copied()).collect()
+        };
+        let mut stack: Vec<(Layer, usize, LayerSegments)> = Vec::with_capacity(order.len());
         let mut current = self.tape.hold(x);
         held.push(x);
         // What of the tables is needed on the way back is kept by the nodes that need it.
-        held.extend(tables);
-        for layer in first.into_iter().chain(middle) {
+        held.extend(prologue.tables[1]);
+        if self.shape.gemma4.is_some() {
+            held.extend(prologue.tables[0]);
+        }
+        held.extend(prologue.inputs);
+        let mut stored: [Option<[Tensor; 2]>; 2] = [None; 2];
+        for &layer in &order {
             let mark = self.tape.mark();
             let mut forward = self.measured(|pass| {
-                let next = pass.lists.block(&mut pass.tape, current, layer, tables);
+                let mut given = Given::tables(prologue.tables_of(layer));
+                given.stored = stored[usize::from(layer.sliding)];
+                given.input = prologue.inputs.map(|all| pass.tape.slice(all, pass.input_of(all)));
+                let next = pass.lists.block(&mut pass.tape, current, layer, &mut given);
                 pass.tape.drop(current);
+                if let Some(input) = given.input {
+                    pass.tape.drop(input);
+                }
+                stored[usize::from(layer.sliding)] = given.stored;
                 current = next;
             });
             let before = self.tape.live.sum;
@@ -314,25 +377,28 @@ impl Pass<'_> {
             forward.cached = before - self.tape.live.sum;
             stack.push((layer, mark, LayerSegments { forward, ..LayerSegments::default() }));
         }
-        let segment = |stack: &[(Layer, usize, LayerSegments)], layer: Layer| {
-            stack.iter().skip(1).find(|(of, _, _)| *of == layer).map(|(_, _, segments)| *segments)
+        held.extend(stored.into_iter().flatten().flatten());
+        let is_whole = self.shape.gemma4.is_some();
+        let segment = |stack: &[(Layer, usize, LayerSegments)], index: usize, layer: Layer| {
+            let found = match index {
+                _ if is_whole => stack.get(index),
+                0 => stack.first(),
+                _ => stack.iter().skip(1).find(|(of, _, _)| *of == layer),
+            };
+            found.map(|(_, _, segments)| *segments).unwrap_or_default()
         };
-        for (index, layer) in layers(self.shape).enumerate() {
-            let segments =
-                if index == 0 { stack.first().map(|(_, _, s)| *s) } else { segment(&stack, layer) };
-            course.goes_through(&segments.unwrap_or_default().forward);
+        for (index, layer) in self.shape.layer_list().enumerate() {
+            course.goes_through(&segment(&stack, index, layer).forward);
         }
         self.head(course, current, held);
         for index in (0..stack.len()).rev() {
             let mark = stack[index].1;
             stack[index].2.backward = self.measured(|pass| pass.tape.backward(mark));
         }
-        for (index, layer) in layers(self.shape).enumerate().collect::<Vec<_>>().into_iter().rev() {
-            let segments =
-                if index == 0 { stack.first().map(|(_, _, s)| *s) } else { segment(&stack, layer) };
-            course.goes_through(&segments.unwrap_or_default().backward);
+        for (index, layer) in self.shape.layer_list().enumerate().collect::<Vec<_>>().into_iter().rev() {
+            course.goes_through(&segment(&stack, index, layer).backward);
         }
-        self.embedding_back(course, x);
+        self.embedding_back(course, prologue);
     }
 
     /// Returns what the load balancing loss of a mixture takes at its highest moment, 0 where it is off.
@@ -349,7 +415,7 @@ impl Pass<'_> {
         if self.work.experts == ExpertForm::Fused {
             return 0.0;
         }
-        let sparse = layers(self.shape).filter(|layer| !layer.dense).count();
+        let sparse = self.shape.layer_list().filter(|layer| !layer.dense).count();
         let sparse = float(u64::try_from(sparse).unwrap_or(u64::MAX));
         let rows = sparse * self.lists.tokens;
         let (count, top_k) = (float(experts.count), float(experts.top_k));
@@ -489,7 +555,20 @@ impl Pass<'_> {
         course.goes_through(&backward);
     }
 
-    fn embedding_back(&mut self, course: &mut Course, x: Tensor) {
+    fn embedding_back(&mut self, course: &mut Course, prologue: &Prologue) {
+        let x = prologue.x;
+        if let Some(all) = prologue.inputs.filter(Tensor::needs_gradient) {
+            if self.work.gradient_checkpointing {
+                // What the layers left: the gradients of the embedding and of what all layers know.
+                for tensor in [x, all].into_iter().filter(Tensor::needs_gradient) {
+                    let gradient = self.tape.plain(tensor.n, tensor.width);
+                    self.tape.seed(tensor, gradient);
+                }
+            }
+            let keep = usize::from(x.needs_gradient());
+            let back = self.measured(|pass| pass.tape.backward(keep));
+            course.goes_through(&back);
+        }
         if !self.lists.full {
             return;
         }
@@ -507,8 +586,12 @@ impl Pass<'_> {
             pass.tape.embedding_back(gradient, table);
         });
         // The gradient is alive already.
-        let up = (bytes / 512.0).ceil() * 512.0;
-        let shifted = Segment { high: High { sum: back.high.sum - up, ..back.high }, ..back };
+        let shifted = Segment { high: High { sum: back.high.sum - requested(x), ..back.high }, ..back };
         course.goes_through(&shifted);
     }
+}
+
+/// Returns what torch's allocator takes for a tensor, bytes.
+fn requested(tensor: Tensor) -> f64 {
+    (tensor.n * tensor.width / 512.0).ceil() * 512.0
 }

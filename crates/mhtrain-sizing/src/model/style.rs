@@ -75,6 +75,8 @@ pub enum Norm {
     Lifted,
     /// RMSNorm with `1 + weight` in fp32 (Gemma).
     Raised,
+    /// RMSNorm by a power of -0.5 instead of a root, the weight applied in fp32 (Gemma 4).
+    Power,
     /// LayerNorm written out in fp32, without bias (Cohere).
     Centred,
     /// torch's LayerNorm on the half-precision input, with this many parameters of the hidden size: weight and bias.
@@ -92,7 +94,7 @@ impl Norm {
     /// Parameters of the hidden size in one norm.
     pub fn parameters(self) -> u64 {
         match self {
-            Norm::Half | Norm::Wide | Norm::Lifted | Norm::Raised | Norm::Centred => 1,
+            Norm::Half | Norm::Wide | Norm::Lifted | Norm::Raised | Norm::Power | Norm::Centred => 1,
             Norm::Layer { bias } => 1 + u64::from(bias),
             Norm::LayerRaised => 2,
             Norm::LayerLifted => 0,
@@ -207,4 +209,7 @@ pub enum Router {
     SigmoidHalf,
     /// Two experts, one after the other, by sampling (Phi-3.5-MoE).
     Mixer,
+    /// Softmax of a product of the normalised and scaled input, made to sum to one and scaled for each expert; a linear module
+    /// (Gemma 4).
+    Scaled,
 }

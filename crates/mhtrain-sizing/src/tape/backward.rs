@@ -16,7 +16,7 @@ pub(super) enum Rule {
     Power(f64),
     /// An indexed tensor, or the chosen scores of all: `zeros` and the result, both of this size.
     Scatter(f64),
-    /// A product of two tensors: the full size, and to what each gradient is then summed (0: not summed).
+    /// A product of two tensors: the full size, and to what each gradient is then summed or cast (0: neither).
     Product { full: f64, sums: [f64; 2] },
     /// A matrix product: gradient of the weight (0: frozen), of the input (0: none); the weight comes first.
     Matrix { weight: f64, input: f64 },

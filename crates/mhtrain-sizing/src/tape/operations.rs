@@ -33,6 +33,12 @@ impl Tape {
         self.result(n, 4.0, Rule::New(n * width), [leaf, NONE, NONE], [])
     }
 
+    /// `n` elements that are looked up in a table.
+    pub(crate) fn embedding(&mut self, n: f64, table: Parameter) -> Tensor {
+        let leaf = self.leaf(table.trains);
+        self.result(n, table.width, Rule::New(table.n * table.width), [leaf, NONE, NONE], [])
+    }
+
     /// Sum over `k` neighbours.
     pub(crate) fn sum_over(&mut self, x: Tensor, k: f64) -> Tensor {
         self.result(x.n / k, x.width, Rule::New(x.bytes()), [x.node, NONE, NONE], [])
@@ -89,7 +95,12 @@ impl Tape {
     pub(crate) fn multiply(&mut self, a: Tensor, b: Tensor) -> Tensor {
         let n = a.n.max(b.n);
         let width = a.width.max(b.width);
-        let sum = |x: Tensor| if x.n < n { x.n * width } else { 0.0 };
+        // A gradient is summed to fewer elements, or cast to a narrower type.
+        let sum = |x: Tensor| match x {
+            _ if x.n < n => x.n * width,
+            _ if x.width < width => x.bytes(),
+            _ => 0.0,
+        };
         let rule = Rule::Product { full: n * width, sums: [sum(a), sum(b)] };
         let mut out = self.plain(n, width);
         match (a.needs_gradient(), b.needs_gradient()) {
@@ -113,6 +124,11 @@ impl Tape {
 
     /// `x.pow(2)`.
     pub(crate) fn square(&mut self, x: Tensor) -> Tensor {
+        self.power(x)
+    }
+
+    /// `x.pow(p)`, whatever the number is.
+    pub(crate) fn power(&mut self, x: Tensor) -> Tensor {
         self.result(x.n, x.width, Rule::Power(x.bytes()), [x.node, NONE, NONE], [x])
     }
 
