@@ -9,8 +9,8 @@
 //! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
 
 use crate::model::{
-    Activation, AttentionBias, BlockKind, Gemma4, HeadNorm, Heads, Keys, Layer, ModelShape, Norm, Part,
-    Placement, Rotary, Router,
+    Activation, AttentionBias, BlockKind, Convolution, Gemma4, HeadNorm, Heads, Keys, Layer, ModelShape,
+    Norm, Part, Placement, Rotary, Router,
 };
 use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
@@ -38,6 +38,8 @@ struct Adapted {
     input_gate: bool,
     input_projection: bool,
     all_inputs: bool,
+    convolution_in: bool,
+    convolution_out: bool,
 }
 
 /// What a block gets beside the residual stream, and what it leaves for later ones.
@@ -167,13 +169,29 @@ impl<'a> Lists<'a> {
 
     /// What an adapter adds to `base`, the product of `x`.
     fn adapter(&self, tape: &mut Tape, x: Tensor, base: Tensor, sizes: [f64; 2], times: f64) -> Tensor {
+        self.adapter_of(tape, x, base, sizes, times, false)
+    }
+
+    /// As [`Lists::adapter`]; `strided` where the gradient of its product is no row beside the other, and is copied.
+    fn adapter_of(
+        &self,
+        tape: &mut Tape,
+        x: Tensor,
+        base: Tensor,
+        sizes: [f64; 2],
+        times: f64,
+        strided: bool,
+    ) -> Tensor {
         let [input, output] = sizes;
         let lifted = tape.cast(x, 4.0);
         let dropped = tape.dropout(lifted);
         let narrow = self.factor(tape, dropped, [input, self.rank], times);
         tape.drop(dropped);
-        let product = self.factor(tape, narrow, [self.rank, output], times);
+        let mut product = self.factor(tape, narrow, [self.rank, output], times);
         tape.drop(narrow);
+        if strided {
+            product = self.copied_back(tape, product);
+        }
         let scaled = tape.scale(product);
         tape.drop(product);
         let sum = tape.add(base, scaled);
@@ -380,6 +398,7 @@ impl<'a> Lists<'a> {
         let normal = if before { self.norm(tape, x, self.h) } else { tape.hold(x) };
         let mut attended = match &self.shape.gemma4 {
             Some(gemma4) => self.gemma4_attention(tape, normal, layer, given, gemma4),
+            None if layer.convolves => self.short_convolution(tape, normal),
             None => self.attention(tape, normal, layer, given.tables),
         };
         if placement == Placement::ParallelOwn {
@@ -633,6 +652,39 @@ impl<'a> Lists<'a> {
         }
     }
 
+    /// `Lfm2ShortConv.forward`, with the convolution of torch itself: a gate before and one behind it, channels before
+    /// tokens.
+    fn short_convolution(&self, tape: &mut Tape, x: Tensor) -> Tensor {
+        let Some(Convolution { kernel, bias }) = self.shape.convolution else { return x };
+        let sizes = [self.h, 3.0 * self.h];
+        // The gradient comes channel by channel: with several rows the products take a copy, those of 4-bit weights none.
+        let strided = self.rows > 1.0;
+        let mut product = if self.four_bit {
+            self.linear(tape, x, sizes, bias, false)
+        } else {
+            let product = self.linear(tape, x, sizes, bias, false);
+            if strided { self.copied_back(tape, product) } else { product }
+        };
+        if self.adapted.convolution_in {
+            product = self.adapter_of(tape, x, product, sizes, 1.0, strided);
+        }
+        let [before, behind, values] = tape.thirds(product);
+        let gated = tape.multiply(before, values);
+        // What overlaps the end of a row is made too, and cut off.
+        let n = self.rows * self.h * (self.length + float(kernel) - 1.0);
+        let weight = self.parameter(self.h * float(kernel));
+        let wide = tape.convolution(gated, n, weight, if bias { self.h } else { 0.0 });
+        tape.drop(gated);
+        let cut = tape.slice(wide, x.n);
+        tape.drop(wide);
+        let made = tape.multiply(behind, cut);
+        let out = self.linear(tape, made, [self.h, self.h], bias, self.adapted.convolution_out);
+        for tensor in [made, cut, before, behind, values, product] {
+            tape.drop(tensor);
+        }
+        out
+    }
+
     /// `*Attention.forward`.
     fn attention(&self, tape: &mut Tape, x: Tensor, layer: Layer, tables: [Tensor; 2]) -> Tensor {
         let (qkv_bias, out_bias) = match self.shape.attention_bias {
@@ -754,9 +806,11 @@ impl<'a> Lists<'a> {
 
     /// A projection seen head by head: its gradient comes transposed and is copied, unless there is one head.
     fn by_head(&self, tape: &mut Tape, x: Tensor, heads: f64) -> Tensor {
-        if heads < 2.0 {
-            return x;
-        }
+        if heads < 2.0 { x } else { self.copied_back(tape, x) }
+    }
+
+    /// `x`, whose gradient is copied because it comes in another order; the handle of `x` goes.
+    fn copied_back(&self, tape: &mut Tape, x: Tensor) -> Tensor {
         let copied = tape.copied_back(x);
         tape.drop(x);
         copied
@@ -1241,6 +1295,8 @@ impl Adapted {
                 Part::InputGate => &mut adapted.input_gate,
                 Part::InputProjection => &mut adapted.input_projection,
                 Part::AllInputs => &mut adapted.all_inputs,
+                Part::ConvolutionIn => &mut adapted.convolution_in,
+                Part::ConvolutionOut => &mut adapted.convolution_out,
             };
             *place = true;
         }

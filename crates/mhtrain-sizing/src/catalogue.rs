@@ -222,6 +222,7 @@ fn dense_shape(billions: f64) -> ModelShape {
         full_every: 0,
         full_layers: None,
         gemma4: None,
+        convolution: None,
     }
 }
 

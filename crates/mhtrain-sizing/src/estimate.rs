@@ -573,8 +573,16 @@ mod tests {
         let known =
             [include_str!("../tests/fixtures/kinds.json"), include_str!("../tests/fixtures/kinds.csv")];
         // These have lists by now, and the interval was drawn on them.
-        let drawn_on =
-            ["EXAONE-MoE", "MiniMax-M2", "Phi-3.5-MoE", "hunyuan-a13b", "mellum", "vaultgemma", "gemma4"];
+        let drawn_on = [
+            "EXAONE-MoE",
+            "MiniMax-M2",
+            "Phi-3.5-MoE",
+            "hunyuan-a13b",
+            "mellum",
+            "vaultgemma",
+            "gemma4",
+            "lfm2",
+        ];
         for (what, [configs, rows], without) in
             [("unknown", unknown, &[][..]), ("known, taken for unknown", known, &drawn_on[..])]
         {

@@ -2,6 +2,7 @@
 
 mod gemma4;
 mod layer;
+mod lfm2;
 mod quantised;
 mod style;
 
@@ -15,6 +16,7 @@ use crate::workload::{AttnImpl, ExpertForm, Targets};
 
 pub use gemma4::Gemma4;
 pub(crate) use layer::{Heads, Keys, Layer};
+pub use lfm2::Convolution;
 pub use quantised::Quantised;
 pub use style::{Activation, HeadNorm, Norm, Placement, Rotary, Router, Style, Unrotated};
 
@@ -364,12 +366,15 @@ pub struct ModelShape {
     /// Layers slide but for each of this number: 0 when all do, 2 when every second does not (Gemma 2, gpt-oss), 6 in
     /// Gemma 3.
     pub full_every: u64,
-    /// Indices of the layers that do not slide, smallest first, where they are listed one by one.
+    /// Indices of the layers that attend to all tokens, smallest first, where they are listed one by one.
     #[serde(skip)]
     pub full_layers: Option<Vec<u64>>,
     /// What Gemma 4 has beyond the above.
     #[serde(skip)]
     pub gemma4: Option<Gemma4>,
+    /// What layers have that are not listed (LFM2).
+    #[serde(skip)]
+    pub convolution: Option<Convolution>,
 }
 
 /// Families of blocks that allocate alike; see `block.rs`.
@@ -620,7 +625,11 @@ impl ModelShape {
         };
         let mut tied = None;
         for level in levels.iter().rev() {
-            tied = tied.or(Fields { object: level }.flag("tie_word_embeddings")?);
+            let fields = Fields { object: level };
+            if model_type == "lfm2" {
+                tied = tied.or(fields.flag("tie_embedding")?);
+            }
+            tied = tied.or(fields.flag("tie_word_embeddings")?);
         }
         let traits = Traits::of(&model_type);
         let stated = stated("model_type").is_some();
@@ -662,8 +671,8 @@ impl ModelShape {
         let (layers, hidden) = (u128::from(self.layers), u128::from(self.hidden));
         let norm = u128::from(self.style.norm.parameters()) * hidden;
         let mut per_layer = u128::from(self.style.placement.norms()) * norm;
-        per_layer +=
-            self.head_norms().iter().map(|(n, count)| u128::from(*n) * u128::from(*count)).sum::<u128>();
+        let head_norms: u128 =
+            self.head_norms().iter().map(|(n, count)| u128::from(*n) * u128::from(*count)).sum();
         if self.attention_sinks {
             per_layer += u128::from(self.heads);
         }
@@ -671,6 +680,12 @@ impl ModelShape {
             per_layer += 2;
         }
         let mut total = linears + layers * per_layer + norm + u128::from(self.vocab_parameters());
+        let attention_layers = u128::from(self.attention_layers());
+        total += attention_layers * head_norms;
+        if let Some(convolution) = self.convolution {
+            let each = u128::from(convolution.kernel) + u128::from(convolution.bias);
+            total += layers.saturating_sub(attention_layers) * hidden * each;
+        }
         if self.style.head_bias {
             total += u128::from(self.vocab);
         }
@@ -797,7 +812,9 @@ impl ModelShape {
         let tables = if self.tied_embeddings { 1.0 } else { 2.0 };
         let norm_parameters = float(self.style.norm.parameters());
         let norms = float(self.style.placement.norms()) * layers + 1.0;
-        let [q_norms, k_norms] = self.head_norms().map(|(n, count)| (float(n), float(count) * layers));
+        let attention_layers = float(self.attention_layers());
+        let [q_norms, k_norms] =
+            self.head_norms().map(|(n, count)| (float(n), float(count) * attention_layers));
         let slopes = if self.style.activation == Activation::Xielu { 2.0 * layers } else { 0.0 };
         let sinks = if self.attention_sinks { layers } else { 0.0 };
         let mut all = vec![
@@ -812,6 +829,11 @@ impl ModelShape {
         if let Some(gemma4) = &self.gemma4 {
             let more = self.gemma4_parameters(gemma4);
             all.extend(more.into_iter().map(|(n, count)| (float(n), float(count))));
+        }
+        if let Some(convolution) = self.convolution {
+            let count = layers - attention_layers;
+            all.push((float(convolution.kernel) * h, count));
+            all.push((h, if convolution.bias { count } else { 0.0 }));
         }
         if let Some(experts) = self.experts.as_ref().filter(|_| !self.has_expert_modules(form)) {
             let sparse = float(self.sparse_layers(experts));
@@ -868,13 +890,14 @@ impl ModelShape {
         let names = LinearNames::of(&self.model_type);
         let (qkv_bias, o_bias) =
             (self.attention_bias != AttentionBias::None, self.attention_bias == AttentionBias::All);
+        let attention_layers = self.attention_layers();
         let linear = |name, part, input, output, bias| Linear {
             name,
             part,
             input,
             output,
             bias,
-            layers: self.layers,
+            layers: attention_layers,
             adapted_by_all: true,
             packed: true,
         };
@@ -893,6 +916,14 @@ impl ModelShape {
             all.push(linear("v_proj", Part::Value, h, k, qkv_bias));
         }
         all.push(linear(names.output, Part::Output, q, h, o_bias));
+        if let Some(Convolution { bias, .. }) = self.convolution {
+            let mut linear = |name, part, output| {
+                let layers = self.layers.saturating_sub(attention_layers);
+                all.push(Linear { layers, ..linear(name, part, h, output, bias) });
+            };
+            linear("in_proj", Part::ConvolutionIn, h.saturating_mul(3));
+            linear("out_proj", Part::ConvolutionOut, h);
+        }
         match &self.experts {
             None => all.extend(self.mlp(self.intermediate, self.layers, true)),
             Some(experts) => {
@@ -1072,6 +1103,10 @@ pub enum Part {
     InputProjection,
     /// What makes the inputs of all layers of the embedding.
     AllInputs,
+    /// What goes into a short convolution and gates it (LFM2).
+    ConvolutionIn,
+    /// What comes out of it.
+    ConvolutionOut,
 }
 
 impl Linear {
@@ -1122,6 +1157,7 @@ impl LinearNames {
             }
             "baichuan" => LinearNames { qkv: "W_pack", ..usual },
             "mixtral" => LinearNames { gate: "w1", up: "w3", down: "w2", ..usual },
+            "lfm2" => LinearNames { output: "out_proj", gate: "w1", up: "w3", down: "w2", ..usual },
             "granitemoeshared" => LinearNames { gate_up: "input_linear", down: "output_linear", ..usual },
             "starcoder2" => LinearNames { up: "c_fc", down: "c_proj", ..usual },
             "phi" => LinearNames { output: "dense", up: "fc1", down: "fc2", ..usual },
@@ -1234,6 +1270,7 @@ impl Traits {
                 },
                 ..llama
             },
+            "lfm2" => Traits { tied: true, style: Style { head_norm: HeadNorm::Each, ..style }, ..llama },
             "glm" => Traits { block: BlockKind::Glm, fused_gate_up: true, style: glm, ..llama },
             "glm4" => Traits {
                 block: BlockKind::Glm,
@@ -1438,6 +1475,7 @@ impl ClassDefaults {
             "mistral" | "mixtral" | "ministral" | "glm4_moe" | "phimoe" => {
                 ClassDefaults { kv_heads: Some(8), ..none }
             }
+            "lfm2" => ClassDefaults { kv_heads: Some(8), ..none },
             "seed_oss" | "ministral3" => ClassDefaults { kv_heads: Some(8), head_dim: Some(128), ..none },
             "starcoder2" => ClassDefaults { kv_heads: Some(2), ..none },
             "smollm3" | "ernie4_5_moe" => ClassDefaults { kv_heads: Some(4), ..none },
@@ -1505,6 +1543,7 @@ fn read_shape(
     let intermediate = match fields.number(&["intermediate_size", "ffn_hidden_size", "n_inner"], WIDTH_MAX)? {
         // The first Qwen states both halves of its gated MLP together.
         Some(both) if model_type == "qwen" => (both / 2).max(1),
+        Some(stated) if model_type == "lfm2" => lfm2::mlp_width(fields, stated)?,
         Some(width) => width,
         None => match &experts {
             Some(experts) => experts.intermediate,
@@ -1556,13 +1595,18 @@ fn read_shape(
     let mlp_bias = mlp_bias.unwrap_or(traits.mlp_bias);
     let style = read_style(fields, &model_type, traits, head_dim)?;
     let window = read_window(fields, &model_type)?;
-    let (gemma4, full_layers) = match model_type.as_str() {
+    let (mut gemma4, mut convolution, mut full_layers) = (None, None, None);
+    match model_type.as_str() {
         "gemma4_text" => {
-            let (gemma4, full_layers) = Gemma4::read(fields, layers, kv_heads)?;
-            (Some(gemma4), Some(full_layers))
+            let (read, full) = Gemma4::read(fields, layers, kv_heads)?;
+            (gemma4, full_layers) = (Some(read), Some(full));
         }
-        _ => (None, None),
-    };
+        "lfm2" => {
+            let (read, full) = Convolution::read(fields, layers)?;
+            (convolution, full_layers) = (Some(read), Some(full));
+        }
+        _ => {}
+    }
     Ok(ModelShape {
         hidden,
         layers,
@@ -1587,6 +1631,7 @@ fn read_shape(
         full_every: window.map_or(0, |(_, every)| every),
         full_layers,
         gemma4,
+        convolution,
         model_type,
     })
 }

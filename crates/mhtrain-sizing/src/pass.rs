@@ -342,8 +342,10 @@ impl Pass<'_> {
     fn plain(&mut self, course: &mut Course, prologue: &Prologue, kinds: &[Layer]) {
         let x = prologue.x;
         let mut held = prologue.held.clone();
-        // Layers that share something are put on the tape one by one, others once for each kind, beside the first.
-        let order: Vec<Layer> = if self.shape.gemma4.is_some() {
+        // Layers that share something, or of which only some have what is adapted, are put on the tape one by one, others once
+        // for each kind, beside the first.
+        let is_whole = self.shape.gemma4.is_some() || self.shape.convolution.is_some();
+        let order: Vec<Layer> = if is_whole {
             self.shape.layer_list().collect()
         } else {
             self.shape.layer_list().take(1).chain(kinds.iter().copied()).collect()
@@ -378,7 +380,6 @@ impl Pass<'_> {
             stack.push((layer, mark, LayerSegments { forward, ..LayerSegments::default() }));
         }
         held.extend(stored.into_iter().flatten().flatten());
-        let is_whole = self.shape.gemma4.is_some();
         let segment = |stack: &[(Layer, usize, LayerSegments)], index: usize, layer: Layer| {
             let found = match index {
                 _ if is_whole => stack.get(index),

@@ -13,6 +13,8 @@ pub(crate) struct Layer {
     pub rotated: bool,
     /// Whose keys and values it attends to.
     pub keys: Keys,
+    /// A short convolution stands in the place of attention (LFM2).
+    pub convolves: bool,
 }
 
 /// Whose keys and values a layer attends to (Gemma 4).
@@ -59,7 +61,8 @@ impl ModelShape {
             } else {
                 Keys::Own
             };
-            Layer { sliding, dense: dense(index), rotated, keys }
+            let convolves = self.convolution.is_some() && !self.is_listed_as_full(index);
+            Layer { sliding, dense: dense(index), rotated, keys, convolves }
         })
     }
 
@@ -84,9 +87,21 @@ impl ModelShape {
         Heads { queries: self.heads, keys, width }
     }
 
+    /// Returns how many layers have attention.
+    pub(crate) fn attention_layers(&self) -> u64 {
+        if self.convolution.is_none() {
+            return self.layers;
+        }
+        self.layer_kinds().iter().filter(|(layer, _)| !layer.convolves).map(|(_, count)| count).sum()
+    }
+
+    fn is_listed_as_full(&self, index: u64) -> bool {
+        self.full_layers.as_ref().is_some_and(|full| full.binary_search(&index).is_ok())
+    }
+
     fn slides(&self, index: u64) -> bool {
         match &self.full_layers {
-            Some(full) => self.window.is_some() && full.binary_search(&index).is_err(),
+            Some(_) => self.window.is_some() && !self.is_listed_as_full(index),
             None => self.window.is_some() && !is_each(self.full_every, index),
         }
     }

@@ -47,7 +47,7 @@ pub(super) enum Rule {
     Narrow { wide: f64, narrow: f64 },
     /// A difference: the gradient goes on to the first, and negated to the second, summed to `sum` (0: not summed).
     Difference { full: f64, sum: f64 },
-    /// torch's layer norm: gradients of the input, the weight and the bias (0: none).
+    /// torch's layer norm, a convolution: gradients of the input, the weight and the bias (0: none).
     LayerNorm { input: f64, weight: f64, bias: f64 },
     /// Parts of a tensor are joined to it again: its size.
     Gather(f64),

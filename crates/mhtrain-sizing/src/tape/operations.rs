@@ -329,6 +329,15 @@ impl Tape {
         out
     }
 
+    /// A convolution of each channel by itself, to `n` elements, with `bias` numbers added (0: none): keeps its input.
+    pub(crate) fn convolution(&mut self, x: Tensor, n: f64, weight: Parameter, bias: f64) -> Tensor {
+        let leaf = self.leaf(weight.trains);
+        let bytes = |n: f64| if weight.trains { n * weight.width } else { 0.0 };
+        let input = if x.needs_gradient() { x.bytes() } else { 0.0 };
+        let rule = Rule::LayerNorm { input, weight: bytes(weight.n), bias: bytes(bias) };
+        self.result(n, x.width, rule, [x.node, leaf, leaf], [x])
+    }
+
     /// `x @ weight`, the weight a parameter or a copy of one.
     pub(crate) fn matrix(&mut self, x: Tensor, rows: f64, weight: Weight) -> Tensor {
         let Weight { input, output, width, trains, copy, bias, times } = weight;
