@@ -640,9 +640,13 @@ impl ModelShape {
         }
         // GELU as torch has it; `gelu_fast` and `gelu_new` are written out, which no list has for this kind.
         let act = object.get("hidden_act").and_then(Value::as_str).unwrap_or("gelu");
-        // Widths that a config states layer by layer are not read.
-        let by_layer = shape.gemma4.is_some() && object.contains_key("per_layer_config");
-        let usual = (shape.model_type != "gpt_neox" || act == "gelu") && !by_layer;
+        // Of Gemma 4 nothing is read that is stated layer by layer, and no list has biases or a window that looks ahead.
+        let ahead = object.get("use_bidirectional_attention").is_some_and(|of| of == "all");
+        let usual_gemma4 = shape.gemma4.is_none()
+            || !ahead
+                && !object.contains_key("per_layer_config")
+                && shape.attention_bias == AttentionBias::None;
+        let usual = (shape.model_type != "gpt_neox" || act == "gelu") && usual_gemma4;
         Ok((shape, traits.known && stated && usual))
     }
 
@@ -2119,6 +2123,45 @@ mod tests {
         assert!(ModelShape::from_config(&config).unwrap().1);
         config["hidden_act"] = json!("gelu_fast");
         assert!(!ModelShape::from_config(&config).unwrap().1);
+    }
+
+    #[test]
+    fn gemma_4_as_no_list_has_it_is_not_known() {
+        let known = |key: &str, value: Value| {
+            let mut config = whole("gemma4_text");
+            config[key] = value;
+            ModelShape::from_config(&config).unwrap().1
+        };
+        assert!(known("attention_bias", json!(false)));
+        for (key, value) in [
+            ("attention_bias", json!(true)),
+            ("per_layer_config", json!({})),
+            ("use_bidirectional_attention", json!("all")),
+        ] {
+            assert!(!known(key, value), "{key}");
+        }
+    }
+
+    #[test]
+    fn lfm2_adjusts_the_width_of_its_mlp_and_lists_its_attention() {
+        let with = |more: &[(&str, Value)]| {
+            let mut config = whole("lfm2");
+            config["intermediate_size"] = json!(1000);
+            for (key, value) in more {
+                config[*key] = value.clone();
+            }
+            shape(config)
+        };
+        assert_eq!(with(&[]).intermediate, 768);
+        assert_eq!(with(&[("block_multiple_of", json!(100))]).intermediate, 700);
+        assert_eq!(with(&[("block_ffn_dim_multiplier", json!(1.5))]).intermediate, 1024);
+        assert_eq!(with(&[("block_auto_adjust_ff_dim", json!(false))]).intermediate, 1000);
+        assert_eq!(with(&[]).attention_layers(), 4);
+        assert_eq!(with(&[("full_attn_idxs", json!([2]))]).attention_layers(), 1);
+        assert_eq!(
+            with(&[("layer_types", json!(["conv", "full_attention", "conv", "conv"]))]).full_layers,
+            Some(vec![1])
+        );
     }
 
     #[test]

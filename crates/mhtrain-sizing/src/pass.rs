@@ -2,7 +2,8 @@
 //!
 //! embedding, blocks forward, head and loss, blocks backward, embedding backward. Each kind of block is put on the tape
 //! once and its net change and highest moment are then counted for as many layers as the model has, in their order,
-//! because layers of a kind take and give back the same.
+//! because layers of a kind take and give back the same. Where they do not (Gemma 4, LFM2), a pass without checkpoints is put
+//! on the tape layer by layer.
 //!
 //! With checkpointing a block is recorded when it is differentiated: forward without nodes, then recomputed from its
 //! input (`torch/utils/checkpoint.py`, reentrant). The loss is `ForCausalLMLoss` of transformers (logits lifted to fp32,

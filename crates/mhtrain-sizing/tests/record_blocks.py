@@ -11,19 +11,23 @@ tensor, its size in symbols, the operation, the autograd node or the module that
 Options: gc, attn (flash_attn, sdpa, eager), padded, accum, targets, heads (gqa, mha, mqa), layers, tied, batch, kept.
 Symbols: B rows, S length, H hidden, D head width, G key heads, n query heads per key head, I width of the MLP, M of an
 expert, w of the shared expert, E experts, r rank, V vocabulary, Sr and Dr what FlashAttention rounds up to, q64 blocks of a
-4-bit weight. Needs what the harness needs (torch, transformers 5, peft, accelerate).
+4-bit weight; F width of a head that does not slide, P and W columns and rows of a layer's inputs (Gemma 4; it and LFM2 take
+layers=4). Needs what the harness needs (torch, transformers 5, peft, accelerate).
 """
 import importlib.util, os, sys
 
 import torch
 
 PRIMES = {3: "B", 101: "S", 17: "H", 7: "(D/4)", 5: "G", 11: "n", 31: "I", 19: "r", 23: "V", 61: "E", 67: "M", 13: "(n+2)",
-          37: "Sr", 41: "Dr", 43: "S32", 53: "q64", 71: "w"}
+          37: "Sr", 41: "Dr", 43: "S32", 53: "q64", 71: "w", 73: "(F/4)", 79: "P", 83: "W"}
 LENGTH, HEAD_WIDTH, RANK = 101, 28, 19
 KINDS = {
     "phi3": dict(bos_token_id=0, eos_token_id=0),
     "gemma2": dict(query_pre_attn_scalar=16),
     "gemma3_text": dict(query_pre_attn_scalar=16),
+    "gemma4_text": dict(global_head_dim=292, hidden_size_per_layer_input=79, vocab_size_per_layer_input=83, sliding_window=4000,
+                        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2),
+    "lfm2": dict(block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * 2),
     "glm": dict(attention_bias=True),
     "glm4": dict(attention_bias=True),
     "qwen3_moe": dict(num_experts=61, num_experts_per_tok=2, moe_intermediate_size=536, norm_topk_prob=True),
