@@ -217,10 +217,13 @@ fn a_receipt_that_a_killed_daemon_left_tells_the_end_when_the_next_one_is_up() {
     served.kill();
     forget_the_end(&served, &[&own, &format!("state/jobs/{later}/receipt.json")]);
     served.start();
-    served.wait_until("the later job's receipt", |served| {
-        let text = std::fs::read_to_string(served.host.env.path(&format!("state/jobs/{later}/receipt.json")));
-        text.unwrap().contains("\"state\": \"succeeded\"")
-    });
+    for id in [&later, &id] {
+        served.wait_until("both receipts of their own", |served| {
+            let text =
+                std::fs::read_to_string(served.host.env.path(&format!("state/jobs/{id}/receipt.json")));
+            text.unwrap().contains("\"state\": \"succeeded\"")
+        });
+    }
     assert_eq!(served.host.receipt()["id"].to_string(), later);
 }
 

@@ -170,6 +170,16 @@ impl AttemptNote {
             then: None,
         }
     }
+
+    /// Returns this note with what was measured of the same attempt, which no event tells.
+    fn with_measures(self, kept: &[AttemptNote]) -> AttemptNote {
+        let Some(kept) = kept.iter().find(|kept| kept.attempt == self.attempt) else { return self };
+        AttemptNote {
+            max_steps: self.max_steps.or(kept.max_steps),
+            peak_bytes: self.peak_bytes.or(kept.peak_bytes),
+            ..self
+        }
+    }
 }
 
 impl Receipt {
@@ -235,7 +245,11 @@ impl Receipt {
             reason: told.reason,
             help: told.help,
             ended_at: told.ended_at,
-            attempts: told.attempts,
+            attempts: told
+                .attempts
+                .into_iter()
+                .map(|attempt| attempt.with_measures(&kept.attempts))
+                .collect(),
             warnings: told.warnings,
             proof: told.proof,
             ..kept

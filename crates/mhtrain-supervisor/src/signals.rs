@@ -14,9 +14,9 @@ use rustix::fs::{Mode, OFlags};
 const QUEUED: [libc::c_int; 6] =
     [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP, libc::SIGIO];
 
-/// What F_NOTIFY tells of, and that it goes on doing so: linux/fcntl.h. The C library's bindings do not name them.
+/// What F_NOTIFY tells of (a file that is made in a directory or renamed into it), and that it goes on doing so: linux/fcntl.h.
+/// The C library's bindings do not name them.
 const DN_CREATE: libc::c_int = 0x4;
-const DN_RENAME: libc::c_int = 0x10;
 const DN_MULTISHOT: libc::c_int = i32::MIN;
 
 /// The queue of signals of this process. It must be opened before a second thread exists. Its descriptor is readable while
@@ -42,7 +42,7 @@ impl Signals {
         Ok(Signals { queue: unsafe { OwnedFd::from_raw_fd(queue) }, directory: None })
     }
 
-    /// Asks for a SIGIO whenever a file is made in this directory, or renamed in it (`F_NOTIFY`, fcntl(2)).
+    /// Asks for a SIGIO whenever a file is made in this directory or renamed into it (`F_NOTIFY`, fcntl(2)).
     ///
     /// inotify does the same, but closing one waits for a grace period of the kernel, 7 to 14 ms as measured, at the exit of a
     /// process as well, and a job's end waits for the end of its recorder.
@@ -53,9 +53,7 @@ impl Signals {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(directory, flags, Mode::empty())?;
         // SAFETY: a live descriptor and a number.
-        if unsafe { libc::fcntl(directory.as_raw_fd(), libc::F_NOTIFY, DN_CREATE | DN_RENAME | DN_MULTISHOT) }
-            == -1
-        {
+        if unsafe { libc::fcntl(directory.as_raw_fd(), libc::F_NOTIFY, DN_CREATE | DN_MULTISHOT) } == -1 {
             return Err(io::Error::last_os_error());
         }
         self.directory = Some(directory);
@@ -143,5 +141,44 @@ fn set_mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
     match unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) } {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::process::{WaitOptions, waitpid};
+
+    use crate::spawn::{Copy, fork};
+
+    #[test]
+    fn a_file_that_arrives_wakes_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let hears = || -> io::Result<bool> {
+            let mut signals = Signals::hold()?;
+            signals.hear_of_files_in(directory.path())?;
+            let heard = || {
+                let at_most = Timespec { tv_sec: 0, tv_nsec: 0 };
+                let queue = signals.as_fd();
+                let woken = poll(&mut [PollFd::new(&queue, PollFlags::IN)], Some(&at_most))?;
+                let _asks = signals.ask_for_a_stop();
+                Ok::<_, io::Error>(woken == 1)
+            };
+            let before = heard()?;
+            let (made, stop) = (directory.path().join("made"), directory.path().join("stop"));
+            std::fs::write(&made, "")?;
+            let at_making = heard()?;
+            std::fs::rename(&made, &stop)?;
+            Ok(!before && at_making && heard()?)
+        };
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let copy = Copy { stdio: [null.as_fd(), null.as_fd(), null.as_fd()], group: None };
+        // A process of its own: the signals of this one are its other threads' too. Without a cgroup it is made by fork(3), which
+        // leaves the C library's locks as a child needs them.
+        // SAFETY: the child uses no descriptor but its own.
+        let pid = unsafe { fork(copy, || Ok(()), || i32::from(!hears().unwrap_or(false))) }.unwrap();
+        let ended = waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap();
+        assert_eq!(ended.1.exit_status(), Some(0));
     }
 }

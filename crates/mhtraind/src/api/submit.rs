@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::jobs::permit;
 use super::routes::{Answer, BODY_BYTES_MAX, Id, to_the_end};
 use super::types::{SubmitAnswer, SubmitRequest};
-use crate::daemon::{Caller, Daemon, HandedIn, QueuedEntry, Room, Submission, examined};
+use crate::daemon::{Caller, Daemon, Entrance, HandedIn, QueuedEntry, Room, Submission, examined};
 use crate::engine::directory::holds_a_job;
 use crate::engine::journal::now;
 use crate::engine::prepare;
@@ -27,9 +27,6 @@ use crate::failure::{Failure, Status};
 
 /// How long a client may take to send a job.
 const BODY_WITHIN: Duration = Duration::from_secs(30);
-
-/// Largest job of somebody without room that is still read, one at a time, to see whether it is there already.
-const ASKED_AGAIN_BYTES_MAX: usize = 64 << 10;
 
 type Accepted = Answer<(StatusCode, Json<SubmitAnswer>)>;
 
@@ -42,17 +39,13 @@ pub(super) async fn submit(
     let account = daemon.served.account(caller.uid).await?;
     let bytes = body.size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
     let bytes = bytes.map_or(BODY_BYTES_MAX, |bytes| bytes.min(BODY_BYTES_MAX));
-    let room = Room::take(&daemon, &account, bytes);
-    // Whoever did not hear the answer asks again, and may have filled the last place: their job is there, and needs no room.
-    let asks_alone = match &room {
-        Err(refusal) if bytes > ASKED_AGAIN_BYTES_MAX => return Err(refusal.clone().into()),
-        Err(refusal) => Some(daemon.asks_again.try_lock().map_err(|_| refusal.clone())?),
-        Ok(_) => None,
-    };
+    let entrance = Entrance::take(&daemon, &account, bytes).await?;
     let body = read(body).await?;
-    drop(asks_alone);
     let request: SubmitRequest = serde_json::from_slice(&body)
         .map_err(|e| Failure::bad_input("bad_request", format!("the request cannot be understood: {e}")))?;
+    if let (Entrance::IfThere(refusal, _), None) = (&entrance, &request.key) {
+        return Err(refusal.clone().into());
+    }
     let mut spec = JobSpec::from_value(&request.job).map_err(bad_job)?;
     if request.smoke {
         spec = JobSpec::from_value(&smoke(spec.to_json())).map_err(bad_job)?;
@@ -73,7 +66,7 @@ pub(super) async fn submit(
     let check = move || check_places(&origin.cwd, &output_dir, &state_dir);
     spec.output_dir = account.act(check).await??.display().to_string();
     let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
-    to_the_end(async move { accept(&daemon, caller, handed_in, room, request.key).await }).await
+    to_the_end(async move { accept(&daemon, caller, handed_in, entrance, request.key).await }).await
 }
 
 /// Takes a failed or cancelled job once more, as a new one that goes on where it ended.
@@ -95,8 +88,8 @@ pub(super) async fn retry(
     // Whoever asks for it, it stays its owner's.
     let account = Arc::new(daemon.served.account(owner.uid).await?);
     let handed_in = HandedIn { spec, submission, account };
-    let room = Room::take(&daemon, &handed_in.account, handed_in.bytes());
-    to_the_end(async move { accept(&daemon, caller, handed_in, room, None).await }).await
+    let room = Room::take(&daemon, &handed_in.account, handed_in.bytes())?;
+    to_the_end(async move { accept(&daemon, caller, handed_in, Entrance::Room(room), None).await }).await
 }
 
 /// Reads a request's body.
@@ -126,7 +119,7 @@ async fn accept(
     daemon: &Arc<Daemon>,
     caller: Caller,
     handed_in: HandedIn,
-    room: Result<Room, Failure>,
+    entrance: Entrance,
     key: Option<String>,
 ) -> Accepted {
     let HandedIn { spec, submission, account } = &handed_in;
@@ -138,9 +131,9 @@ async fn accept(
         priority: i64::from(spec.priority),
         context: serde_json::to_value(submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
     };
-    let room = match room {
-        Ok(room) => room,
-        Err(refusal) => {
+    let room = match entrance {
+        Entrance::Room(room) => room,
+        Entrance::IfThere(refusal, _alone) => {
             let same = daemon.store.call(move |store| store.submitted_before(&new)).await?;
             return same.map(existing).ok_or_else(|| refusal.into());
         }

@@ -25,7 +25,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use super::live::{Followers, LiveJob};
 use super::store::StoreSink;
 use super::{Account, Daemon, HandedIn, QueuedEntry, Submission};
-use crate::engine::directory::{JobDirectory, read_receipt};
+use crate::engine::directory::{JobDirectory, receipt_id};
 use crate::engine::examine::Sized;
 use crate::engine::journal::{Journal, now};
 use crate::engine::local::{self, LocalRun, OldAttempt, clean_up};
@@ -243,7 +243,7 @@ impl Worker {
         let state = self.daemon.store.call_blocking(move |store| store.state(id))?;
         if let Some(by) = state.stop().filter(|_| !state.is_final()) {
             self.append(stop::end(by, self.spec.time_limit))?;
-            self.daemon.over_in_queue(self.id);
+            self.daemon.over_unfollowed(self.id);
         }
         Ok(())
     }
@@ -271,10 +271,7 @@ impl Worker {
                 Err(failure) if failure.status == Status::NotFound => break,
                 Err(failure) => return Err(failure),
             };
-            for aside in asides
-                .iter()
-                .filter(|aside| read_receipt(aside).is_some_and(|receipt| receipt.id == Some(id.get())))
-            {
+            for aside in asides.iter().filter(|aside| receipt_id(aside) == Some(id.get())) {
                 let old = |attempt| aside.join(format!("attempt-{attempt}"));
                 attempts.splice(0..0, OldAttempt::all_of(&records, old));
             }
@@ -307,6 +304,8 @@ impl Worker {
         }
         let tries_max = match (has_begun, failure.status) {
             (true, _) => TRIES_MAX,
+            // Somebody else has the output directory: for a moment, when it is the receipt of the job before.
+            (false, _) if failure.code == "busy" => TRIES_MAX,
             (false, Status::Bug) => TRIES_AFTER_A_BUG_MAX,
             (false, _) => 0,
         };
@@ -324,7 +323,7 @@ impl Worker {
             None => JobEvent::Failed { reason: failure.message.clone(), help: failure.help.clone() },
         })?;
         // It may have been on its way to another card.
-        self.daemon.over_in_queue(self.id);
+        self.daemon.over_unfollowed(self.id);
         Ok(After::Over)
     }
 

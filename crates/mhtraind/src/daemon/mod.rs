@@ -35,13 +35,15 @@ use mhtrain_job::queue::Leases;
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_store::JobId;
 use mhtrain_supervisor::FileRights;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
 
 pub use accounts::{Account, Caller, Peer, Served};
 pub use live::LiveJob;
 pub use queue::{HandedIn, QueuedEntry, examined};
-pub use room::Room;
+pub use room::{Entrance, Room};
 pub use submission::Submission;
 
 use crate::api::routes;
@@ -94,8 +96,8 @@ pub struct Daemon {
     failed_devices: Mutex<BTreeMap<String, String>>,
     /// Takes jobs that nobody follows to their end.
     receipts: DueReceipts,
-    /// Held by whoever hands in a job without room for it, while it is read.
-    pub asks_again: tokio::sync::Mutex<()>,
+    /// Of each user the one who hands in a job without room for it, while it is looked up.
+    asking_again: room::AskingAgain,
 }
 
 impl Daemon {
@@ -199,7 +201,7 @@ impl Daemon {
         // Off the queue only when it is on disk: a job whose end cannot be written still waits.
         let reason = StopCause::Cancel.to_string();
         self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
-        self.over_in_queue(id);
+        self.over_unfollowed(id);
         reach("cancel.told", "queued");
         Ok(true)
     }
@@ -212,12 +214,12 @@ impl Daemon {
             let event = JobEvent::Cancelled { reason: by.to_owned() };
             self.store.append(id, Record::new(now(), event)).await?;
         }
-        self.over_in_queue(id);
+        self.over_unfollowed(id);
         Ok(())
     }
 
-    /// Takes a job off the queue whose end is on disk and that nobody follows: its receipt is still to tell of it.
-    fn over_in_queue(&self, id: JobId) {
+    /// Takes a job off the queue, if it is there, whose end is on disk and that nobody follows: its receipt is still to tell of it.
+    fn over_unfollowed(&self, id: JobId) {
         self.queued().remove(&id);
         self.receipts.is_due(id);
     }
@@ -350,7 +352,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
         drained: AtomicBool::new(drained),
         failed_devices: Mutex::new(failed_devices),
         receipts,
-        asks_again: tokio::sync::Mutex::default(),
+        asking_again: room::AskingAgain::default(),
     });
     if let Err(failure) = daemon.make_jobs_dir() {
         // Each job makes it where it is missing, and waits until that works.
@@ -413,6 +415,11 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), Failure> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(|e| unwritable(path, &e))
 }
 
+fn another_listens(socket: &Path) -> Failure {
+    Failure::failed("busy", format!("another daemon listens on {}", socket.display()))
+        .help("use that one, or give this one another --socket and --state-dir".to_owned())
+}
+
 /// Listens on the socket. One that a dead daemon left is replaced; a live daemon there is an error.
 async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
     if let Some(parent) = socket.parent().filter(|parent| !parent.is_dir()) {
@@ -424,8 +431,7 @@ async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
             .await
             .is_ok_and(|r| r.is_ok())
         {
-            return Err(Failure::failed("busy", format!("another daemon listens on {}", socket.display()))
-                .help("use that one, or give this one another --socket and --state-dir".to_owned()));
+            return Err(another_listens(socket));
         }
         std::fs::remove_file(socket).map_err(|e| unwritable(socket, &e))?;
     }
@@ -436,8 +442,18 @@ async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
     let _none_left = std::fs::remove_file(&unnamed);
     let named = UnixListener::bind(&unnamed).and_then(|listener| {
         std::fs::set_permissions(&unnamed, std::fs::Permissions::from_mode(0o666))?;
-        std::fs::rename(&unnamed, socket)?;
+        // A daemon that was faster keeps the name. Some file systems cannot promise that.
+        match renameat_with(CWD, &unnamed, CWD, socket, RenameFlags::NOREPLACE) {
+            Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(&unnamed, socket)?,
+            renamed => renamed?,
+        }
         Ok(listener)
     });
-    named.map_err(|e| unwritable(socket, &e))
+    named.map_err(|e| {
+        let _none_left = std::fs::remove_file(&unnamed);
+        match e.kind() {
+            std::io::ErrorKind::AlreadyExists => another_listens(socket),
+            _ => unwritable(socket, &e),
+        }
+    })
 }

@@ -301,6 +301,10 @@ impl Queue {
             self.reasons_due = Instant::now() + rest;
             self.behind = !is_through;
         }
+        if drained {
+            // More memory lets nothing start.
+            return Ok(Vec::new());
+        }
         let leases = daemon.leases();
         let unleased = host.gpus.devices().iter().filter_map(|gpu| {
             let uuid = gpu.uuid.clone().filter(|uuid| !leases.devices.contains_key(uuid))?;
@@ -605,7 +609,7 @@ async fn end_in_queue(daemon: &Daemon, id: JobId, limit: Option<Duration>) -> Re
         // Whoever asked for the end before has it as it was asked for.
         append(daemon, id, stop::end(state.stop().unwrap_or(stop::TIME_LIMIT), limit)).await?;
     }
-    daemon.over_in_queue(id);
+    daemon.over_unfollowed(id);
     Ok(())
 }
 
@@ -825,7 +829,7 @@ async fn begin(daemon: &Arc<Daemon>, id: JobId, sized: Sized) -> Result<(), Fail
 
 async fn fail(daemon: &Daemon, id: JobId, reason: String, help: Option<String>) -> Result<(), Failure> {
     append(daemon, id, JobEvent::Failed { reason, help }).await?;
-    daemon.over_in_queue(id);
+    daemon.over_unfollowed(id);
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::Daemon;
 use super::submission::Submission;
-use crate::engine::directory::{JobDirectory, Lasting, holds_a_job, read_receipt};
+use crate::engine::directory::{JobDirectory, Lasting, read_receipt, receipt_id, write_receipt_in};
 use crate::engine::prepare;
 use crate::failure::{Failure, Status};
 
@@ -43,28 +43,23 @@ impl DueReceipts {
 /// Brings receipts up to date: at first those that the daemon before left, then those that are due.
 pub async fn keep_up_to_date(daemon: Arc<Daemon>, mut due: mpsc::UnboundedReceiver<JobId>) {
     match daemon.store.call(|store| store.ended_last(LOOKED_AT)).await {
-        Ok(ids) => {
-            for id in ids {
-                log(id, bring_up_to_date(&daemon, id).await);
-            }
-        }
+        Ok(ids) => ids.into_iter().for_each(|id| bring_soon(&daemon, id)),
         Err(failure) => tracing::warn!(error = failure.message, "receipts are not looked at"),
     }
     while let Some(id) = due.recv().await {
-        // A task of its own: the slow disk of one user keeps nobody else waiting.
-        let daemon = Arc::clone(&daemon);
-        tokio::spawn(async move { log(id, bring_up_to_date(&daemon, id).await) });
+        bring_soon(&daemon, id);
     }
 }
 
-fn log(id: JobId, done: Result<(), Failure>) {
-    if let Err(failure) = done {
-        tracing::warn!(
-            job = id.get(),
-            error = failure.message,
-            "the receipt does not tell how the job ended"
-        );
-    }
+/// A task of its own for each: the slow disk of one user keeps nobody else waiting.
+fn bring_soon(daemon: &Arc<Daemon>, id: JobId) {
+    let daemon = Arc::clone(daemon);
+    tokio::spawn(async move {
+        if let Err(failure) = bring_up_to_date(&daemon, id).await {
+            let what = "the receipt does not tell how the job ended; the next daemon tries it again";
+            tracing::warn!(job = id.get(), error = failure.message, what);
+        }
+    });
 }
 
 async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
@@ -78,7 +73,14 @@ async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
         // Nothing of it is in its output directory.
         return Ok(());
     }
-    let Some(account) = daemon.served.account_of(&job.row.owner).await else { return Ok(()) };
+    if daemon.live().contains_key(&id) {
+        // Whoever follows it writes it.
+        return Ok(());
+    }
+    let Some(account) = daemon.served.account_of(&job.row.owner).await else {
+        let what = format!("{} is not known on this host any more", job.row.owner.name);
+        return Err(Failure::failed("no_owner", what));
+    };
     let unreadable = |e: &dyn std::fmt::Display| Failure::new(Status::Bug, "unreadable_job", e);
     let spec = JobSpec::from_value(&job.row.spec).map_err(|e| unreadable(&e))?;
     let submission: Submission = serde_json::from_value(job.context).map_err(|e| unreadable(&e))?;
@@ -87,24 +89,27 @@ async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
     account.act(move || end_receipt(&output_dir, own, id, &records)).await?
 }
 
-/// Writes the end of a job that is over into its receipt, if it is not there and the output directory is still the job's.
+/// Writes the end of a job that is over into its receipt, beside the store and, where that is still the job's, in its output
+/// directory.
 fn end_receipt(output_dir: &Path, own: PathBuf, id: JobId, records: &[Record]) -> Result<(), Failure> {
     let told = Receipt::from_events(Some(id.get()), records);
-    let kept = read_receipt(&own);
-    if told.ended_at.is_none() || kept.as_ref().is_some_and(|kept| kept.state == told.state) {
+    let is_told = || read_receipt(&own).is_some_and(|kept| kept.state == told.state);
+    if told.ended_at.is_none() || !own.is_dir() || is_told() {
         return Ok(());
     }
-    if !own.is_dir() || !holds_a_job(output_dir) {
-        // Somebody removed it.
+    let is_theirs = || receipt_id(output_dir) == Some(id.get());
+    let text = |kept| {
+        let receipt = Receipt::up_to_date(kept, told.clone());
+        serde_json::to_vec_pretty(&receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))
+    };
+    if !is_theirs() {
+        // It was removed, or a later job set it aside.
+        return write_receipt_in(&own, &text(read_receipt(&own))?, Lasting::OverPowerCut);
+    }
+    let directory = JobDirectory::open_beside(output_dir, own.clone())?;
+    // Only now does nobody else write there.
+    if is_told() || !is_theirs() {
         return Ok(());
     }
-    // Nobody else runs a job there while we have it.
-    let directory = JobDirectory::open_beside(output_dir, own)?;
-    if read_receipt(output_dir).is_some_and(|receipt| receipt.id != Some(id.get())) {
-        // A later job set what this one left aside.
-        return Ok(());
-    }
-    let receipt = Receipt::up_to_date(kept, told);
-    let text = serde_json::to_vec_pretty(&receipt).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
-    directory.write_receipt(&text, Lasting::OverPowerCut)
+    directory.write_receipt(&text(read_receipt(&own))?, Lasting::OverPowerCut)
 }

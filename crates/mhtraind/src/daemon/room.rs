@@ -4,11 +4,65 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use mhtrain_job::queue::Waits;
+use tokio::sync::OwnedMutexGuard;
 
 use super::{Account, Daemon};
 use crate::failure::Failure;
+
+/// Largest request that is read without room for it.
+const ASKED_AGAIN_BYTES_MAX: usize = 64 << 10;
+
+/// How long somebody without room waits for another of the same user who has none either.
+const ASKED_AGAIN_WITHIN: Duration = Duration::from_secs(2);
+
+/// Of each user the one who hands in a job without room for it, because it may be there already.
+#[derive(Debug, Default)]
+pub(super) struct AskingAgain(Mutex<BTreeMap<u32, Arc<tokio::sync::Mutex<()>>>>);
+
+impl AskingAgain {
+    /// Waits until nobody else of this user asks, but not long. Returns what keeps it so.
+    async fn alone(&self, uid: u32) -> Option<OwnedMutexGuard<()>> {
+        let of_user = {
+            let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(users.entry(uid).or_default())
+        };
+        tokio::time::timeout(ASKED_AGAIN_WITHIN, of_user.lock_owned()).await.ok()
+    }
+}
+
+/// Where a job that is handed in gets its memory from.
+#[derive(Debug)]
+pub enum Entrance {
+    /// There is room for it.
+    Room(Room),
+    /// There is none, for the reason that the failure tells. It is read all the same, one at a time of each user, to see whether
+    /// it is there already: whoever did not hear the answer asks again, and may have filled the last place.
+    IfThere(Failure, OwnedMutexGuard<()>),
+}
+
+impl Entrance {
+    /// Takes the place of a job whose request has so many bytes.
+    ///
+    /// # Errors
+    /// The user has as much waiting as may, and the job is too large to be read without room.
+    pub async fn take(daemon: &Arc<Daemon>, account: &Account, bytes: usize) -> Result<Entrance, Failure> {
+        let refusal = match Room::take(daemon, account, bytes) {
+            Ok(room) => return Ok(Entrance::Room(room)),
+            Err(refusal) => refusal,
+        };
+        let alone = match bytes <= ASKED_AGAIN_BYTES_MAX {
+            true => daemon.asking_again.alone(account.uid).await,
+            false => None,
+        };
+        match alone {
+            Some(alone) => Ok(Entrance::IfThere(refusal, alone)),
+            None => Err(refusal),
+        }
+    }
+}
 
 /// What the jobs of each user take that are on their way in.
 pub(super) type Arriving = Mutex<BTreeMap<u32, Waits>>;

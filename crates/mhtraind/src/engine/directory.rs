@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use mhtrain_failpoint::reach;
 use mhtrain_job::receipt::Receipt;
 use rustix::fs::{FlockOperation, OFlags, flock};
+use serde_json::Value;
 
 use crate::failure::{Failure, Status, unwritable};
 
@@ -274,10 +275,8 @@ impl JobDirectory {
     /// # Errors
     /// It cannot be written.
     pub fn write_receipt(&self, bytes: &[u8], lasting: Lasting) -> Result<(), Failure> {
-        for path in [self.root.join("receipt.json"), self.private.join("receipt.json")] {
-            write_whole(&path, bytes, lasting).map_err(|e| unwritable(&path, &e))?;
-        }
-        Ok(())
+        write_receipt_in(&self.root, bytes, lasting)?;
+        write_receipt_in(&self.private, bytes, lasting)
     }
 
     /// Writes one of our own files, in the same way. It is written again by whoever goes on with the job.
@@ -288,6 +287,22 @@ impl JobDirectory {
         let path = self.private.join(relative);
         write_whole(&path, bytes, Lasting::UntilPowerCut).map_err(|e| unwritable(&path, &e))
     }
+}
+
+/// Writes the receipt.json of one directory, as [`JobDirectory::write_receipt`] does.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_receipt_in(directory: &Path, bytes: &[u8], lasting: Lasting) -> Result<(), Failure> {
+    let path = directory.join("receipt.json");
+    write_whole(&path, bytes, lasting).map_err(|e| unwritable(&path, &e))
+}
+
+/// Returns whose receipt a directory holds, whatever else it says; `None` for that of a foreground run, and where there is none
+/// that can be read.
+pub fn receipt_id(directory: &Path) -> Option<u64> {
+    let bytes = read_plain(&directory.join("receipt.json"), RECEIPT_BYTES_MAX).ok()?;
+    serde_json::from_slice::<Value>(&bytes).ok()?.get("id")?.as_u64()
 }
 
 /// Returns the receipt that a directory holds; `None` where there is none that can be read.

@@ -617,7 +617,9 @@ impl Play<'_> {
             };
             let receipt: Value = serde_json::from_str(&text)?;
             let state = receipt["state"].as_str().unwrap_or("nothing");
-            if receipt["id"] != job.id || state == job.state {
+            // A later job has the directory.
+            let is_later = receipt["id"].as_u64().is_some_and(|id| id > job.id);
+            if is_later || (receipt["id"] == job.id && state == job.state) {
                 return Ok(None);
             }
             if Instant::now() >= until {

@@ -286,7 +286,8 @@ impl Job<'_> {
         self.directory.write_receipt(&text, lasting)
     }
 
-    /// Saves the receipt of a job that is over, as soon as the disk takes it: nobody does it later.
+    /// Saves the receipt of a job that is over, as soon as the disk takes it: what only this process knows is
+    /// lost with it.
     pub(super) async fn save_last_receipt(&mut self) -> Result<(), Failure> {
         let mut tries = 1;
         loop {
