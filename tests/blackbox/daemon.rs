@@ -1055,6 +1055,55 @@ fn status_says_that_the_companion_is_not_there_and_a_restart_does_not_forget_it(
 }
 
 #[test]
+fn what_lies_where_the_socket_is_to_be_and_is_none_is_not_touched() {
+    let served = Served::new();
+    served.host.env.write("notes.txt", "mine");
+    let socket = served.host.env.path("notes.txt");
+    let refused =
+        served.run(&["serve", "--socket", socket.to_str().unwrap(), "--state-dir", "other"]).expect(2);
+    assert!(refused.stderr.contains("no socket"), "{}", refused.stderr);
+    assert_eq!(std::fs::read_to_string(socket).unwrap(), "mine");
+}
+
+#[test]
+fn one_job_that_cannot_be_cancelled_keeps_no_other_from_it() {
+    let served = Served::new();
+    served.run(&["drain"]).expect(0);
+    let (first, last) =
+        (served.submit(json!({}), &json!({})), served.submit(json!({"output_dir": "b"}), &json!({})));
+    let ran = served.run(&["cancel", &first, "99", &last]).expect(5);
+    assert!(ran.stderr.contains("no job 99"), "{}", ran.stderr);
+    assert_eq!((served.state(&first), served.state(&last)), ("cancelled".to_owned(), "cancelled".to_owned()));
+    let refused = served.run(&["cancel", &last]).expect(1);
+    assert!(refused.stderr.contains("it is cancelled"), "{}", refused.stderr);
+}
+
+#[test]
+fn status_shows_what_is_not_over_and_the_last_of_the_others() {
+    let served = Served::new();
+    served.run(&["drain"]).expect(0);
+    let ids: Vec<String> =
+        (0..5).map(|number| served.submit(json!({"output_dir": format!("o{number}")}), &json!({}))).collect();
+    served.run(&["cancel", &ids[1], &ids[2], &ids[3], &ids[4]]).expect(0);
+    let shown = |args: &[&str]| {
+        let table = served.run(args).expect(0).stdout;
+        table.lines().skip(1).map(|line| line.split(' ').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&["status", "--limit", "3"]), ["1", "4", "5"]);
+    assert_eq!(shown(&["status", "--limit", "2", "--state", "cancelled"]), ["4", "5"]);
+    assert_eq!(shown(&["status", "--limit", "2", "--after-id", "0"]), ["1", "2"]);
+    assert_eq!(shown(&["status"]), ["1", "2", "3", "4", "5"]);
+}
+
+#[test]
+fn a_parameter_that_ms_swift_has_not_is_refused_at_submit() {
+    let served = Served::new();
+    served.host.job(json!({"args": {"lora_rnk": 4}}));
+    let refused = served.run(&["submit", "job.json"]).expect(2);
+    assert!(refused.stderr.contains("did you mean `lora_rank`"), "{}", refused.stderr);
+}
+
+#[test]
 fn silent_connections_are_counted_and_closed() {
     use std::os::unix::net::UnixStream;
     let served = Served::new();

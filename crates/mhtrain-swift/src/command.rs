@@ -326,7 +326,7 @@ impl Command {
     fn of(request: &CommandRequest<'_>) -> Result<Command, CommandError> {
         let mut command = Command { env: request.spec.env.clone(), ..Command::default() };
         let pins = request.spec.pins()?;
-        let mut arguments = request.arguments(&mut command.notes)?;
+        let mut arguments = arguments(request.spec, request.dialect, &mut command.notes)?;
         command.push_recipe_flags(request, &mut arguments)?;
         if !pins.leave_nothing_to_size() {
             command.push_additions(request, &pins, &arguments);
@@ -693,50 +693,66 @@ impl CommandRequest<'_> {
     fn set_by_user(&self, name: &str) -> Option<&str> {
         self.spec.env.get(name).or_else(|| self.inherited.get(name)).map(String::as_str)
     }
+}
 
-    /// Returns the job's `args` under this line's names, as words of a command line.
-    fn arguments(&self, notes: &mut Vec<String>) -> Result<BTreeMap<String, Vec<String>>, CommandError> {
-        let mut arguments = BTreeMap::new();
-        for (written, value) in &self.spec.args {
-            let name = self.name_in_this_line(written, notes)?;
-            let many = self.dialect.parameters().get(&name).is_none_or(|parameter| parameter.many);
-            let words = words_of(&name, value, many)?;
-            if arguments.insert(name.clone(), words).is_some() {
-                return Err(CommandError::Twice { name });
-            }
-        }
-        Ok(arguments)
-    }
+/// Looks whether the installed ms-swift takes the `args` of a job, before anything else is known of it.
+///
+/// # Errors
+/// It has no such parameter, or a value that no command line can carry.
+pub fn check_arguments(spec: &JobSpec, dialect: &Dialect) -> Result<(), CommandError> {
+    arguments(spec, dialect, &mut Vec::new()).map(drop)
+}
 
-    /// Returns the name that the installed ms-swift has for a parameter.
-    ///
-    /// A name that is in no list is refused where the list is that of the very version that is installed, and
-    /// where it looks like a misspelling. On other versions it passes with a note: they may have it.
-    fn name_in_this_line(&self, name: &str, notes: &mut Vec<String>) -> Result<String, CommandError> {
-        let parameters = self.dialect.parameters();
-        if parameters.get(name).is_some() {
-            return Ok(name.to_owned());
+/// Returns the job's `args` under this line's names, as words of a command line.
+fn arguments(
+    spec: &JobSpec,
+    dialect: &Dialect,
+    notes: &mut Vec<String>,
+) -> Result<BTreeMap<String, Vec<String>>, CommandError> {
+    let mut arguments = BTreeMap::new();
+    for (written, value) in &spec.args {
+        let name = name_in_this_line(spec, dialect, written, notes)?;
+        let many = dialect.parameters().get(&name).is_none_or(|parameter| parameter.many);
+        let words = words_of(&name, value, many)?;
+        if arguments.insert(name.clone(), words).is_some() {
+            return Err(CommandError::Twice { name });
         }
-        if let Some(here) = self.dialect.renamed(name) {
-            notes.push(format!("`{name}` is called `{here}` in ms-swift {}", self.dialect.line()));
-            return Ok(here.to_owned());
-        }
-        let tolerates =
-            self.spec.args.get("ignore_args_error").is_some_and(|value| *value == Value::Bool(true));
-        let in_other_line = self.dialect.other_parameters().get(name).is_some();
-        let nearest = parameters.nearest(name);
-        let is_certain = self.dialect.is_listed_version() || (nearest.is_some() && !in_other_line);
-        if tolerates || !is_certain {
-            notes.push(format!("`{name}` is not among the known parameters of {}", self.dialect));
-            return Ok(name.to_owned());
-        }
-        let (name, dialect) = (name.to_owned(), self.dialect.to_string());
-        Err(match (in_other_line, self.dialect.line()) {
-            (true, Line::V3) => CommandError::OtherLine { name, dialect, line: Line::V4 },
-            (true, Line::V4) => CommandError::OtherLine { name, dialect, line: Line::V3 },
-            (false, Line::V3 | Line::V4) => CommandError::UnknownParameter { name, dialect, nearest },
-        })
     }
+    Ok(arguments)
+}
+
+/// Returns the name that the installed ms-swift has for a parameter.
+///
+/// A name that is in no list is refused where the list is that of the very version that is installed, and
+/// where it looks like a misspelling. On other versions it passes with a note: they may have it.
+fn name_in_this_line(
+    spec: &JobSpec,
+    dialect: &Dialect,
+    name: &str,
+    notes: &mut Vec<String>,
+) -> Result<String, CommandError> {
+    let parameters = dialect.parameters();
+    if parameters.get(name).is_some() {
+        return Ok(name.to_owned());
+    }
+    if let Some(here) = dialect.renamed(name) {
+        notes.push(format!("`{name}` is called `{here}` in ms-swift {}", dialect.line()));
+        return Ok(here.to_owned());
+    }
+    let tolerates = spec.args.get("ignore_args_error").is_some_and(|value| *value == Value::Bool(true));
+    let in_other_line = dialect.other_parameters().get(name).is_some();
+    let nearest = parameters.nearest(name);
+    let is_certain = dialect.is_listed_version() || (nearest.is_some() && !in_other_line);
+    if tolerates || !is_certain {
+        notes.push(format!("`{name}` is not among the known parameters of {}", dialect));
+        return Ok(name.to_owned());
+    }
+    let (name, line, dialect) = (name.to_owned(), dialect.line(), dialect.to_string());
+    Err(match (in_other_line, line) {
+        (true, Line::V3) => CommandError::OtherLine { name, dialect, line: Line::V4 },
+        (true, Line::V4) => CommandError::OtherLine { name, dialect, line: Line::V3 },
+        (false, Line::V3 | Line::V4) => CommandError::UnknownParameter { name, dialect, nearest },
+    })
 }
 
 /// Returns the rung's values under the parameters' names, in the recipe's order.

@@ -12,6 +12,9 @@ use crate::failure::{Failure, unreadable};
 /// The reference configuration, which is also the default.
 pub const REFERENCE: &str = include_str!("../../../config/mhtraind.toml");
 
+/// Where root's daemon listens, which serves every user of the host.
+const HOST_SOCKET: &str = "/run/mhtraind/mhtraind.sock";
+
 /// Every setting.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -165,13 +168,22 @@ impl Config {
         Ok(config)
     }
 
-    /// Returns the daemon's socket.
+    /// Returns the sockets at which commands look for a daemon: where nobody named one, a user's own and then that of the host.
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        let mut sockets = vec![self.socket()];
+        if self.daemon.socket.is_empty() && sockets[0] != Path::new(HOST_SOCKET) {
+            sockets.push(PathBuf::from(HOST_SOCKET));
+        }
+        sockets
+    }
+
+    /// Returns the socket of the daemon that this process would be.
     pub fn socket(&self) -> PathBuf {
         if !self.daemon.socket.is_empty() {
             return PathBuf::from(&self.daemon.socket);
         }
         if rustix::process::geteuid().is_root() {
-            return PathBuf::from("/run/mhtraind/mhtraind.sock");
+            return PathBuf::from(HOST_SOCKET);
         }
         match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute()) {
             Some(runtime) => runtime.join("mhtraind/mhtraind.sock"),

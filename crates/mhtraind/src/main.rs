@@ -22,7 +22,6 @@ use clap::Parser;
 use mhtrain_supervisor::{adopt, recorder};
 
 use crate::engine::look::{LOOK_VERB, look_main};
-use crate::failure::Failure;
 
 fn main() -> ExitCode {
     if let Some(code) = hidden_verb() {
@@ -36,7 +35,7 @@ fn main() -> ExitCode {
     match cli::dispatch(&cli) {
         Ok(status) => ExitCode::from(status as u8),
         Err(failure) => {
-            report(&failure, cli::wants_json(&cli));
+            cli::output::failure(&failure, cli::wants_json(&cli));
             ExitCode::from(failure.status as u8)
         }
     }
@@ -63,19 +62,11 @@ fn hidden_verb() -> Option<ExitCode> {
 fn report_usage(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args_os().skip(1).any(|word| word == "--json");
     if error.use_stderr() && wants_json {
-        report(&cli::usage_failure(error), true);
+        cli::output::failure(&cli::usage_failure(error), true);
     } else if let Err(e) = error.print() {
         tracing::debug!("cannot print: {e}");
     }
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(failure::Status::BadInput as u8))
-}
-
-fn report(failure: &Failure, as_json: bool) {
-    if as_json {
-        cli::output::note(failure.to_json());
-    } else {
-        cli::output::note(failure.for_people());
-    }
 }
 
 /// Our own log goes to standard error and is silent unless MHTRAIND_LOG (or RUST_LOG) asks for it: what people need

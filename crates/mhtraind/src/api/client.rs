@@ -20,7 +20,8 @@ use crate::failure::{Failure, Status};
 /// A connection's worth of questions to one daemon.
 #[derive(Debug)]
 pub struct Client {
-    socket: PathBuf,
+    /// Where a daemon may be; the first that is there is asked.
+    sockets: Vec<PathBuf>,
     runtime: Runtime,
 }
 
@@ -43,7 +44,7 @@ impl Client {
             .enable_all()
             .build()
             .map_err(|e| Failure::new(Status::Bug, "no_runtime", e))?;
-        Ok(Client { socket: config.socket(), runtime })
+        Ok(Client { sockets: config.sockets(), runtime })
     }
 
     /// Asks for something and returns the answer.
@@ -109,7 +110,7 @@ impl Client {
     ) -> Result<(), Failure> {
         let mut response = self.respond(Method::GET, path, Vec::new()).await?;
         while let Some(frame) = response.body_mut().frame().await {
-            let frame = frame.map_err(|e| self.lost(&e))?;
+            let frame = frame.map_err(lost)?;
             if let Some(data) = frame.data_ref()
                 && take(data)? == ReadOn::No
             {
@@ -122,7 +123,7 @@ impl Client {
     fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Failure> {
         self.runtime.block_on(async {
             let response = self.respond(method, path, body).await?;
-            let bytes = response.into_body().collect().await.map_err(|e| self.lost(&e))?.to_bytes();
+            let bytes = response.into_body().collect().await.map_err(lost)?.to_bytes();
             serde_json::from_slice(&bytes).map_err(|e| {
                 Failure::new(
                     Status::Bug,
@@ -141,9 +142,8 @@ impl Client {
         path: &str,
         body: Vec<u8>,
     ) -> Result<Response<Incoming>, Failure> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|e| no_daemon(&self.socket, &e))?;
-        let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.lost(&e))?;
+        let stream = connect(&self.sockets).await?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
         tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
@@ -152,37 +152,77 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|e| Failure::new(Status::Bug, "bad_request", e))?;
-        let response = sender.send_request(request).await.map_err(|e| self.lost(&e))?;
+        let response = sender.send_request(request).await.map_err(lost)?;
         if response.status().is_success() {
             return Ok(response);
         }
         let status = response.status();
-        let bytes = response.into_body().collect().await.map_err(|e| self.lost(&e))?.to_bytes();
+        let bytes = response.into_body().collect().await.map_err(lost)?.to_bytes();
         let failure = serde_json::from_slice(&bytes).ok().as_ref().and_then(Failure::from_json);
         Err(failure.unwrap_or_else(|| {
             let text = String::from_utf8_lossy(&bytes);
             Failure::bad_input("refused", format!("the daemon answers {status}: {}", text.trim()))
         }))
     }
-
-    fn lost(&self, error: &hyper::Error) -> Failure {
-        Failure::new(
-            Status::NoDaemon,
-            "daemon_lost",
-            format!("the daemon at {} hung up: {error}", self.socket.display()),
-        )
-        .help("running trainers go on; ask again when the daemon is back".to_owned())
-    }
 }
 
-fn no_daemon(socket: &Path, error: &std::io::Error) -> Failure {
-    let (status, help) = match error.kind() {
-        ErrorKind::PermissionDenied => (Status::NotPermitted, "its directory is closed to this user"),
+/// Connects to the first of the sockets that is there and listened to.
+async fn connect(sockets: &[PathBuf]) -> Result<UnixStream, Failure> {
+    let mut refusals = Vec::new();
+    for socket in sockets {
+        match UnixStream::connect(socket).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => {
+                let is_there = !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+                refusals.push((socket.as_path(), error));
+                if is_there {
+                    break;
+                }
+            }
+        }
+    }
+    Err(no_daemon(&refusals))
+}
+
+fn lost(error: hyper::Error) -> Failure {
+    Failure::new(Status::NoDaemon, "daemon_lost", format!("the daemon hung up: {error}"))
+        .help("running trainers go on; ask again when the daemon is back".to_owned())
+}
+
+fn no_daemon(refusals: &[(&Path, std::io::Error)]) -> Failure {
+    let (status, help) = match refusals.last().map(|(_, error)| error.kind()) {
+        Some(ErrorKind::PermissionDenied) => (Status::NotPermitted, "its directory is closed to this user"),
         _ => (
             Status::NoDaemon,
             "start one: `mhtraind serve`, or `systemctl start mhtraind`; --socket names another; `mhtraind run job.json` needs none",
         ),
     };
-    Failure::new(status, "no_daemon", format!("no daemon can be reached at {}: {error}", socket.display()))
-        .help(help.to_owned())
+    let places = refusals.iter().map(|(socket, error)| format!("at {}: {error}", socket.display()));
+    let what = format!("no daemon can be reached {}", places.collect::<Vec<_>>().join(", nor "));
+    Failure::new(status, "no_daemon", what).help(help.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_users_own_daemon_is_asked_before_the_hosts() {
+        let directory = tempfile::tempdir().unwrap();
+        let sockets = ["own", "host"].map(|name| directory.path().join(name));
+        let none = connect(&sockets).await.unwrap_err();
+        assert_eq!(none.status, Status::NoDaemon);
+        assert!(none.message.contains("/own: ") && none.message.contains("nor at"), "{}", none.message);
+        let host = tokio::net::UnixListener::bind(&sockets[1]).unwrap();
+        connect(&sockets).await.unwrap();
+        host.accept().await.unwrap();
+        // One that a dead daemon left.
+        drop(tokio::net::UnixListener::bind(&sockets[0]).unwrap());
+        connect(&sockets).await.unwrap();
+        host.accept().await.unwrap();
+        std::fs::remove_file(&sockets[0]).unwrap();
+        let own = tokio::net::UnixListener::bind(&sockets[0]).unwrap();
+        connect(&sockets).await.unwrap();
+        own.accept().await.unwrap();
+    }
 }

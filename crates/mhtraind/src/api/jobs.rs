@@ -11,7 +11,7 @@ use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::receipt::Receipt;
 use mhtrain_job::state::JobState;
 use mhtrain_sizing::tier::Tier;
-use mhtrain_store::{Filter, JobId, JobRow, Owner, SampleOf};
+use mhtrain_store::{Filter, JobId, JobRow, Order, Owner, SampleOf};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -36,6 +36,17 @@ pub(super) struct ListQuery {
     limit: Option<u32>,
     after_id: Option<u64>,
     state: Option<String>,
+    #[serde(default)]
+    order: ListOrder,
+}
+
+/// In which order jobs are listed, by id.
+#[derive(Copy, Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ListOrder {
+    #[default]
+    Oldest,
+    Newest,
 }
 
 /// Returns a page of jobs.
@@ -63,7 +74,10 @@ pub(super) async fn list(
         states,
         after: query.after_id.and_then(JobId::new),
         limit: limit + 1,
-        ..Filter::default()
+        order: match query.order {
+            ListOrder::Oldest => Order::OldestFirst,
+            ListOrder::Newest => Order::NewestFirst,
+        },
     };
     let read = daemon.store.call(move |store| {
         let rows = store.jobs(&filter)?.into_iter();
@@ -152,9 +166,9 @@ pub(super) async fn cancel(
 ) -> Answer<Json<JobView>> {
     permit(&daemon, caller, id).await?;
     to_the_end(async move {
-        let (job, _) = look(&daemon, id).await?;
+        look(&daemon, id).await?;
         if !daemon.cancel(id).await? {
-            let what = format!("job {id} is over: it is {}", job.state);
+            let what = format!("job {id} is over: it is {}", look(&daemon, id).await?.0.state);
             return Err(Failure::failed("over", what).into());
         }
         Ok(Json(look(&daemon, id).await?.0))

@@ -64,7 +64,7 @@ pub struct Global {
     /// NVML library to open [default: the driver's libnvidia-ml.so.1]
     #[arg(long, global = true, value_name = "PATH", env = "MHTRAIND_NVML_LIBRARY", hide_env_values = true)]
     pub nvml_library: Option<PathBuf>,
-    /// Socket of the daemon [default: $XDG_RUNTIME_DIR/mhtraind/mhtraind.sock; root: /run/mhtraind/mhtraind.sock]
+    /// Socket of the daemon [default: $XDG_RUNTIME_DIR/mhtraind/mhtraind.sock, then root's: /run/mhtraind/mhtraind.sock]
     #[arg(long, global = true, value_name = "PATH", env = "MHTRAIND_SOCKET", hide_env_values = true)]
     pub socket: Option<PathBuf>,
     /// State directory of the daemon [default: ~/.local/state/mhtraind; root: /var/lib/mhtraind]

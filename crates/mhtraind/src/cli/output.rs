@@ -35,6 +35,15 @@ pub fn note(text: impl std::fmt::Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// Says what failed on standard error, as the caller reads it.
+pub fn failure(failure: &Failure, as_json: bool) {
+    if as_json {
+        note(failure.to_json());
+    } else {
+        note(failure.for_people());
+    }
+}
+
 fn written(result: io::Result<()>) -> Result<(), Failure> {
     match result {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {

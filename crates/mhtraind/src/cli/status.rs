@@ -16,7 +16,8 @@ Examples:
   mhtraind status
   mhtraind status 7
   mhtraind status --state running,waiting
-  mhtraind status --json --limit 50 --after-id 100     # page by page")]
+  mhtraind status --limit 20                           # what is not over, and the last of the others
+  mhtraind status --json --limit 50 --after-id 100     # page by page, from the first")]
 pub struct StatusArgs {
     /// Only this job
     id: Option<u64>,
@@ -39,7 +40,8 @@ pub fn run(args: &StatusArgs, config: &Config) -> Result<Status, Failure> {
     let client = Client::new(config)?;
     let list = match args.id {
         Some(id) => JobList { jobs: vec![client.get(&format!("/v1/jobs/{id}"))?], next_after_id: None },
-        None => client.get(&args.query())?,
+        None if args.json || args.after_id.is_some() => client.get(&args.page(""))?,
+        None => args.latest(&client)?,
     };
     if args.json {
         output::json(&list)?;
@@ -53,14 +55,31 @@ pub fn run(args: &StatusArgs, config: &Config) -> Result<Status, Failure> {
         output::line(table(&list.jobs))?;
         if let Some(after) = list.next_after_id {
             output::note(format!("there are more: --after-id {after}"));
+        } else if args.after_id.is_none() && list.jobs.len() == args.limit as usize {
+            output::note("there may be older ones: --after-id 0 begins with the first");
         }
     }
     Ok(Status::Done)
 }
 
 impl StatusArgs {
-    fn query(&self) -> String {
-        let mut query = format!("/v1/jobs?limit={}", self.limit);
+    /// Returns the jobs that somebody who looks wants to see: those that are not over, and the last of the others.
+    fn latest(&self, client: &Client) -> Result<JobList, Failure> {
+        let JobList { mut jobs, next_after_id } = client.get(&self.page("&order=newest"))?;
+        if next_after_id.is_some() && self.state.is_none() {
+            let unfinished: JobList =
+                client.get(&self.page("&state=queued,waiting,starting,running,recovering"))?;
+            let others = jobs.drain(..).filter(|job| unfinished.jobs.iter().all(|one| one.id != job.id));
+            let room = (self.limit as usize).saturating_sub(unfinished.jobs.len());
+            jobs = others.take(room).collect();
+            jobs.extend(unfinished.jobs);
+        }
+        jobs.sort_by_key(|job| job.id);
+        Ok(JobList { jobs, next_after_id: None })
+    }
+
+    fn page(&self, more: &str) -> String {
+        let mut query = format!("/v1/jobs?limit={}{more}", self.limit);
         if let Some(after) = self.after_id {
             query.push_str(&format!("&after_id={after}"));
         }

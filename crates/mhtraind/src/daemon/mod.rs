@@ -23,7 +23,7 @@ pub mod store;
 mod submission;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -425,6 +425,10 @@ async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
     if let Some(parent) = socket.parent().filter(|parent| !parent.is_dir()) {
         // Whoever is served must come to the socket.
         make_dir(parent, if nix::unistd::geteuid().is_root() { 0o755 } else { 0o700 })?;
+    }
+    if std::fs::symlink_metadata(socket).is_ok_and(|found| !found.file_type().is_socket()) {
+        return Err(Failure::bad_input("no_socket", format!("{} is there and no socket", socket.display()))
+            .help("nothing of it is touched; name another place with --socket".to_owned()));
     }
     if socket.exists() {
         if tokio::time::timeout(Duration::from_secs(1), UnixStream::connect(socket))

@@ -14,6 +14,7 @@ use mhtrain_probe::trainer_environment::trainer_environment_as;
 use mhtrain_sizing::ladder::{RunAdvice, TierBook};
 use mhtrain_sizing::model::Model;
 use mhtrain_sizing::plan::{History, Plan};
+use mhtrain_swift::command::check_arguments;
 use mhtrain_swift::dialect::Dialect;
 use mhtrain_swift::environment::TrainerEnvironment;
 use serde::{Deserialize, Serialize};
@@ -72,6 +73,8 @@ pub fn examine(spec: JobSpec, origin: &Origin, config: &Config, cores: u32) -> R
         .map_err(|e| Failure::failed("no_trainer", chain(&e)).help(e.help()))?;
     secrets::find(&spec.secrets, &origin.secrets)?;
     let (dialect, mut notes) = Dialect::for_environment(&environment);
+    check_arguments(&spec, &dialect)
+        .map_err(|e| Failure::bad_input("bad_command", chain(&e)).help(e.help()))?;
     let looked = look(&spec, &dialect, origin, config);
     notes.extend(looked.as_ref().err().cloned());
     Ok(Examined { spec, model: model.ok(), missing, environment, notes, cores, rows: looked.ok() })
