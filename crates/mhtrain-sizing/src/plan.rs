@@ -156,7 +156,7 @@ pub enum PlanError {
     /// Two wishes exclude each other.
     #[error("{0}")]
     Conflict(String, String),
-    /// No rung fits, and the emergency profile may not be tried.
+    /// No rung fits, and the emergency profile may not be tried, or cannot fit with what is pinned.
     #[error("no tier fits on {card}: the smallest ({tier}) needs {needed}, {free} are free{costs}")]
     NothingFits {
         /// The card.
@@ -210,8 +210,8 @@ impl PlanError {
 /// Order is lexicographic: first what is trained, then throughput. The class's own batch is the presumption and is
 /// taken when its best guess fits; smaller batches and shorter rows are taken when they fit at the stated risk, larger
 /// batches when they fit with room to spare and are faster. A rung under which nothing needs less is taken when its best
-/// guess fits. When nothing fits, the emergency rung is tried once, unless the weights alone are too much. Every threshold
-/// depends on the ladder alone, so more free memory never picks a lower rung.
+/// guess fits. When nothing fits, the emergency rung is tried once, unless the weights alone are too much, or a pinned batch or
+/// length puts it out of reach. Every threshold depends on the ladder alone, so more free memory never picks a lower rung.
 ///
 /// # Errors
 /// Pins or wishes that exclude each other, and models that do not fit.
@@ -685,9 +685,11 @@ impl<'a> Sizing<'a> {
                 help: self.what_would_help(resident),
             });
         }
-        match candidates.last() {
-            Some(last) if last.tier.name == Profile::Emergency => Ok(self.last_resort(candidates)),
-            Some(_) | None => Err(PlanError::NothingFits {
+        let is_emergency = |last: &Candidate| last.tier.name == Profile::Emergency;
+        let tried = candidates.last().filter(|last| is_emergency(last)).map(|_| self.last_resort(candidates));
+        match tried.filter(|index| !self.is_pinned_out_of_reach(&candidates[*index])) {
+            Some(index) => Ok(index),
+            None => Err(PlanError::NothingFits {
                 card: self.card(),
                 tier: smallest.tier.to_string(),
                 needed: smallest.needed,
@@ -696,6 +698,15 @@ impl<'a> Sizing<'a> {
                 help: self.what_would_help(smallest.needed),
             }),
         }
+    }
+
+    /// Returns whether pins make a last resort of more than the emergency profile's own, and even the low end of what it may
+    /// need is more than what is free: then the pins are wrong, not the prediction.
+    fn is_pinned_out_of_reach(&self, candidate: &Candidate) -> bool {
+        let (tier, frugal) = (&candidate.tier, &self.book.profiles.emergency);
+        let more_rows = self.batches.pinned && tier.micro_batch > frugal.micro_batch;
+        let longer_rows = self.pinned_length() && tier.max_length > frugal.max_length;
+        (more_rows || longer_rows) && candidate.estimate.low_bytes > self.request.card.free
     }
 
     /// Returns the rung that is tried although nothing fits: the emergency rung, unless this machine knows better.

@@ -133,6 +133,43 @@ fn when_nothing_fits_the_emergency_rung_is_tried_once() {
 }
 
 #[test]
+fn a_pinned_batch_or_length_that_cannot_fit_is_an_error_that_says_what_the_pins_cost() {
+    let refused = |pins: Pins| {
+        let request = Request { pins, ..request("Qwen/Qwen2.5-7B", Bytes::from_gib(24)) };
+        let error = plan(&request, &TierBook::builtin()).unwrap_err();
+        assert!(matches!(error, PlanError::NothingFits { .. }), "{error}");
+        error.to_string()
+    };
+    let both = refused(Pins { micro_batch: Some(64), max_length: Some(8192), ..Pins::default() });
+    assert!(both.contains("micro-batch 64 instead of 1 (pinned) costs"), "{both}");
+    assert!(both.contains("max_length 8192 instead of 2048 (pinned) costs"), "{both}");
+    assert!(both.contains("24.00 GiB are free"), "{both}");
+    refused(Pins { micro_batch: Some(16), ..Pins::default() });
+    refused(Pins { max_length: Some(16_384), ..Pins::default() });
+    refused(Pins { accumulation: Some(1), ..Pins::default() });
+}
+
+#[test]
+fn pins_of_no_more_than_the_emergency_profile_leave_it_a_last_resort() {
+    let pins = Pins { micro_batch: Some(1), max_length: Some(2048), ..Pins::default() };
+    let plan = planned(&Request { pins, ..request("Qwen/Qwen2.5-7B", Bytes::from_gib(16)) });
+    assert!(plan.chosen_rung().estimate.low_bytes > Bytes::from_gib(16));
+    assert!(plan.chosen_rung().why.contains("tried once"));
+}
+
+#[test]
+fn a_pinned_length_that_may_fit_is_tried_once() {
+    let mut request = request("Qwen/Qwen2.5-7B", Bytes::from_gib(24));
+    request.pins.max_length = Some(4096);
+    let roomy = Request { pins: request.pins.clone(), ..idle("Qwen/Qwen2.5-7B") };
+    let last = planned(&roomy).rungs.last().unwrap().estimate.low_bytes;
+    request.card.free = last;
+    assert!(planned(&request).chosen_rung().why.contains("tried once"));
+    request.card.free = last.saturating_sub(Bytes::from_mib(1));
+    assert!(matches!(plan(&request, &TierBook::builtin()), Err(PlanError::NothingFits { .. })));
+}
+
+#[test]
 fn weights_that_do_not_fit_are_an_error_with_both_numbers_and_help() {
     let error = plan(&request("Qwen/Qwen2.5-72B", Bytes::from_gib(24)), &TierBook::builtin()).unwrap_err();
     insta::assert_snapshot!(format!("{error}\n{}", error.help().unwrap()), @r"
@@ -150,7 +187,7 @@ fn both_factors_pinned_under_the_minimum_are_an_error_with_both_numbers() {
     request.pins = Pins { micro_batch: Some(31), accumulation: Some(1), ..Pins::default() };
     let error = plan(&request, &TierBook::builtin()).unwrap_err();
     assert!(matches!(error, PlanError::PinnedBatchTooSmall { product: 31, .. }), "one row under is under");
-    request.pins.micro_batch = Some(32);
+    request.pins = Pins { micro_batch: Some(32), max_length: Some(512), ..request.pins };
     assert_eq!(planned(&request).effective_batch, 32);
 }
 
