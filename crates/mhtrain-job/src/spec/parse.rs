@@ -127,7 +127,7 @@ pub(super) fn from_value(value: &Value) -> Result<JobSpec, SpecError> {
     let need = |key: &'static str| get(key).ok_or(SpecError::Missing { key });
 
     let model = need("model")?.line("a hub id or a local directory")?;
-    let dataset = need("dataset")?.lines("a hub id or a local file")?;
+    let dataset = read_datasets(need("dataset")?, "a hub id or a local file")?;
     let name = get("name").map(read_name).transpose()?.unwrap_or_else(|| default_name(&model));
     let output_dir = get("output_dir").map(|at| at.line("a directory")).transpose()?;
     let spec = JobSpec {
@@ -245,6 +245,23 @@ fn read_length(at: At<'_>) -> Result<Length, SpecError> {
     }
 }
 
+/// Reads data sets, `name#N` among them: ms-swift takes the last N for a number of rows, and dies where it is below 1.
+///
+/// What is no number may be the end of a file's name, and is looked at where the files are.
+fn read_datasets(at: At<'_>, expected: &str) -> Result<Vec<String>, SpecError> {
+    let datasets = at.lines(expected)?;
+    for text in &datasets {
+        let rows = text.rsplit_once('#').and_then(|(_, rows)| rows.trim().parse::<i128>().ok());
+        if rows.is_some_and(|rows| rows < 1) {
+            let value = Value::String(text.clone());
+            return Err(
+                At::new(at.key, &value).out_of_range("`name#N` with N from 1, or a name without `#N`")
+            );
+        }
+    }
+    Ok(datasets)
+}
+
 fn read_validation(at: At<'_>) -> Result<Option<Validation>, SpecError> {
     match at.value {
         Value::Null => Ok(None),
@@ -253,7 +270,7 @@ fn read_validation(at: At<'_>) -> Result<Option<Validation>, SpecError> {
             _ => Err(at.out_of_range("a share above 0 and below 1, or datasets")),
         },
         Value::String(_) | Value::Array(_) => {
-            at.lines("a dataset").map(|datasets| Some(Validation::Datasets(datasets)))
+            read_datasets(at, "a dataset").map(|datasets| Some(Validation::Datasets(datasets)))
         }
         Value::Bool(_) | Value::Object(_) => Err(at.wrong_type("a share of the data (0.02), or datasets")),
     }

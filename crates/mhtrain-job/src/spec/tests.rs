@@ -252,6 +252,23 @@ fn trackers_are_a_name_a_list_or_an_object() {
 }
 
 #[test]
+fn a_data_set_of_less_than_one_row_is_refused_and_other_hashes_are_names() {
+    for text in ["train.jsonl#0", "hub/id#0", "hub/id#-3", "hub/id:subset# 0 ", "a#5#-1"] {
+        for key in ["dataset", "validation"] {
+            let refused = error(json!({ key: ["d.jsonl", text] }));
+            assert_eq!(refused.code(), "out_of_range", "{text}");
+            assert!(
+                refused.to_string().contains("N from 1") && refused.to_string().contains(text),
+                "{refused}"
+            );
+        }
+    }
+    for text in ["train.jsonl#1", "hub/id:subset#500", "a#0.jsonl", "a#b.jsonl", "a#0#7", "d.jsonl"] {
+        assert_eq!(good(json!({"dataset": text})).dataset, [text]);
+    }
+}
+
+#[test]
 fn validation_is_a_share_or_datasets() {
     assert_eq!(good(json!({"validation": 0.02})).validation, Some(Validation::Share(0.02)));
     let datasets = Some(Validation::Datasets(vec!["v".to_owned()]));
