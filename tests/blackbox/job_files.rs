@@ -91,7 +91,7 @@ fn missing_local_files_are_found_before_anything_starts() {
 #[test]
 fn what_is_out_of_scope_is_refused_by_name() {
     refused(job("devices", json!(2)), "more than one device");
-    refused(job("after", json!([3])), "daemon");
+    refused(job("after", json!([3])), "does not wait");
     refused(job("device", json!("MIG-4711")), "MIG");
 }
 

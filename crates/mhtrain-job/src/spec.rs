@@ -134,13 +134,7 @@ impl JobSpec {
     /// As [`JobSpec::check_supported`], and for jobs that wait for others: a queue knows those.
     pub fn check_foreground(&self) -> Result<(), SpecError> {
         self.check_supported()?;
-        if self.after.is_empty() {
-            return Ok(());
-        }
-        Err(SpecError::NotSupported {
-            what: "waiting for other jobs (`after`), which needs the daemon,",
-            instead: "submit it with `mhtraind submit`, or leave `after` out and start it when the others are done",
-        })
+        if self.after.is_empty() { Ok(()) } else { Err(SpecError::WaitsForOthers) }
     }
 
     /// Returns the job as complete JSON: every key, defaults filled in. Reading it again gives the same job.

@@ -108,6 +108,9 @@ pub enum SpecError {
         /// What can be done instead.
         instead: &'static str,
     },
+    /// A run in the foreground of a job that waits for others.
+    #[error("`after` names jobs to wait for, and a run in the foreground does not wait")]
+    WaitsForOthers,
     /// An argument that says again what a key of the job says.
     #[error("`args.{arg}` says what the key `{field}` says")]
     ArgRepeatsField {
@@ -203,7 +206,9 @@ impl SpecError {
             SpecError::OutOfRange { .. } => "out_of_range",
             SpecError::UnknownValue { .. } => "unknown_value",
             SpecError::ForbiddenCharacter { .. } => "forbidden_character",
-            SpecError::MigDevice | SpecError::NotSupported { .. } => "not_supported",
+            SpecError::MigDevice | SpecError::NotSupported { .. } | SpecError::WaitsForOthers => {
+                "not_supported"
+            }
             SpecError::ArgRepeatsField { .. } => "arg_repeats_key",
             SpecError::ArgTwice { .. } => "arg_twice",
             SpecError::AbbreviatedArg { .. } => "arg_abbreviated",
@@ -238,6 +243,7 @@ impl SpecError {
                 "name a whole card by its index or GPU-… uuid, or leave `device` out".to_owned()
             }
             SpecError::NotSupported { instead, .. } => (*instead).to_owned(),
+            SpecError::WaitsForOthers => "hand it in with `mhtraind submit`, whose jobs do wait, or leave `after` out and start it when the others are done".to_owned(),
             SpecError::ArgRepeatsField { arg, field } => {
                 format!("set `{field}` at the top level of the job and remove `args.{arg}`")
             }

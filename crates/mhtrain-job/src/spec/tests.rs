@@ -199,7 +199,8 @@ fn what_this_version_does_not_do_is_read_and_then_refused_by_name() {
     let two = good(json!({"devices": 2})).check_supported().unwrap_err();
     assert!(two.to_string().contains("more than one device") && two.help().is_some());
     let after = good(json!({"after": [3]})).check_foreground().unwrap_err();
-    assert!(after.to_string().contains("daemon"));
+    assert!(after.to_string().contains("does not wait"), "{after}");
+    assert!(after.help().unwrap().contains("`mhtraind submit`"));
     assert_eq!(good(json!({})).check_foreground(), Ok(()));
     assert_eq!(good(json!({"after": [3]})).check_supported(), Ok(()));
 }
