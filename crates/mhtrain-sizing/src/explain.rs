@@ -163,7 +163,7 @@ fn with_more_memory(free: Bytes, total: Bytes, plan: &Plan) -> Vec<String> {
 }
 
 /// Returns an amount rounded up to what is printed of it, so that who frees what is printed has freed enough.
-fn as_shown(amount: Bytes) -> Bytes {
+pub(crate) fn as_shown(amount: Bytes) -> Bytes {
     let bytes = u128::from(amount.get());
     let (unit, parts) = if bytes > 1023 << 20 { (1 << 30, 100) } else { (1 << 20, 1) };
     Bytes::new(u64::try_from((bytes * parts).div_ceil(unit) * unit / parts).unwrap_or(u64::MAX))

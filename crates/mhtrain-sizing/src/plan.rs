@@ -16,6 +16,7 @@ pub use crate::correct::after_oom;
 use crate::cost::Cost;
 use crate::data::LengthProfile;
 use crate::estimate::{Estimate, EstimateError, estimate_with, experts_note};
+use crate::explain::as_shown;
 use crate::ladder::{Class, TierBook, Values};
 use crate::learn::{Learned, learn};
 use crate::observation::{Fingerprint, Observation, Reading, Seen, Versions};
@@ -682,7 +683,7 @@ impl<'a> Sizing<'a> {
                 card: self.card(),
                 needed: resident,
                 free,
-                help: self.what_would_help(resident),
+                help: self.what_would_help(smallest.needed),
             });
         }
         let is_emergency = |last: &Candidate| last.tier.name == Profile::Emergency;
@@ -775,7 +776,7 @@ impl<'a> Sizing<'a> {
     }
 
     fn what_would_help(&self, needed: Bytes) -> String {
-        let missing = needed.saturating_sub(self.request.card.free);
+        let missing = as_shown(needed.saturating_sub(self.request.card.free));
         let mut ways = Vec::new();
         // No one can free what the card does not have.
         if needed <= self.request.card.total {

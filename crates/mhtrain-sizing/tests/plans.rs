@@ -179,6 +179,21 @@ fn weights_that_do_not_fit_are_an_error_with_both_numbers_and_help() {
 }
 
 #[test]
+fn weights_that_do_not_fit_say_what_has_to_be_free_for_the_smallest_rung() {
+    let help = |free: Bytes| {
+        plan(&request("Qwen/Qwen2.5-7B", free), &TierBook::builtin()).unwrap_err().help().unwrap()
+    };
+    let roomy = planned(&idle("Qwen/Qwen2.5-7B"));
+    let smallest = roomy.rungs.iter().map(|rung| rung.admission_bytes).min().unwrap();
+    let free = Bytes::from_gib(2);
+    let told = help(free);
+    let missing: Bytes = told.strip_prefix("free ").unwrap().split_once(" more").unwrap().0.parse().unwrap();
+    let freed = free.saturating_add(missing);
+    assert!(freed >= smallest && freed < smallest.saturating_add(Bytes::from_mib(11)), "{told}");
+    assert!(planned(&request("Qwen/Qwen2.5-7B", freed)).chosen_rung().fits);
+}
+
+#[test]
 fn both_factors_pinned_under_the_minimum_are_an_error_with_both_numbers() {
     let mut request = idle("Qwen/Qwen2.5-7B");
     request.pins = Pins { micro_batch: Some(2), accumulation: Some(4), ..Pins::default() };
