@@ -125,7 +125,7 @@ fn maps_and_lists() -> Value {
         "labels": with_default(json!({ "type": "object", "additionalProperties": { "type": "string" } }),
             "For people and scripts.", json!({})),
         "after": with_default(json!({ "type": "array", "items": { "type": "integer", "minimum": 1 } }),
-            "Ids of jobs that must have succeeded before; for the daemon. This version refuses it.", json!([])),
+            "Ids of jobs that must have succeeded before. `submit` waits for them; `run` and `plan` refuse it.", json!([])),
     })
 }
 
