@@ -73,7 +73,14 @@ impl JobDirectory {
     /// As [`JobDirectory::open`].
     pub fn open_beside(root: &Path, own: PathBuf) -> Result<JobDirectory, Failure> {
         let private = root.join(".mhtraind");
-        fs::create_dir_all(root).map_err(|e| unwritable(root, &e))?;
+        fs::create_dir_all(root).map_err(|e| match root.ancestors().find(|path| path.exists()) {
+            Some(there) if !there.is_dir() => {
+                let (root, there) = (root.display(), there.display());
+                let what = format!("the output_dir {root} cannot be: {there} is no directory");
+                Failure::bad_input("bad_output_dir", what).help("choose another one".to_owned())
+            }
+            Some(_) | None => unwritable(root, &e),
+        })?;
         if !private.is_dir() {
             fs::DirBuilder::new().mode(0o700).create(&private).map_err(|e| unwritable(&private, &e))?;
         }
@@ -445,6 +452,23 @@ fn sync_together(paths: &[PathBuf]) -> Result<(), (PathBuf, std::io::Error)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_where_the_directory_should_be_is_bad_input() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("out");
+        fs::write(&file, "").unwrap();
+        for root in [file.clone(), file.join("below")] {
+            let failure = JobDirectory::open(&root).err().unwrap();
+            assert_eq!(failure.status, Status::BadInput);
+            assert!(
+                failure.message.ends_with(&format!("{} is no directory", file.display())),
+                "{}",
+                failure.message
+            );
+            assert_eq!(failure.help.as_deref(), Some("choose another one"));
+        }
+    }
 
     #[test]
     fn a_checkpoint_is_made_lasting_with_the_links_in_it_left_alone() {
