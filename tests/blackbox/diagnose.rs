@@ -45,3 +45,19 @@ fn a_missing_log_ends_with_2() {
     let ran = env.run(&["diagnose", "no.log"]).expect(2);
     assert!(ran.stderr.contains("no.log"), "{}", ran.stderr);
 }
+
+#[test]
+fn an_empty_log_ends_with_2_unless_the_exit_code_says_something() {
+    let env = TestEnv::new();
+    env.write("train.log", "\n");
+    let ran = env.run(&["diagnose", "train.log"]).expect(2);
+    assert!(
+        ran.stderr.contains("train.log is empty") && ran.stderr.contains("--exit-code"),
+        "{}",
+        ran.stderr
+    );
+    let ran = env.run_with_input(&["diagnose", "-", "--json"], b"").expect(2);
+    assert!(format!("{}{}", ran.stdout, ran.stderr).contains("empty_log"), "{} {}", ran.stdout, ran.stderr);
+    let answer = env.run(&["diagnose", "train.log", "--json", "--exit-code", "-9"]).expect(0).json();
+    assert_eq!(answer["answer"], "resume");
+}

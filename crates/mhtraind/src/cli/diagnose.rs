@@ -35,11 +35,27 @@ pub fn run(args: &DiagnoseArgs) -> Result<Status, Failure> {
     let mut log = output::open_lines(&args.log)?;
     let mut diagnoser = Diagnoser::new();
     let mut piece = vec![0; 1 << 16];
+    let mut is_empty = true;
     loop {
         match log.read(&mut piece).map_err(|e| unreadable(&args.log, &e))? {
             0 => break,
-            n => diagnoser.push_bytes(&piece[..n]),
+            n => {
+                is_empty &= piece[..n].trim_ascii().is_empty();
+                diagnoser.push_bytes(&piece[..n]);
+            }
         }
+    }
+    // The exit code alone may say why.
+    if is_empty && args.exit_code.is_none() {
+        let log = if args.log.as_os_str() == "-" {
+            "standard input".into()
+        } else {
+            args.log.display().to_string()
+        };
+        let help =
+            "is it the trainer's log? Where there is no other, say how the trainer ended: `--exit-code N`";
+        return Err(Failure::bad_input("empty_log", format!("{log} is empty: there is nothing to diagnose"))
+            .help(help.to_owned()));
     }
     let exit = match args.exit_code {
         Some(code) if code < 0 => ExitFacts { signal: Some(code.saturating_neg()), ..ExitFacts::default() },
