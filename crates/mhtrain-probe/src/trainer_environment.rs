@@ -162,7 +162,7 @@ impl TrainerError {
             TrainerError::EmptyCommand => "set `[trainer] command = [\"swift\", \"sft\"]`".to_owned(),
             TrainerError::CommandNotFound { .. } => {
                 "activate the environment that has ms-swift, name its full path in `[trainer] command`, \
-                 or install it with `pip install ms-swift`"
+                 or install it with `mhtraind install-trainer` or `pip install ms-swift`"
                     .to_owned()
             }
             TrainerError::Unreadable { .. } => "check its rights".to_owned(),
@@ -184,7 +184,8 @@ impl TrainerError {
             }
             TrainerError::NoSwift { python } => {
                 format!(
-                    "run `{} -m pip install ms-swift`, or name another environment in `[trainer] command`",
+                    "run `{} -m pip install ms-swift`, let `mhtraind install-trainer` make an environment that has it, or \
+                     name another in `[trainer] command`",
                     python.display()
                 )
             }

@@ -212,7 +212,7 @@ impl StoreError {
                 format!("choose another key, or look at job {id}; a key stands for one submission")
             }
             StoreError::NotFinal { id, .. } => format!("cancel job {id} first"),
-            StoreError::NoSuchJob { .. } => "list the jobs to see which there are".to_owned(),
+            StoreError::NoSuchJob { .. } => "`mhtraind status` lists the jobs that there are".to_owned(),
             StoreError::BadBeginning { .. }
             | StoreError::Illegal { .. }
             | StoreError::RecordVersion { .. }

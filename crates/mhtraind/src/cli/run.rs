@@ -110,7 +110,11 @@ pub fn start(
         TrainerReport::Ready(environment) => environment.clone(),
         TrainerReport::Missing { error, help } => {
             let install = "`mhtraind install-trainer` installs one";
-            let help = help.as_ref().map_or(install.to_owned(), |help| format!("{help}\n{install}"));
+            let help = match help {
+                Some(help) if help.contains("install-trainer") => help.clone(),
+                Some(help) => format!("{help}\n{install}"),
+                None => install.to_owned(),
+            };
             return Err(Failure::failed("no_trainer", error).help(help));
         }
     };
