@@ -45,8 +45,8 @@ pub fn run(args: &DiagnoseArgs) -> Result<Status, Failure> {
             }
         }
     }
-    // The exit code alone may say why.
-    if is_empty && args.exit_code.is_none() {
+    // The exit code alone may say why; and a script is told that it is not known.
+    if is_empty && args.exit_code.is_none() && !args.json {
         let log = if args.log.as_os_str() == "-" {
             "standard input".into()
         } else {
