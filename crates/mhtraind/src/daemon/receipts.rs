@@ -63,6 +63,7 @@ fn bring_soon(daemon: &Arc<Daemon>, id: JobId) {
 }
 
 async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
+    unfollowed(daemon, id).await;
     let read = daemon.store.call(move |store| Ok((store.job(id)?, store.events(id)?))).await;
     let (job, records) = match read {
         // Removed meanwhile.
@@ -71,10 +72,6 @@ async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
     };
     if !records.iter().any(|record| matches!(record.event, JobEvent::AttemptStarting(_))) {
         // Nothing of it is in its output directory.
-        return Ok(());
-    }
-    if daemon.live().contains_key(&id) {
-        // Whoever follows it writes it.
         return Ok(());
     }
     let Some(account) = daemon.served.account_of(&job.row.owner).await else {
@@ -87,6 +84,17 @@ async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
     let output_dir = prepare::output_dir(&spec, &submission.origin(&account, &daemon.config));
     let own = daemon.job_dir(id);
     account.act(move || end_receipt(&output_dir, own, id, &records)).await?
+}
+
+/// Waits until no thread follows the job any more: it may write the receipt itself, and has the output directory.
+async fn unfollowed(daemon: &Daemon, id: JobId) {
+    let mut happenings = daemon.store.happenings();
+    loop {
+        happenings.mark_unchanged();
+        if !daemon.live().contains_key(&id) || happenings.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Writes the end of a job that is over into its receipt, beside the store and, where that is still the job's, in its output
