@@ -1104,6 +1104,20 @@ fn a_parameter_that_ms_swift_has_not_is_refused_at_submit() {
 }
 
 #[test]
+fn a_job_waits_for_an_output_directory_that_somebody_has_for_a_moment() {
+    let served = Served::new();
+    std::fs::create_dir_all(served.host.env.path("out/.mhtraind")).unwrap();
+    let lock = std::fs::File::create(served.host.env.path("out/.mhtraind/lock")).unwrap();
+    lock.lock().unwrap();
+    let id = served.submit(json!({}), &json!({}));
+    // Longer than the second for which the lock itself is waited for.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_ne!(served.state(&id), "failed");
+    drop(lock);
+    served.run(&["wait", &id, "--timeout", "60"]).expect(0);
+}
+
+#[test]
 fn silent_connections_are_counted_and_closed() {
     use std::os::unix::net::UnixStream;
     let served = Served::new();
