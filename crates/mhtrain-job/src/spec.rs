@@ -10,6 +10,7 @@ mod read;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 use mhtrain_sizing::gpu::Card;
@@ -135,6 +136,22 @@ impl JobSpec {
     pub fn check_foreground(&self) -> Result<(), SpecError> {
         self.check_supported()?;
         if self.after.is_empty() { Ok(()) } else { Err(SpecError::WaitsForOthers) }
+    }
+
+    /// Writes the home directory where a path of the job begins with `~/`: nobody does that for the trainer, which takes
+    /// such a path for the id of a hub. A home directory that is no text changes nothing.
+    pub fn expand_home(&mut self, home: &Path) {
+        let Some(home) = home.to_str() else { return };
+        let validation = match &mut self.validation {
+            Some(Validation::Datasets(datasets)) => datasets.as_mut_slice(),
+            Some(Validation::Share(_)) | None => &mut [],
+        };
+        let single = [&mut self.model, &mut self.output_dir];
+        for path in single.into_iter().chain(&mut self.dataset).chain(validation) {
+            if let Some(rest) = path.strip_prefix("~/") {
+                *path = format!("{}/{rest}", home.trim_end_matches('/'));
+            }
+        }
     }
 
     /// Returns the job as complete JSON: every key, defaults filled in. Reading it again gives the same job.

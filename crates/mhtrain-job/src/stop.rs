@@ -12,17 +12,27 @@ use crate::event::{JobEvent, Record};
 /// How the events name a time limit that asks for the end.
 pub const TIME_LIMIT: &str = "its time limit";
 
+/// How the events name `mhtraind cancel`.
+pub const CANCEL: &str = "cancel";
+
 /// Returns the end of a job that was stopped, for whoever writes it down. `by`: who asked, as the events name it; `limit`: the
 /// job's own.
 pub fn end(by: &str, limit: Option<Duration>) -> JobEvent {
     if by != TIME_LIMIT {
-        return JobEvent::Cancelled { reason: by.to_owned() };
+        return cancelled(by);
     }
     let seconds = limit.unwrap_or_default().as_secs();
     let help = "it can go on: `mhtraind retry` gives a job of the daemon as much time again, and a foreground run goes on with \
                 a higher `time_limit` and --continue";
     let reason = format!("its time limit of {seconds} s is over");
     JobEvent::Failed { reason, help: Some(help.to_owned()) }
+}
+
+/// Returns the end of a job that anybody but its time limit stopped. `by`: who asked, as the events name it.
+pub fn cancelled(by: &str) -> JobEvent {
+    let reason =
+        if by == CANCEL { "stopped as asked (cancel)".to_owned() } else { format!("stopped by {by}") };
+    JobEvent::Cancelled { reason }
 }
 
 /// Returns when the time of a job began, as its events have it: at the start of its first attempt; `None` before that.
@@ -52,8 +62,12 @@ mod tests {
         assert!(
             matches!(end(TIME_LIMIT, limit), JobEvent::Failed { reason, help: Some(_) } if reason.contains("90 s"))
         );
-        for by in ["cancel", "SIGTERM", "its stop file"] {
-            assert_eq!(end(by, limit), JobEvent::Cancelled { reason: by.to_owned() });
+        for (by, words) in [
+            (CANCEL, "stopped as asked (cancel)"),
+            ("SIGTERM", "stopped by SIGTERM"),
+            ("its stop file", "stopped by its stop file"),
+        ] {
+            assert_eq!(end(by, limit), JobEvent::Cancelled { reason: words.to_owned() });
         }
     }
 

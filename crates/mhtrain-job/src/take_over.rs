@@ -242,7 +242,7 @@ mod tests {
     }
 
     fn stop() -> JobEvent {
-        JobEvent::StopRequested { by: "cancel".to_owned() }
+        JobEvent::StopRequested { by: crate::stop::CANCEL.to_owned() }
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub(super) async fn submit(
         spec = JobSpec::from_value(&smoke(spec.to_json())).map_err(bad_job)?;
     }
     spec.check_supported().map_err(bad_job)?;
+    spec.expand_home(&account.home);
     let config = &daemon.config;
     let passes = |name: &String| config.trainer.passes(name) && !is_secret_name(name);
     let submission = Submission {
@@ -192,7 +193,7 @@ async fn notes(handed_in: &HandedIn) -> Result<Vec<String>, Failure> {
 /// go, which is not where the daemon keeps its own files. Returns the latter as it is told from others (see [`resolved`]).
 fn check_places(cwd: &Path, output_dir: &Path, state_dir: &Path) -> Result<PathBuf, Failure> {
     if !cwd.is_absolute() || !cwd.is_dir() {
-        let what = format!("the working directory `{}` is no absolute path of a directory", cwd.display());
+        let what = format!("`cwd` is `{}`, which is not the absolute path of a directory", cwd.display());
         return Err(Failure::bad_input("bad_cwd", what));
     }
     let refuse = |what: String| {

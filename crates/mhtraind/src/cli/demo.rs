@@ -23,8 +23,8 @@ use crate::failure::{Failure, Status, unwritable};
 Example:
   mhtraind demo
 
-The first run installs ms-swift (6 GB from PyPI) into an environment of its own and keeps it; later ones take about a
-minute. Ctrl-C ends it at any time: no process and no half-made environment is left.")]
+The first run installs ms-swift (6 GB from PyPI) into an environment of its own and keeps it; later ones take a
+minute or three. Ctrl-C ends it at any time: no process and no half-made environment is left.")]
 pub struct DemoArgs {
     /// Where the demo's model, data and job go; what an earlier demo left there is replaced
     #[arg(long, value_name = "DIR")]

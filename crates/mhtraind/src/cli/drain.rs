@@ -9,7 +9,7 @@ use crate::api::types::DaemonView;
 use crate::config::Config;
 use crate::failure::{Failure, Status};
 
-/// Options of both.
+// Options of both.
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Print what the daemon says of itself

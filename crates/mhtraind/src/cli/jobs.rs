@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::output;
 use crate::failure::{Failure, Status};
 
-/// Jobs that something is done with, one after the other.
+// Jobs that something is done with, one after the other.
 #[derive(Debug, Args)]
 pub struct JobsArgs {
     /// The jobs

@@ -30,7 +30,7 @@ use crate::failure::{Failure, Status};
 #[command(after_help = "\
 Examples:
   mhtraind run job.json
-  mhtraind run job.json --continue      # after Ctrl-C, a reboot or a full disk: from the last checkpoint
+  mhtraind run job.json --continue      # from the last checkpoint, after Ctrl-C or a full disk
   mhtraind run job.json --json > receipt.json
 
 Everything goes to the job's output_dir: attempt-N/ (what the trainer writes), final (a link to the last
@@ -218,7 +218,7 @@ fn take_up(
     // Nobody was left to write how it ended.
     end_receipt(directory, &journal)?;
     if earlier == Earlier::Refuse {
-        let what = format!("{root} holds a job already, which is {}", state.name());
+        let what = format!("{root} holds a job already ({})", state.name());
         return Err(Failure::bad_input("not_empty", what).help(HOW_TO_GO_ON.to_owned()));
     }
     must_be_same_job(&journal, spec)?;

@@ -23,6 +23,7 @@ pub mod store;
 mod submission;
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +33,7 @@ use std::time::Duration;
 use mhtrain_failpoint::reach;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::Leases;
+use mhtrain_job::stop;
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_store::JobId;
 use mhtrain_supervisor::FileRights;
@@ -47,6 +49,7 @@ pub use room::{Entrance, Room};
 pub use submission::Submission;
 
 use crate::api::routes;
+use crate::cli::output;
 use crate::config::Config;
 use crate::engine::journal::now;
 use crate::engine::observations::Observations;
@@ -199,8 +202,7 @@ impl Daemon {
             return Ok(false);
         }
         // Off the queue only when it is on disk: a job whose end cannot be written still waits.
-        let reason = StopCause::Cancel.to_string();
-        self.store.append(id, Record::new(now(), JobEvent::Cancelled { reason })).await?;
+        self.store.append(id, Record::new(now(), stop::cancelled(stop::CANCEL))).await?;
         self.over_unfollowed(id);
         reach("cancel.told", "queued");
         Ok(true)
@@ -211,8 +213,7 @@ impl Daemon {
         let state = self.store.call(move |store| store.state(id)).await?;
         if !state.is_final() {
             let Some(by) = state.stop() else { return Ok(()) };
-            let event = JobEvent::Cancelled { reason: by.to_owned() };
-            self.store.append(id, Record::new(now(), event)).await?;
+            self.store.append(id, Record::new(now(), stop::cancelled(by))).await?;
         }
         self.over_unfollowed(id);
         Ok(())
@@ -365,6 +366,12 @@ async fn run(config: Config) -> Result<Status, Failure> {
     let listener = listen(&socket).await?;
     reach("serve.listens", "");
     tracing::info!(socket = %socket.display(), state = %state_dir.display(), jobs, "serving");
+    if std::io::stderr().is_terminal() {
+        let socket = socket.display();
+        output::note(format!(
+            "serving on {socket} ({jobs} unfinished jobs); Ctrl-C ends it, and trainers go on"
+        ));
+    }
     service_manager::tell(sd_notify::NotifyState::Ready);
     let scheduler = tokio::spawn(queue::schedule(Arc::clone(&daemon)));
     let watchdog = tokio::spawn(service_manager::keep_watchdog_quiet());

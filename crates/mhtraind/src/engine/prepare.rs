@@ -117,8 +117,11 @@ pub fn working_dir() -> Result<PathBuf, Failure> {
 /// # Errors
 /// It cannot be read, is no job, or asks for what this version does not do.
 pub fn read_job(path: &Path) -> Result<JobSpec, Failure> {
-    let spec = JobSpec::parse(&output::read_input(path)?).map_err(|e| spec_failure(path, &e))?;
+    let mut spec = JobSpec::parse(&output::read_input(path)?).map_err(|e| spec_failure(path, &e))?;
     spec.check_foreground().map_err(|e| spec_failure(path, &e))?;
+    if let Some(home) = std::env::home_dir() {
+        spec.expand_home(&home);
+    }
     Ok(spec)
 }
 

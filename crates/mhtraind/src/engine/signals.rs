@@ -32,7 +32,7 @@ impl fmt::Display for StopCause {
             StopCause::Sigterm => "SIGTERM",
             StopCause::Hangup => "SIGHUP (the terminal was closed)",
             StopCause::TimeLimit => stop::TIME_LIMIT,
-            StopCause::Cancel => "cancel",
+            StopCause::Cancel => stop::CANCEL,
             StopCause::StopFile => "its stop file",
         })
     }
