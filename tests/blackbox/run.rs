@@ -340,7 +340,7 @@ fn a_receipt_says_how_a_job_ended_whose_process_could_not_write_it() {
         std::fs::read_to_string(&path).unwrap().replace("\"state\": \"succeeded\"", "\"state\": \"running\"");
     std::fs::write(&path, before).unwrap();
     let refused = host.run(&["run", "job.json"], json!({})).expect(2);
-    assert!(refused.stderr.contains("which is succeeded"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("a job already (succeeded)"), "{}", refused.stderr);
     let receipt = host.receipt();
     assert_eq!((&receipt["state"], &receipt["proof"]), (&whole["state"], &whole["proof"]));
     assert_eq!(receipt["rungs"], whole["rungs"], "what only it knew is kept");

@@ -252,7 +252,10 @@ fn a_stopped_job_is_cancelled_and_goes_on_from_its_stop() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130));
     let receipt = lab.receipt();
-    assert_eq!((&receipt["state"], &receipt["reason"]), (&json!("cancelled"), &json!("its stop file")));
+    assert_eq!(
+        (&receipt["state"], &receipt["reason"]),
+        (&json!("cancelled"), &json!("stopped by its stop file"))
+    );
     let last_step = receipt["attempts"][0]["last_step"].as_u64().unwrap();
     assert!((2..10).contains(&last_step), "{last_step}");
     lab.run(&["run", "job.json", "--continue"], &[]).expect(0);
