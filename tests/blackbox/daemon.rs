@@ -1,5 +1,6 @@
 //! The daemon and its clients around a fake trainer: nothing is lost, nothing runs twice, everything says why.
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -570,6 +571,35 @@ fn jobs_wait_for_others_and_fail_with_them() {
     assert!(served.job(&first)["reason"].as_str().unwrap().contains("zorglub"));
     let ran = served.run(&["wait", &second, "--timeout", "30"]).expect(1);
     assert!(ran.stderr.contains(&format!("job {first}")), "{}", ran.stderr);
+}
+
+#[test]
+fn of_daemons_that_come_to_a_dead_ones_socket_at_once_one_has_it() {
+    let mut served = Served::new();
+    served.kill();
+    let start = |number: u32| {
+        let mut command = served.host.command(&["serve"], &json!({}));
+        Served::places(&served.host, &mut command);
+        command.env("MHTRAIND_STATE_DIR", served.host.env.path(&format!("state-{number}")));
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let daemons = RefCell::new((0..8).map(start).collect::<Vec<_>>());
+    served.wait_until("all but one to end", |_| {
+        let lives = |daemon: &mut Child| daemon.try_wait().unwrap().is_none();
+        daemons.borrow_mut().iter_mut().map(lives).filter(|lives| *lives).count() == 1
+    });
+    served.run(&["status"]).expect(0);
+    for mut daemon in daemons.into_inner() {
+        let lives = daemon.try_wait().unwrap().is_none();
+        if lives {
+            daemon.kill().unwrap();
+        }
+        let ran = Ran::from(daemon.wait_with_output().unwrap());
+        assert!(lives || ran.stderr.contains("another daemon listens"), "{}", ran.stderr);
+    }
+    let left = std::fs::read_dir(served.host.env.path(".")).unwrap().flatten();
+    let left: Vec<_> = left.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b".")).collect();
+    assert!(left.is_empty(), "no other name is left: {left:?}");
 }
 
 #[test]

@@ -270,8 +270,18 @@ pub(crate) fn context(connection: &Connection, id: JobId) -> Result<String, Stor
 
 /// Returns the events of a job, oldest first; none when there is no such job.
 pub(crate) fn events(connection: &Connection, id: JobId) -> Result<Vec<Record>, StoreError> {
-    let mut statement =
-        connection.prepare_cached("SELECT record FROM events WHERE job_id = ?1 ORDER BY number")?;
+    events_by(connection, "SELECT record FROM events WHERE job_id = ?1 ORDER BY number", id)
+}
+
+/// Returns the events of a job without what was sized. What is no JSON is found by whoever reads it.
+pub(crate) fn brief_events(connection: &Connection, id: JobId) -> Result<Vec<Record>, StoreError> {
+    let sql = "SELECT iif(json_valid(record), json_remove(record, '$.sized'), record) \
+               FROM events WHERE job_id = ?1 ORDER BY number";
+    events_by(connection, sql, id)
+}
+
+fn events_by(connection: &Connection, sql: &str, id: JobId) -> Result<Vec<Record>, StoreError> {
+    let mut statement = connection.prepare_cached(sql)?;
     let mut rows = statement.query([id])?;
     let mut journal = String::new();
     while let Some(row) = rows.next()? {

@@ -209,7 +209,24 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuchJob`], and what keeps the store from reading.
     pub fn events(&self, id: JobId) -> Result<Vec<Record>, StoreError> {
-        let events = self.database.read(|connection| job::events(connection, id))?;
+        self.events_by(id, job::events)
+    }
+
+    /// Returns the events of a job, oldest first, without what was sized: that is 95 % of their bytes and of the time that they
+    /// take to read, and only a process that takes the job over needs it.
+    ///
+    /// # Errors
+    /// As [`Store::events`].
+    pub fn brief_events(&self, id: JobId) -> Result<Vec<Record>, StoreError> {
+        self.events_by(id, job::brief_events)
+    }
+
+    fn events_by(
+        &self,
+        id: JobId,
+        read: impl Fn(&Connection, JobId) -> Result<Vec<Record>, StoreError>,
+    ) -> Result<Vec<Record>, StoreError> {
+        let events = self.database.read(|connection| read(connection, id))?;
         if events.is_empty() {
             return Err(StoreError::NoSuchJob { id });
         }

@@ -533,6 +533,33 @@ fn a_store_can_be_given_to_its_thread() {
 }
 
 #[test]
+fn brief_events_are_the_events_without_what_was_sized() {
+    let (dir, mut store) = store();
+    let id = live(&mut store, 1);
+    let mut planned = life()[1].clone();
+    let set = |planned: &mut Record, value: Option<Value>| match &mut planned.event {
+        JobEvent::Planned { sized, .. } => *sized = value,
+        event => panic!("{}", event.name()),
+    };
+    let odd = json!({"sized": "\u{0}\"\\ \u{1f600}", "peak": u64::MAX, "risk": 1e-7, "gone": null});
+    set(&mut planned, Some(odd));
+    store.append(id, &planned).unwrap();
+    store
+        .append(id, &record(&json!({"event": "warned", "warning": "\"sized\": 7.10, \u{1f600}\n"})))
+        .unwrap();
+    let mut brief = store.events(id).unwrap();
+    assert_eq!(brief[1], planned);
+    set(&mut brief[1], None);
+    assert_eq!(store.brief_events(id).unwrap(), brief);
+    assert!(matches!(store.brief_events(JobId::new(9).unwrap()), Err(StoreError::NoSuchJob { .. })));
+    raw(&dir).execute("UPDATE events SET record = substr(record, 1, 40) WHERE number = 2", ()).unwrap();
+    assert!(matches!(
+        store.brief_events(id).unwrap_err(),
+        StoreError::Events { source: JournalError::NotARecord { line: 2, .. }, .. }
+    ));
+}
+
+#[test]
 fn an_event_of_a_later_version_is_named() {
     let (dir, mut store) = store();
     let (over, open_job) = (live(&mut store, 11), live(&mut store, 5));
@@ -868,6 +895,7 @@ proptest! {
         let store = open(&dir);
         for (id, memory) in ids.iter().zip(&memory) {
             prop_assert_eq!(&store.events(*id).unwrap(), memory);
+            prop_assert_eq!(&store.brief_events(*id).unwrap(), memory);
             prop_assert_eq!(store.state(*id).unwrap(), states(memory));
             prop_assert_eq!(store.job(*id).unwrap().row.state, states(memory).name());
         }

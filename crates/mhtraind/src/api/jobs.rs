@@ -81,7 +81,7 @@ pub(super) async fn list(
     };
     let read = daemon.store.call(move |store| {
         let rows = store.jobs(&filter)?.into_iter();
-        rows.map(|row| Ok((store.events(row.id)?, row))).collect::<Result<Vec<_>, _>>()
+        rows.map(|row| Ok((store.brief_events(row.id)?, row))).collect::<Result<Vec<_>, _>>()
     });
     let mut found = read.await?;
     let more = found.len() > limit as usize;
@@ -113,7 +113,7 @@ pub(super) async fn permit(daemon: &Daemon, caller: Caller, id: JobId) -> Result
 
 /// Returns a job as clients see it, and what happened to it.
 pub(super) async fn look(daemon: &Daemon, id: JobId) -> Result<(JobView, Vec<Record>), Failure> {
-    let read = daemon.store.call(move |store| Ok((store.job(id)?.row, store.events(id)?)));
+    let read = daemon.store.call(move |store| Ok((store.job(id)?.row, store.brief_events(id)?)));
     let (row, records) = read.await?;
     Ok((view(daemon, row, &records), records))
 }

@@ -8,7 +8,6 @@ use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use mhtrain_job::event::JobEvent;
 use mhtrain_store::JobId;
 use mhtrain_supervisor::LogTail;
 use serde::Deserialize;
@@ -73,10 +72,7 @@ async fn send_happenings(daemon: &Arc<Daemon>, id: JobId, lines: &mpsc::Sender<C
             }
         }
         let count = records.len();
-        for mut record in records.into_iter().skip(events) {
-            if let JobEvent::Planned { sized, .. } = &mut record.event {
-                *sized = None;
-            }
+        for record in records.into_iter().skip(events) {
             send(lines, &FollowLine::Event { record: serde_json::to_value(record).ok()? }).await?;
         }
         events = count;

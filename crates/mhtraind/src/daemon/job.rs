@@ -152,7 +152,7 @@ impl Worker {
 
     fn records(&self) -> Result<Vec<Record>, Failure> {
         let id = self.id;
-        self.daemon.store.call_blocking(move |store| store.events(id))
+        self.daemon.store.call_blocking(move |store| store.brief_events(id))
     }
 
     fn attempt_to_run(&self) -> Result<(), Failure> {
@@ -265,7 +265,8 @@ impl Worker {
         let mut next = self.submission.retry_of.and_then(JobId::new);
         // The job that this one goes on with may itself have gone on with another.
         while let Some(id) = next {
-            let read = self.daemon.store.call_blocking(move |store| Ok((store.job(id)?, store.events(id)?)));
+            let read =
+                self.daemon.store.call_blocking(move |store| Ok((store.job(id)?, store.brief_events(id)?)));
             let (job, records) = match read {
                 Ok(read) => read,
                 Err(failure) if failure.status == Status::NotFound => break,

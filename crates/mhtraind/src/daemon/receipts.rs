@@ -64,7 +64,7 @@ fn bring_soon(daemon: &Arc<Daemon>, id: JobId) {
 
 async fn bring_up_to_date(daemon: &Daemon, id: JobId) -> Result<(), Failure> {
     unfollowed(daemon, id).await;
-    let read = daemon.store.call(move |store| Ok((store.job(id)?, store.events(id)?))).await;
+    let read = daemon.store.call(move |store| Ok((store.job(id)?, store.brief_events(id)?))).await;
     let (job, records) = match read {
         // Removed meanwhile.
         Err(failure) if failure.status == Status::NotFound => return Ok(()),
