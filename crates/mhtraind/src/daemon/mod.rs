@@ -23,6 +23,7 @@ pub mod store;
 mod submission;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::IsTerminal;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -37,7 +38,7 @@ use mhtrain_job::stop;
 use mhtrain_probe::nvml::Gpus;
 use mhtrain_store::JobId;
 use mhtrain_supervisor::FileRights;
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
@@ -437,56 +438,50 @@ async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
         return Err(Failure::bad_input("no_socket", format!("{} is there and no socket", socket.display()))
             .help("nothing of it is touched; name another place with --socket".to_owned()));
     }
+    // Two that come to a dead daemon's socket at once must not both remove what is there.
+    let _turn = turn(socket).await;
+    if socket.exists() {
+        if tokio::time::timeout(Duration::from_secs(1), UnixStream::connect(socket))
+            .await
+            .is_ok_and(|r| r.is_ok())
+        {
+            return Err(another_listens(socket));
+        }
+        std::fs::remove_file(socket).map_err(|e| unwritable(socket, &e))?;
+    }
     // Who may do what is decided by the peer's credentials, so that others get a sentence and not a refusal to connect. It has its
     // name when it has its mode and is listened to, so that whoever finds it is served.
     // The other name is short, because the whole path of a socket has 107 bytes at most.
     let unnamed = socket.with_file_name(format!(".{}", std::process::id()));
     let _none_left = std::fs::remove_file(&unnamed);
-    let bound = UnixListener::bind(&unnamed).and_then(|listener| {
+    let named = UnixListener::bind(&unnamed).and_then(|listener| {
         std::fs::set_permissions(&unnamed, std::fs::Permissions::from_mode(0o666))?;
+        // A daemon that was faster keeps the name. Some file systems cannot promise that.
+        match renameat_with(CWD, &unnamed, CWD, socket, RenameFlags::NOREPLACE) {
+            Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(&unnamed, socket)?,
+            renamed => renamed?,
+        }
         Ok(listener)
     });
-    let named = match bound {
-        Ok(listener) => name_socket(&unnamed, socket).await.map(|()| listener),
-        Err(e) => Err(unwritable(socket, &e)),
-    };
-    named.inspect_err(|_| {
+    named.map_err(|e| {
         let _none_left = std::fs::remove_file(&unnamed);
+        match e.kind() {
+            std::io::ErrorKind::AlreadyExists => another_listens(socket),
+            _ => unwritable(socket, &e),
+        }
     })
 }
 
-/// Gives a socket that is listened to its name. A dead daemon's socket gives way; a live one keeps it, also where two daemons
-/// come to a dead one's at the same moment.
-async fn name_socket(unnamed: &Path, socket: &Path) -> Result<(), Failure> {
-    let swap = |flags| renameat_with(CWD, unnamed, CWD, socket, flags);
-    match swap(RenameFlags::NOREPLACE) {
-        Ok(()) => return Ok(()),
-        Err(Errno::EXIST) => {}
-        // Some file systems cannot promise that.
-        Err(Errno::INVAL | Errno::NOSYS) if !socket.exists() => {
-            return std::fs::rename(unnamed, socket).map_err(|e| unwritable(socket, &e));
+/// Waits until no other daemon looks at what is in the socket's directory; `None` where that cannot be known, or takes longer than
+/// a daemon needs: whoever may read a directory may lock it, and must not keep us from starting.
+async fn turn(socket: &Path) -> Option<File> {
+    let directory = File::open(socket.parent()?).ok()?;
+    for _ in 0..200 {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Some(directory),
+            Err(Errno::WOULDBLOCK | Errno::INTR) => tokio::time::sleep(Duration::from_millis(10)).await,
+            Err(_) => return None,
         }
-        Err(Errno::INVAL | Errno::NOSYS) => {}
-        Err(e) => return Err(unwritable(socket, &e.into())),
     }
-    if is_listened_to(socket).await {
-        return Err(another_listens(socket));
-    }
-    match swap(RenameFlags::EXCHANGE) {
-        Err(Errno::INVAL | Errno::NOSYS) => {
-            return std::fs::rename(unnamed, socket).map_err(|e| unwritable(socket, &e));
-        }
-        swapped => swapped.map_err(|e| unwritable(socket, &e.into()))?,
-    }
-    // What had the name until now.
-    if is_listened_to(unnamed).await {
-        swap(RenameFlags::EXCHANGE).map_err(|e| unwritable(socket, &e.into()))?;
-        return Err(another_listens(socket));
-    }
-    std::fs::remove_file(unnamed).map_err(|e| unwritable(unnamed, &e))
-}
-
-async fn is_listened_to(socket: &Path) -> bool {
-    let connected = tokio::time::timeout(Duration::from_secs(1), UnixStream::connect(socket)).await;
-    connected.is_ok_and(|connected| connected.is_ok())
+    None
 }
