@@ -8,9 +8,11 @@
 //! Source: `modeling_*.py` of transformers 5.19 (named at each part), `peft/tuners/lora/layer.py` of peft 0.20. They were
 //! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
 
+mod delta_net;
+
 use crate::model::{
-    Activation, AttentionBias, BlockKind, Convolution, Gemma4, HeadNorm, Heads, Keys, Layer, ModelShape,
-    Norm, Part, Placement, Rotary, Router,
+    Activation, AttentionBias, BlockKind, Convolution, Gemma4, HeadNorm, Heads, Keys, Layer, Mixer,
+    ModelShape, Norm, Part, Placement, Rotary, Router,
 };
 use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
@@ -40,6 +42,11 @@ struct Adapted {
     all_inputs: bool,
     convolution_in: bool,
     convolution_out: bool,
+    delta_in: bool,
+    delta_gate: bool,
+    delta_step: bool,
+    delta_decay: bool,
+    delta_out: bool,
 }
 
 /// What a block gets beside the residual stream, and what it leaves for later ones.
@@ -398,7 +405,10 @@ impl<'a> Lists<'a> {
         let normal = if before { self.norm(tape, x, self.h) } else { tape.hold(x) };
         let mut attended = match &self.shape.gemma4 {
             Some(gemma4) => self.gemma4_attention(tape, normal, layer, given, gemma4),
-            None if layer.convolves => self.short_convolution(tape, normal),
+            None if layer.mixer == Mixer::Convolution => self.short_convolution(tape, normal),
+            None if let (Mixer::DeltaNet, Some(net)) = (layer.mixer, &self.shape.delta_net) => {
+                self.delta_net(tape, normal, net)
+            }
             None => self.attention(tape, normal, layer, given.tables),
         };
         if placement == Placement::ParallelOwn {
@@ -693,7 +703,7 @@ impl<'a> Lists<'a> {
             AttentionBias::All => (true, true),
         };
         let kernel_copies_v = self.gradients_by_head(layer);
-        let mut fused = None;
+        let (mut fused, mut gate) = (None, None);
         let (mut q, mut k, v);
         if self.shape.fused_qkv && self.shape.style.fused_by_head {
             // `GPTNeoXAttention.forward`: the product seen head by head, then cut into three.
@@ -710,11 +720,21 @@ impl<'a> Lists<'a> {
             v = if kernel_copies_v { self.by_head(tape, parts[2], self.kv_heads()) } else { parts[2] };
         } else {
             let head_norm = self.shape.style.head_norm;
-            q = self.linear(tape, x, [self.h, self.q], qkv_bias, self.adapted.q);
-            if head_norm == HeadNorm::Whole {
-                q = self.replaced_by(tape, q, self.q);
+            if self.shape.style.gates_attention {
+                // Query and gate of a head beside each other; the gate is copied out.
+                let both = self.linear(tape, x, [self.h, 2.0 * self.q], qkv_bias, self.adapted.q);
+                let [query, beside] = tape.halves(both);
+                gate = Some(tape.cloned(beside));
+                tape.drop(beside);
+                tape.drop(both);
+                q = query;
+            } else {
+                q = self.linear(tape, x, [self.h, self.q], qkv_bias, self.adapted.q);
+                if head_norm == HeadNorm::Whole {
+                    q = self.replaced_by(tape, q, self.q);
+                }
+                q = self.by_head(tape, q, self.heads);
             }
-            q = self.by_head(tape, q, self.heads);
             if head_norm == HeadNorm::Each {
                 q = self.replaced_by(tape, q, self.head_dim);
             }
@@ -765,10 +785,17 @@ impl<'a> Lists<'a> {
             tape.drop(k);
             [q, k] = narrow;
         }
-        let attended = self.scores(tape, [q, k, v], layer);
+        let mut attended = self.scores(tape, [q, k, v], layer);
+        if let Some(gate) = gate {
+            let open = tape.unary(gate, Saved::Output);
+            let gated = tape.multiply(attended, open);
+            tape.drop(open);
+            tape.drop(attended);
+            attended = gated;
+        }
         let out = self.linear(tape, attended, [self.q, self.h], out_bias, self.adapted.output);
         let out = self.dropped_out(tape, out);
-        for tensor in [attended, q, k, v] {
+        for tensor in [attended, q, k, v].into_iter().chain(gate) {
             tape.drop(tensor);
         }
         if let Some(product) = fused {
@@ -1297,6 +1324,11 @@ impl Adapted {
                 Part::AllInputs => &mut adapted.all_inputs,
                 Part::ConvolutionIn => &mut adapted.convolution_in,
                 Part::ConvolutionOut => &mut adapted.convolution_out,
+                Part::DeltaIn => &mut adapted.delta_in,
+                Part::DeltaGate => &mut adapted.delta_gate,
+                Part::DeltaStep => &mut adapted.delta_step,
+                Part::DeltaDecay => &mut adapted.delta_decay,
+                Part::DeltaOut => &mut adapted.delta_out,
             };
             *place = true;
         }

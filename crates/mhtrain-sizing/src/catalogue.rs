@@ -223,6 +223,7 @@ fn dense_shape(billions: f64) -> ModelShape {
         full_layers: None,
         gemma4: None,
         convolution: None,
+        delta_net: None,
     }
 }
 

@@ -582,6 +582,9 @@ mod tests {
             "vaultgemma",
             "gemma4",
             "lfm2",
+            "qwen3next",
+            // A delta rule in the place of attention: further from Llama than any kind that it was drawn on.
+            "qwen35",
         ];
         for (what, [configs, rows], without) in
             [("unknown", unknown, &[][..]), ("known, taken for unknown", known, &drawn_on[..])]

@@ -1,5 +1,6 @@
 //! What shape has a model, and how sure is that?
 
+mod delta_net;
 mod gemma4;
 mod layer;
 mod lfm2;
@@ -14,8 +15,10 @@ use crate::catalogue::{Catalogue, Entry};
 use crate::units::Bytes;
 use crate::workload::{AttnImpl, ExpertForm, Targets};
 
+pub use delta_net::DeltaNet;
 pub use gemma4::Gemma4;
-pub(crate) use layer::{Heads, Keys, Layer};
+use layer::is_each;
+pub(crate) use layer::{Heads, Keys, Layer, Mixer};
 pub use lfm2::Convolution;
 pub use quantised::Quantised;
 pub use style::{Activation, HeadNorm, Norm, Placement, Rotary, Router, Style, Unrotated};
@@ -224,7 +227,7 @@ impl Model {
             name: name.to_owned(),
             attention: attention_of(&shape.model_type),
             class: None,
-            notes: gpt_oss_note(&shape.model_type).into_iter().collect(),
+            notes: gpt_oss_note(&shape.model_type).or_else(|| delta_net_note(&shape)).into_iter().collect(),
             shape,
             source: ShapeSource::Config,
             multimodal: false,
@@ -296,6 +299,15 @@ fn gpt_oss_note(model_type: &str) -> Option<String> {
     (model_type == "gpt_oss").then(|| {
         "gpt-oss has no sdpa in transformers and its attention sinks need a flash build that knows them, so \
          attention is eager; its 4-bit experts are unpacked for training and are sized as bfloat16"
+            .to_owned()
+    })
+}
+
+/// Returns what is special about gated delta rules.
+fn delta_net_note(shape: &ModelShape) -> Option<String> {
+    shape.delta_net.map(|_| {
+        "the layers without attention are sized as torch's own operations, which run where flash-linear-attention is not \
+         installed; with it a pass needs less, and how much less was not measured"
             .to_owned()
     })
 }
@@ -375,6 +387,9 @@ pub struct ModelShape {
     /// What layers have that are not listed (LFM2).
     #[serde(skip)]
     pub convolution: Option<Convolution>,
+    /// What layers have that are not listed (Qwen3.5, Qwen3-Next).
+    #[serde(skip)]
+    pub delta_net: Option<DeltaNet>,
 }
 
 /// Families of blocks that allocate alike; see `block.rs`.
@@ -646,7 +661,9 @@ impl ModelShape {
             || !ahead
                 && !object.contains_key("per_layer_config")
                 && shape.attention_bias == AttentionBias::None;
-        let usual = (shape.model_type != "gpt_neox" || act == "gelu") && usual_gemma4;
+        // What Qwen3-Next cuts out of its products lies in another way where there is one head of the key.
+        let usual_delta_net = !shape.delta_net.is_some_and(|net| net.fused && net.key_heads < 2);
+        let usual = (shape.model_type != "gpt_neox" || act == "gelu") && usual_gemma4 && usual_delta_net;
         Ok((shape, traits.known && stated && usual))
     }
 
@@ -689,6 +706,11 @@ impl ModelShape {
         if let Some(convolution) = self.convolution {
             let each = u128::from(convolution.kernel) + u128::from(convolution.bias);
             total += layers.saturating_sub(attention_layers) * hidden * each;
+        }
+        if let Some(net) = &self.delta_net {
+            let each: u128 =
+                net.parameters().iter().map(|(n, count)| u128::from(*n) * u128::from(*count)).sum();
+            total += layers.saturating_sub(attention_layers) * each;
         }
         if self.style.head_bias {
             total += u128::from(self.vocab);
@@ -839,6 +861,10 @@ impl ModelShape {
             all.push((float(convolution.kernel) * h, count));
             all.push((h, if convolution.bias { count } else { 0.0 }));
         }
+        if let Some(net) = &self.delta_net {
+            let count = layers - attention_layers;
+            all.extend(net.parameters().map(|(n, times)| (float(n), float(times) * count)));
+        }
         if let Some(experts) = self.experts.as_ref().filter(|_| !self.has_expert_modules(form)) {
             let sparse = float(self.sparse_layers(experts));
             let (count, width) = (float(experts.count), float(experts.intermediate));
@@ -915,7 +941,8 @@ impl ModelShape {
                 qkv_bias,
             ));
         } else {
-            all.push(linear("q_proj", Part::Query, h, q, qkv_bias));
+            let gates = if self.style.gates_attention { 2 } else { 1 };
+            all.push(linear("q_proj", Part::Query, h, q.saturating_mul(gates), qkv_bias));
             all.push(linear("k_proj", Part::Key, h, k, qkv_bias));
             all.push(linear("v_proj", Part::Value, h, k, qkv_bias));
         }
@@ -927,6 +954,23 @@ impl ModelShape {
             };
             linear("in_proj", Part::ConvolutionIn, h.saturating_mul(3));
             linear("out_proj", Part::ConvolutionOut, h);
+        }
+        if let Some(net) = &self.delta_net {
+            let mut linear = |name, part, input, output| {
+                let layers = self.layers.saturating_sub(attention_layers);
+                all.push(Linear { layers, ..linear(name, part, input, output, false) });
+            };
+            let (values, heads) = (net.values(), net.value_heads);
+            if net.fused {
+                linear("in_proj_qkvz", Part::DeltaIn, h, net.all().saturating_add(values));
+                linear("in_proj_ba", Part::DeltaStep, h, heads.saturating_mul(2));
+            } else {
+                linear("in_proj_qkv", Part::DeltaIn, h, net.all());
+                linear("in_proj_z", Part::DeltaGate, h, values);
+                linear("in_proj_b", Part::DeltaStep, h, heads);
+                linear("in_proj_a", Part::DeltaDecay, h, heads);
+            }
+            linear("out_proj", Part::DeltaOut, values, h);
         }
         match &self.experts {
             None => all.extend(self.mlp(self.intermediate, self.layers, true)),
@@ -1111,6 +1155,16 @@ pub enum Part {
     ConvolutionIn,
     /// What comes out of it.
     ConvolutionOut,
+    /// Query, key and value of a gated delta rule, with Qwen3-Next its output gate too.
+    DeltaIn,
+    /// Its output gate.
+    DeltaGate,
+    /// Its step, with Qwen3-Next the decay too.
+    DeltaStep,
+    /// Its decay.
+    DeltaDecay,
+    /// What comes out of it.
+    DeltaOut,
 }
 
 impl Linear {
@@ -1232,6 +1286,15 @@ impl Traits {
         let layer_norm = Norm::Layer { bias: true };
         // GLM-4.5 and DeepSeek V3: sigmoid of fp32 products, a shared expert without a gate behind the others.
         let sigmoid = Style { router: Router::Sigmoid, gates_shared: false, shared_first: false, ..style };
+        // Gated attention on a quarter of a head, beside gated delta rules.
+        let qwen3_next = Style {
+            norm: Norm::Raised,
+            head_norm: HeadNorm::Each,
+            rotary: Rotary::Joined,
+            rotated: 0.25,
+            gates_attention: true,
+            ..style
+        };
         match model_type {
             "llama" | "mistral" | "yi" | "ministral" | "ministral3" | "cwm" => llama,
             "smollm3" => {
@@ -1429,6 +1492,13 @@ impl Traits {
                 },
                 ..llama
             },
+            "qwen3_5_text" | "qwen3_5" => {
+                Traits { style: Style { tables_by_row: true, ..qwen3_next }, ..llama }
+            }
+            "qwen3_5_moe_text" | "qwen3_5_moe" => {
+                Traits { style: Style { tables_by_row: true, ..qwen3_next }, ..moe }
+            }
+            "qwen3_next" => Traits { style: qwen3_next, ..moe },
             "qwen3_moe" => Traits { style: Style { head_norm: HeadNorm::Each, ..style }, ..moe },
             "qwen2_moe" => Traits { bias: AttentionBias::Qkv, ..moe },
             "mixtral" => moe,
@@ -1488,6 +1558,10 @@ impl ClassDefaults {
             "helium" => ClassDefaults { kv_heads: Some(20), head_dim: Some(128), ..none },
             "gpt_oss" => ClassDefaults { kv_heads: Some(8), head_dim: Some(64), ..none },
             "qwen3" => ClassDefaults { head_dim: Some(128), ..none },
+            "qwen3_5_text" | "qwen3_5" => ClassDefaults { kv_heads: Some(4), head_dim: Some(256), ..none },
+            "qwen3_5_moe_text" | "qwen3_5_moe" | "qwen3_next" => {
+                ClassDefaults { kv_heads: Some(2), head_dim: Some(256), ..none }
+            }
             "mellum" => ClassDefaults { kv_heads: Some(4), head_dim: Some(128), ..none },
             "minimax_m2" => ClassDefaults { kv_heads: Some(8), head_dim: Some(128), ..none },
             "glm" | "glm4" => ClassDefaults { kv_heads: Some(2), head_dim: Some(128), ..none },
@@ -1599,7 +1673,7 @@ fn read_shape(
     let mlp_bias = mlp_bias.unwrap_or(traits.mlp_bias);
     let style = read_style(fields, &model_type, traits, head_dim)?;
     let window = read_window(fields, &model_type)?;
-    let (mut gemma4, mut convolution, mut full_layers) = (None, None, None);
+    let (mut gemma4, mut convolution, mut delta_net, mut full_layers) = (None, None, None, None);
     match model_type.as_str() {
         "gemma4_text" => {
             let (read, full) = Gemma4::read(fields, layers, kv_heads)?;
@@ -1608,6 +1682,10 @@ fn read_shape(
         "lfm2" => {
             let (read, full) = Convolution::read(fields, layers)?;
             (convolution, full_layers) = (Some(read), Some(full));
+        }
+        "qwen3_5_text" | "qwen3_5" | "qwen3_5_moe_text" | "qwen3_5_moe" | "qwen3_next" => {
+            let (read, full) = DeltaNet::read(fields, layers, model_type == "qwen3_next")?;
+            (delta_net, full_layers) = (Some(read), Some(full));
         }
         _ => {}
     }
@@ -1636,6 +1714,7 @@ fn read_shape(
         full_layers,
         gemma4,
         convolution,
+        delta_net,
         model_type,
     })
 }
@@ -1870,6 +1949,7 @@ fn read_experts(
             fields.count("shared_intermediate_size", WIDTH_MAX)?.unwrap_or(1024)
         }
         None if model_type == "hunyuan_v1_moe" => intermediate,
+        None if traits.style.gates_attention => 512,
         None => shared_experts.unwrap_or(0).saturating_mul(intermediate),
     };
     // `*MoeDecoderLayer.__init__` of Qwen: experts where (i + 1) % decoder_sparse_step is 0 and i is not listed.
@@ -1917,6 +1997,9 @@ fn read_experts(
                     | "mellum"
                     | "hunyuan_v1_moe"
                     | "exaone_moe"
+                    | "qwen3_next"
+                    | "qwen3_5_moe_text"
+                    | "qwen3_5_moe"
             ),
         },
     }))
@@ -2162,6 +2245,33 @@ mod tests {
             with(&[("layer_types", json!(["conv", "full_attention", "conv", "conv"]))]).full_layers,
             Some(vec![1])
         );
+    }
+
+    #[test]
+    fn qwen_3_5_lists_its_attention_or_has_it_in_each_fourth_layer() {
+        let with = |more: &[(&str, Value)]| {
+            let mut config = whole("qwen3_5_text");
+            config["num_hidden_layers"] = json!(9);
+            for (key, value) in more {
+                config[*key] = value.clone();
+            }
+            ModelShape::from_config(&config)
+        };
+        let full = |more: &[(&str, Value)]| with(more).unwrap().0.full_layers.unwrap();
+        assert_eq!(full(&[]), [3, 7]);
+        assert_eq!(full(&[("full_attention_interval", json!(3))]), [2, 5, 8]);
+        assert_eq!(full(&[("layer_types", json!(["full_attention", "linear_attention"]))]), [0]);
+        let error = with(&[("linear_num_key_heads", json!(5))]).unwrap_err();
+        assert!(error.to_string().contains("`linear_num_key_heads` is 5"), "{error}");
+        let mut next = whole("qwen3_next");
+        for key in ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] {
+            next[key] = json!(4);
+        }
+        assert!(ModelShape::from_config(&next).unwrap().1);
+        next["linear_num_key_heads"] = json!(1);
+        assert!(!ModelShape::from_config(&next).unwrap().1);
+        let note = |config: Value| Model::resolve("m", Some(&config), None).unwrap().notes.concat();
+        assert!(note(next).contains("flash-linear-attention") && note(whole("llama")).is_empty());
     }
 
     #[test]

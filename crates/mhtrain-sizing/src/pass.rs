@@ -196,7 +196,8 @@ impl Pass<'_> {
                 held.push(tape.plain(lists.rows * length * length, 1.0));
             }
         }
-        let table = length * float(self.shape.head_dim) * lists.table_share();
+        let rows = if self.shape.style.tables_by_row { lists.rows } else { 1.0 };
+        let table = rows * length * float(self.shape.head_dim) * lists.table_share();
         let width = lists.table_width();
         let mut tables = [[tape.plain(table, width), tape.plain(table, width)]; 2];
         if let Some(gemma4) = gemma4 {
@@ -343,13 +344,17 @@ impl Pass<'_> {
     fn plain(&mut self, course: &mut Course, prologue: &Prologue, kinds: &[Layer]) {
         let x = prologue.x;
         let mut held = prologue.held.clone();
-        // Layers that share something, or of which only some have what is adapted, are put on the tape one by one, others once
-        // for each kind, beside the first.
-        let is_whole = self.shape.gemma4.is_some() || self.shape.convolution.is_some();
+        // Layers that share something are put on the tape one by one, others once for each kind, behind the first ones: until there
+        // was one of each kind, because only some may have what is adapted, and layers before it need no gradient.
+        let is_whole = self.shape.gemma4.is_some();
+        let layers = self.shape.layer_list();
+        let first =
+            kinds.iter().filter_map(|kind| self.shape.layer_list().position(|layer| layer == *kind)).max();
+        let first = first.map_or(1, |index| index + 1);
         let order: Vec<Layer> = if is_whole {
-            self.shape.layer_list().collect()
+            layers.collect()
         } else {
-            self.shape.layer_list().take(1).chain(kinds.iter().copied()).collect()
+            layers.take(first).chain(kinds.iter().copied()).collect()
         };
         let mut stack: Vec<(Layer, usize, LayerSegments)> = Vec::with_capacity(order.len());
         let mut current = self.tape.hold(x);
@@ -383,9 +388,8 @@ impl Pass<'_> {
         held.extend(stored.into_iter().flatten().flatten());
         let segment = |stack: &[(Layer, usize, LayerSegments)], index: usize, layer: Layer| {
             let found = match index {
-                _ if is_whole => stack.get(index),
-                0 => stack.first(),
-                _ => stack.iter().skip(1).find(|(of, _, _)| *of == layer),
+                _ if is_whole || index < first => stack.get(index),
+                _ => stack.iter().skip(first).find(|(of, _, _)| *of == layer),
             };
             found.map(|(_, _, segments)| *segments).unwrap_or_default()
         };

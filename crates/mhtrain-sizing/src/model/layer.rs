@@ -13,8 +13,19 @@ pub(crate) struct Layer {
     pub rotated: bool,
     /// Whose keys and values it attends to.
     pub keys: Keys,
-    /// A short convolution stands in the place of attention (LFM2).
-    pub convolves: bool,
+    /// What brings tokens together.
+    pub mixer: Mixer,
+}
+
+/// What brings the tokens of a row together in one layer.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Mixer {
+    /// Attention.
+    Attention,
+    /// A short convolution (LFM2).
+    Convolution,
+    /// A gated delta rule (Qwen3.5, Qwen3-Next).
+    DeltaNet,
 }
 
 /// Whose keys and values a layer attends to (Gemma 4).
@@ -61,8 +72,13 @@ impl ModelShape {
             } else {
                 Keys::Own
             };
-            let convolves = self.convolution.is_some() && !self.is_listed_as_full(index);
-            Layer { sliding, dense: dense(index), rotated, keys, convolves }
+            let mixer = match (self.convolution, &self.delta_net) {
+                _ if self.is_listed_as_full(index) => Mixer::Attention,
+                (Some(_), _) => Mixer::Convolution,
+                (None, Some(_)) => Mixer::DeltaNet,
+                (None, None) => Mixer::Attention,
+            };
+            Layer { sliding, dense: dense(index), rotated, keys, mixer }
         })
     }
 
@@ -89,10 +105,11 @@ impl ModelShape {
 
     /// Returns how many layers have attention.
     pub(crate) fn attention_layers(&self) -> u64 {
-        if self.convolution.is_none() {
+        if self.convolution.is_none() && self.delta_net.is_none() {
             return self.layers;
         }
-        self.layer_kinds().iter().filter(|(layer, _)| !layer.convolves).map(|(_, count)| count).sum()
+        let kinds = self.layer_kinds();
+        kinds.iter().filter(|(layer, _)| layer.mixer == Mixer::Attention).map(|(_, count)| count).sum()
     }
 
     fn is_listed_as_full(&self, index: u64) -> bool {
@@ -108,6 +125,6 @@ impl ModelShape {
 }
 
 /// Returns whether the layer of that index is one of each `every`.
-fn is_each(every: u64, index: u64) -> bool {
+pub(super) fn is_each(every: u64, index: u64) -> bool {
     every != 0 && (index + 1).is_multiple_of(every)
 }

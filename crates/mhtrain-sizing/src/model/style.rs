@@ -40,6 +40,10 @@ pub struct Style {
     pub head_bias: bool,
     /// Query, key and value of a head lie beside each other in the fused product (GPT-NeoX), and not those of all heads.
     pub fused_by_head: bool,
+    /// What attention makes is gated; the gate comes out of the product of the query (Qwen3.5).
+    pub gates_attention: bool,
+    /// Each row of a batch has tables of sine and cosine of its own (Qwen3.5).
+    pub tables_by_row: bool,
 }
 
 impl Style {
@@ -61,6 +65,8 @@ impl Style {
         shared_first: true,
         head_bias: false,
         fused_by_head: false,
+        gates_attention: false,
+        tables_by_row: false,
     };
 }
 

@@ -59,6 +59,19 @@ pub(super) enum Rule {
     Where(f64),
     /// One expert of `sparsemixer`: sizes of all scores and of the chosen ones.
     Mixer { scores: f64, chosen: f64 },
+    /// A tensor times itself: its size.
+    OwnProduct(f64),
+    /// A sum: the gradient goes on to the first, and to the second cast to this size (0: as it is).
+    Sum(f64),
+    /// Differences of all pairs: size of all, and to what either gradient is summed (0: it is not).
+    Pairs { full: f64, sums: [f64; 2] },
+    /// A product of two activations: their gradients (0: none), the second comes first.
+    Pair { first: f64, second: f64 },
+    /// A triangular system that is solved: gradients of the system (0: none) and of the right side.
+    Solve { system: f64, right: f64 },
+    /// A part that was written over in place: sizes of all, of the part, and of what was written where that is narrower
+    /// (0: it is not).
+    Written { all: f64, part: f64, narrow: f64 },
     /// Weights of the routes are made to sum to one.
     Normalise { n: f64, sum: f64 },
 }
@@ -86,6 +99,14 @@ impl Tape {
                     self.release(id);
                 }
             }
+        }
+    }
+
+    /// Forgets what was made since a mark, and what was kept for it: nothing that lives on came of it.
+    pub(crate) fn forget_since(&mut self, mark: usize) {
+        while self.nodes.len() > mark {
+            let Some(mut node) = self.nodes.pop() else { return };
+            self.forget(&mut node);
         }
     }
 
@@ -343,6 +364,74 @@ impl Tape {
                 self.forget(node);
                 self.give(first, new);
             }
+            Rule::OwnProduct(bytes) => {
+                let second = self.new_gradient(bytes);
+                let new = self.new_gradient(bytes);
+                self.release(gradient);
+                self.forget(node);
+                // Both are alive until both have been added.
+                self.retain(second);
+                self.give(first, second);
+                self.give(first, new);
+                self.release(second);
+            }
+            Rule::Sum(narrow) => {
+                let cast = self.gradient_if(narrow);
+                let other = cast.unwrap_or_else(|| self.retain(gradient));
+                self.give(first, gradient);
+                self.give(second, other);
+            }
+            Rule::Pairs { full, sums } => {
+                let negative = self.new_gradient(full);
+                let new = [1, 0].map(|index: usize| match (index, sums[index]) {
+                    (1, 0.0) => self.retain(negative),
+                    (_, 0.0) => self.retain(gradient),
+                    (_, bytes) => self.new_gradient(bytes),
+                });
+                self.release(negative);
+                self.release(gradient);
+                self.give(first, new[1]);
+                self.give(second, new[0]);
+            }
+            Rule::Pair { first: bytes, second: other } => {
+                let second_gradient = self.gradient_if(other);
+                let first_gradient = self.gradient_if(bytes);
+                self.release(gradient);
+                self.forget(node);
+                self.give_some(first, first_gradient);
+                self.give_some(second, second_gradient);
+            }
+            Rule::Solve { system, right } => {
+                let new = self.new_gradient(right);
+                let mut lower = self.gradient_if(system);
+                for _ in 0..2 {
+                    lower = lower.map(|old| {
+                        let next = self.new_gradient(system);
+                        self.release(old);
+                        next
+                    });
+                }
+                self.release(gradient);
+                self.forget(node);
+                self.give_some(first, lower);
+                self.give(second, new);
+            }
+            Rule::Written { all, part, narrow } => {
+                let rest = self.new_gradient(all);
+                let mut own = self.new_gradient(part);
+                // Those take the place of the part in the gradient of all, if anyone asks for that.
+                let zeros = (first != NONE).then(|| self.new_gradient(part));
+                if narrow > 0.0 {
+                    let cast = self.new_gradient(narrow);
+                    self.release(own);
+                    own = cast;
+                }
+                zeros.into_iter().for_each(|id| self.release(id));
+                self.release(gradient);
+                self.give(first, rest);
+                self.give(second, own);
+            }
+            Rule::Difference { full: 0.0, .. } => self.give(first, gradient),
             Rule::Difference { full, sum } => {
                 let negative = self.new_gradient(full);
                 let second_gradient = self.summed(negative, sum);

@@ -153,6 +153,109 @@ impl Tape {
         Some(self.leaf(parameter.trains)).filter(|leaf| *leaf != NONE)
     }
 
+    /// `x * x`.
+    pub(crate) fn times_itself(&mut self, x: Tensor) -> Tensor {
+        self.result(x.n, x.width, Rule::OwnProduct(x.bytes()), [x.node, NONE, NONE], [x])
+    }
+
+    /// Sum over the last dimension, `rows` of which are left: its gradient is spread as a view.
+    pub(crate) fn sum_of_rows(&mut self, x: Tensor, rows: f64) -> Tensor {
+        self.result(rows, x.width, Rule::Pass, [x.node, NONE, NONE], [])
+    }
+
+    /// `a + b` of as many elements: the gradient of the narrower `b` is cast back.
+    pub(crate) fn add_narrow(&mut self, a: Tensor, b: Tensor) -> Tensor {
+        let narrow = if b.needs_gradient() && b.width < a.width { b.bytes() } else { 0.0 };
+        self.result(a.n, a.width, Rule::Sum(narrow), [a.node, b.node, NONE], [])
+    }
+
+    /// `x + parameter`, a number of it for each row.
+    pub(crate) fn plus_parameter(&mut self, x: Tensor, parameter: Parameter) -> Tensor {
+        let leaf = self.leaf(parameter.trains);
+        let sum = if parameter.trains { parameter.n * parameter.width } else { 0.0 };
+        self.result(x.n, x.width, Rule::Sum(sum), [x.node, leaf, NONE], [])
+    }
+
+    /// `a - b` of as many elements: the gradient of the narrower `b` is cast back.
+    pub(crate) fn minus_narrow(&mut self, a: Tensor, b: Tensor) -> Tensor {
+        let rule = Rule::Difference {
+            full: if b.needs_gradient() { a.bytes() } else { 0.0 },
+            sum: if b.width < a.width { b.bytes() } else { 0.0 },
+        };
+        self.result(a.n, a.width, rule, [a.node, b.node, NONE], [])
+    }
+
+    /// All pairs of `x - y` along one dimension, `n` of them; either gradient is summed.
+    pub(crate) fn pairs_apart(&mut self, x: Tensor, y: Tensor, n: f64) -> Tensor {
+        let rule =
+            Rule::Pairs { full: n * x.width, sums: [x, y].map(|of| if of.n < n { of.bytes() } else { 0.0 }) };
+        self.result(n, x.width, rule, [x.node, y.node, NONE], [])
+    }
+
+    /// `x` in a tensor of its own that is larger, or in another order: the gradient takes a tensor of the old size.
+    pub(crate) fn made_anew(&mut self, x: Tensor, n: f64) -> Tensor {
+        self.result(n, x.width, Rule::New(x.bytes()), [x.node, NONE, NONE], [])
+    }
+
+    /// `x.clone()`: the gradient goes on as it is.
+    pub(crate) fn cloned(&mut self, x: Tensor) -> Tensor {
+        self.result(x.n, x.width, Rule::Pass, [x.node, NONE, NONE], [])
+    }
+
+    /// Three tensors beside each other in a new one (`cat`): each gets its part of the gradient as a view.
+    pub(crate) fn joined(&mut self, parts: [Tensor; 3]) -> Tensor {
+        let n = parts.iter().map(|part| part.n).sum();
+        self.result(n, parts[0].width, Rule::Pass, parts.map(|part| part.node), [])
+    }
+
+    /// `x.cumsum()`.
+    pub(crate) fn running_sum(&mut self, x: Tensor) -> Tensor {
+        self.result(x.n, x.width, Rule::Power(x.bytes()), [x.node, NONE, NONE], [])
+    }
+
+    /// `x.masked_fill(mask, number)`.
+    pub(crate) fn masked(&mut self, x: Tensor, mask: Tensor) -> Tensor {
+        self.result(x.n, x.width, Rule::New(x.bytes()), [x.node, NONE, NONE], [mask])
+    }
+
+    /// `a @ b` of two activations, `n` elements; with `narrow` both are cast to that width first (autocast).
+    pub(crate) fn product_of(&mut self, a: Tensor, b: Tensor, n: f64, narrow: Option<f64>) -> Tensor {
+        let width = narrow.unwrap_or(a.width);
+        let b = self.cast(b, width);
+        let a = self.cast(a, width);
+        let bytes = |x: Tensor| if x.needs_gradient() { x.bytes() } else { 0.0 };
+        let rule = Rule::Pair { first: bytes(a), second: bytes(b) };
+        let kept = [b.needs_gradient().then_some(a), a.needs_gradient().then_some(b)];
+        let out = self.result(n, width, rule, [a.node, b.node, NONE], kept.into_iter().flatten());
+        self.drop(a);
+        self.drop(b);
+        out
+    }
+
+    /// `linalg.solve_triangular(a, b)`.
+    pub(crate) fn solved(&mut self, a: Tensor, b: Tensor) -> Tensor {
+        let out = self.plain(b.n, b.width);
+        let system = if a.needs_gradient() { a.bytes() } else { 0.0 };
+        self.link(out, Rule::Solve { system, right: b.bytes() }, [a.node, b.node, NONE], [a, out])
+    }
+
+    /// `x[part] = y`, in place: `x` as it is after that.
+    pub(crate) fn written(&mut self, x: Tensor, y: Tensor) -> Tensor {
+        let narrow = if y.width < x.width { y.bytes() } else { 0.0 };
+        let rule = Rule::Written { all: x.bytes(), part: y.n * x.width, narrow };
+        self.link(x, rule, [x.node, y.node, NONE], [])
+    }
+
+    /// Keeps `bytes` until the way back comes to what was made before; for what is not put on the tape one by one.
+    pub(crate) fn keep_until_here(&mut self, bytes: f64) {
+        if !self.recording || bytes <= 0.0 {
+            return;
+        }
+        let lump = self.plain(bytes, 1.0);
+        self.node(Rule::Pass, [NONE; 3], [lump]);
+        self.drop(lump);
+    }
+
     /// `1 + parameter`.
     pub(crate) fn raised_parameter(&mut self, parameter: Parameter) -> Tensor {
         let leaf = self.leaf(parameter.trains);
@@ -532,10 +635,12 @@ impl Tape {
             capped,
         };
         let inputs = [q.node, k.node, v.node];
-        let kept = [query, repeated[0], repeated[1], probabilities].into_iter().chain(saved_probabilities);
+        // The query is kept for the gradient of the key, which a frozen first layer does not have.
+        let for_key = if k.needs_gradient() { self.hold(query) } else { self.plain(0.0, width) };
+        let kept = [for_key, repeated[0], repeated[1], probabilities].into_iter().chain(saved_probabilities);
         let kept = kept.chain(extra.map(|(places, _)| places)).chain(tanh);
         out = self.link(out, rule, inputs, kept);
-        for tensor in [query, repeated[0], repeated[1], probabilities]
+        for tensor in [for_key, query, repeated[0], repeated[1], probabilities]
             .into_iter()
             .chain(saved_probabilities)
             .chain(tanh)
@@ -578,6 +683,13 @@ impl Tape {
         let mut node = Tensor { node: NONE, ..x };
         node = self.link(node, Rule::Join(x.bytes()), [x.node, NONE, NONE], []);
         [0; 3].map(|_| Tensor { node: node.node, ..self.hold(x).view(x.n / 3.0) })
+    }
+
+    /// Parts of `x`, views of it, as one handle each; their gradients are joined (`split`).
+    pub(crate) fn split<const N: usize>(&mut self, x: Tensor, sizes: [f64; N]) -> [Tensor; N] {
+        let mut node = Tensor { node: NONE, ..x };
+        node = self.link(node, Rule::Join(x.bytes()), [x.node, NONE, NONE], []);
+        sizes.map(|n| Tensor { node: node.node, ..self.hold(x).view(n) })
     }
 
     /// Three parts of one product as views; each gradient is as large as all of it, and they are summed.
