@@ -9,6 +9,7 @@
 //! written from what `tests/record_blocks.py` prints; that they meet the recorded peaks is `tests/peaks.rs`.
 
 mod delta_net;
+mod latent;
 
 use crate::model::{
     Activation, AttentionBias, BlockKind, Convolution, Gemma4, HeadNorm, Heads, Keys, Layer, Mixer,
@@ -47,6 +48,10 @@ struct Adapted {
     delta_step: bool,
     delta_decay: bool,
     delta_out: bool,
+    query_in: bool,
+    query_out: bool,
+    latent_in: bool,
+    latent_out: bool,
 }
 
 /// What a block gets beside the residual stream, and what it leaves for later ones.
@@ -409,6 +414,9 @@ impl<'a> Lists<'a> {
             None if let (Mixer::DeltaNet, Some(net)) = (layer.mixer, &self.shape.delta_net) => {
                 self.delta_net(tape, normal, net)
             }
+            None if let Some(latent) = &self.shape.latent => {
+                self.latent_attention(tape, normal, layer, given.tables, latent)
+            }
             None => self.attention(tape, normal, layer, given.tables),
         };
         if placement == Placement::ParallelOwn {
@@ -635,6 +643,8 @@ impl<'a> Lists<'a> {
             Rotary::Joined if style.rotated >= 1.0 => Rotation::WholeJoined,
             Rotary::Joined | Rotary::Pairs => Rotation::Partial(style.rotated),
             Rotary::Apart => Rotation::Halves,
+            // Are seen by `latent_attention` alone.
+            Rotary::PairsApart | Rotary::Complex => Rotation::Partial(style.rotated),
             Rotary::WideTables | Rotary::Lifted | Rotary::LiftedApart => Rotation::Lifted(style.rotary),
         }
     }
@@ -642,6 +652,7 @@ impl<'a> Lists<'a> {
     /// Share of a head that the tables of sine and cosine cover.
     pub(crate) fn table_share(&self) -> f64 {
         match self.rotation() {
+            _ if self.shape.latent.is_some() => self.shape.style.rotated,
             Rotation::Whole | Rotation::WholeJoined | Rotation::Lifted(_) => 1.0,
             Rotation::Partial(part) => part,
             Rotation::Halves => 0.5,
@@ -652,11 +663,12 @@ impl<'a> Lists<'a> {
     pub(crate) fn table_width(&self) -> f64 {
         match self.shape.style.rotary {
             // Their `RotaryEmbedding.forward` casts nothing.
-            Rotary::WideTables | Rotary::LiftedApart => 4.0,
+            Rotary::WideTables | Rotary::LiftedApart | Rotary::Complex => 4.0,
             Rotary::Halves
             | Rotary::Joined
             | Rotary::Pairs
             | Rotary::PairsWhole
+            | Rotary::PairsApart
             | Rotary::Apart
             | Rotary::Lifted => self.stream_width,
         }
@@ -872,6 +884,8 @@ impl<'a> Lists<'a> {
         let grouped = keys < queries;
         let (heads, width) = (float(queries), float(width));
         let rows = self.rows * heads * self.length;
+        let latent = self.shape.latent.as_ref();
+        let value_width = latent.map_or(width, |latent| float(latent.value));
         if self.attention == AttnImpl::Eager {
             let scores = Scores {
                 elements: rows * self.length,
@@ -880,19 +894,31 @@ impl<'a> Lists<'a> {
                 sinks: self.shape.attention_sinks,
                 capped: self.shape.soft_capped_scores,
                 lifts: !self.shape.attention_sinks,
-                contiguous_query: self.rotation() == Rotation::Halves,
+                contiguous_query: self.rotation() == Rotation::Halves || latent.is_some(),
+                // Queries and keys are joined of two parts; one row of values is seen as it lies.
+                contiguous_key: latent.is_some(),
+                contiguous_value: latent.is_some() && self.rows <= 1.0,
+                values: rows * value_width,
             };
             return tape.eager(q, k, v, scores);
         }
-        let kernel = if self.is_masked(layer) {
-            let wide = 4.0 * rows * width;
-            let summed = if width > 128.0 { wide } else { 0.0 };
+        // FlashAttention takes heads of one width: sdpa without a mask goes another way, flash-attn gets wider values.
+        let differ = value_width != width;
+        let widens = differ && self.attention.is_flash();
+        let v = if widens { tape.made_anew(v, rows * width) } else { tape.hold(v) };
+        let kernel = if self.is_masked(layer) || differ && !widens {
+            let summed = |wide: f64| if width.max(value_width) > 128.0 { 4.0 * rows * wide } else { 0.0 };
             Kernel {
                 sums: 4.0 * self.rows * heads * up(self.length, 32.0),
-                bias: q.width * self.rows * self.length * self.length,
+                bias: if self.is_masked(layer) {
+                    q.width * self.rows * self.length * self.length
+                } else {
+                    0.0
+                },
                 repeats: grouped && keys > 1,
                 spreads: grouped,
-                workspace: [4.0 * rows, wide, summed, summed, 0.0],
+                made: differ.then_some(rows * value_width),
+                workspace: [4.0 * rows, 4.0 * rows * width, summed(width), summed(value_width), 0.0],
             }
         } else {
             let length = up(self.length, 128.0);
@@ -910,7 +936,17 @@ impl<'a> Lists<'a> {
                 ..Kernel::default()
             }
         };
-        tape.attention(q, k, v, kernel)
+        let made = tape.attention(q, k, v, kernel);
+        tape.drop(v);
+        if !widens {
+            return made;
+        }
+        // What is too wide is cut off again, and the rest made contiguous.
+        let cut = tape.slice(made, rows * value_width);
+        tape.drop(made);
+        let out = tape.cloned(cut);
+        tape.drop(cut);
+        out
     }
 
     /// `*MLP.forward`: gate, activation, up, product, down; with a fused first product when the model has one. `times` MLPs that share
@@ -1133,6 +1169,32 @@ impl<'a> Lists<'a> {
         [logits, scaled, places]
     }
 
+    /// `DeepseekV2TopkRouter.forward`: logits, weights of the routes and their experts.
+    fn lifted_softmax_router(&self, tape: &mut Tape, x: Tensor, routes: f64) -> [Tensor; 3] {
+        let Some(experts) = &self.shape.experts else { return [x; 3] };
+        let logits = self.lifted_router(tape, x, float(experts.count));
+        let lifted = tape.cast(logits, 4.0);
+        let mut scores = tape.unary(lifted, Saved::Output);
+        tape.drop(lifted);
+        let mut chosen = None;
+        if self.shape.style.router == Router::SoftmaxGrouped {
+            // Which groups are chosen, spread to their experts. The groups' own scores are next to nothing beside those.
+            chosen = Some(tape.plain(scores.n, 4.0));
+            let bits = [tape.plain(scores.n, 1.0), tape.plain(scores.n, 1.0)];
+            tape.drop(bits[0]);
+            let masked = tape.masked(scores, bits[1]);
+            tape.drop(bits[1]);
+            tape.drop(scores);
+            scores = masked;
+        }
+        let [values, places] = tape.top(scores, routes);
+        let scaled = tape.scale(values);
+        for tensor in [values, scores].into_iter().chain(chosen) {
+            tape.drop(tensor);
+        }
+        [logits, scaled, places]
+    }
+
     /// `HunYuanMoEV1Gate.forward`: `wg(hidden_states.float())` with `wg` in fp32, both of which autocast makes half; logits.
     fn wide_router(&self, tape: &mut Tape, x: Tensor, count: f64) -> Tensor {
         let lifted = tape.cast(x, 4.0);
@@ -1257,6 +1319,7 @@ impl<'a> Lists<'a> {
                 let [scores, places] = tape.mixed(logits, self.tokens);
                 [logits, scores, places]
             }
+            Router::SoftmaxLifted | Router::SoftmaxGrouped => self.lifted_softmax_router(tape, x, routes),
             Router::SigmoidHalf => self.half_sigmoid_router(tape, x, routes),
             // Stands beside a dense MLP, see `gemma4_mixture`.
             Router::Scaled => return x,
@@ -1329,6 +1392,10 @@ impl Adapted {
                 Part::DeltaStep => &mut adapted.delta_step,
                 Part::DeltaDecay => &mut adapted.delta_decay,
                 Part::DeltaOut => &mut adapted.delta_out,
+                Part::QueryIn => &mut adapted.query_in,
+                Part::QueryOut => &mut adapted.query_out,
+                Part::LatentIn => &mut adapted.latent_in,
+                Part::LatentOut => &mut adapted.latent_out,
             };
             *place = true;
         }

@@ -224,6 +224,7 @@ fn dense_shape(billions: f64) -> ModelShape {
         gemma4: None,
         convolution: None,
         delta_net: None,
+        latent: None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod delta_net;
 mod gemma4;
+mod latent;
 mod layer;
 mod lfm2;
 mod quantised;
@@ -17,6 +18,7 @@ use crate::workload::{AttnImpl, ExpertForm, Targets};
 
 pub use delta_net::DeltaNet;
 pub use gemma4::Gemma4;
+pub use latent::Latent;
 use layer::is_each;
 pub(crate) use layer::{Heads, Keys, Layer, Mixer};
 pub use lfm2::Convolution;
@@ -390,6 +392,9 @@ pub struct ModelShape {
     /// What layers have that are not listed (Qwen3.5, Qwen3-Next).
     #[serde(skip)]
     pub delta_net: Option<DeltaNet>,
+    /// Keys and values come out of a narrow product (DeepSeek V3); `head_dim` is that of query and key.
+    #[serde(skip)]
+    pub latent: Option<Latent>,
 }
 
 /// Families of blocks that allocate alike; see `block.rs`.
@@ -663,7 +668,12 @@ impl ModelShape {
                 && shape.attention_bias == AttentionBias::None;
         // What Qwen3-Next cuts out of its products lies in another way where there is one head of the key.
         let usual_delta_net = !shape.delta_net.is_some_and(|net| net.fused && net.key_heads < 2);
-        let usual = (shape.model_type != "gpt_neox" || act == "gelu") && usual_gemma4 && usual_delta_net;
+        // Each head of latent attention has its own key.
+        let usual_latent = shape.latent.is_none() || shape.kv_heads == shape.heads;
+        let usual = (shape.model_type != "gpt_neox" || act == "gelu")
+            && usual_gemma4
+            && usual_delta_net
+            && usual_latent;
         Ok((shape, traits.known && stated && usual))
     }
 
@@ -740,6 +750,7 @@ impl ModelShape {
     fn head_norms(&self) -> [(u64, u64); 2] {
         let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
         match self.style.head_norm {
+            _ if let Some(latent) = self.latent => [(latent.query_rank.unwrap_or(0), 1), (latent.rank, 1)],
             HeadNorm::None => [(0, 0); 2],
             _ if self.gemma4.is_some() => [(0, 0); 2],
             HeadNorm::Each | HeadNorm::EachLater | HeadNorm::EachRotated => [(width, 1); 2],
@@ -870,7 +881,11 @@ impl ModelShape {
             let (count, width) = (float(experts.count), float(experts.intermediate));
             all.extend([(count * 2.0 * width * h, sparse), (count * width * h, sparse)]);
             match self.style.router {
-                Router::Softmax | Router::BestFirst | Router::Mixer => all.push((count * h, sparse)),
+                Router::Softmax
+                | Router::BestFirst
+                | Router::Mixer
+                | Router::SoftmaxLifted
+                | Router::SoftmaxGrouped => all.push((count * h, sparse)),
                 // Corrections in fp32: two numbers of half precision each.
                 Router::Sigmoid => all.extend([(count * h, sparse), (2.0 * count, sparse)]),
                 // The router too.
@@ -932,7 +947,20 @@ impl ModelShape {
             packed: true,
         };
         let mut all = Vec::with_capacity(8);
-        if self.fused_qkv {
+        if let Some(latent) = self.latent {
+            let heads = |width: u64| self.heads.saturating_mul(width);
+            let bias = qkv_bias;
+            if let Some(rank) = latent.query_rank {
+                all.push(linear("q_a_proj", Part::QueryIn, h, rank, bias));
+                all.push(linear("q_b_proj", Part::QueryOut, rank, q, false));
+            } else {
+                all.push(linear("q_proj", Part::Query, h, q, false));
+            }
+            let narrow = latent.rank.saturating_add(latent.rotated);
+            all.push(linear("kv_a_proj_with_mqa", Part::LatentIn, h, narrow, bias));
+            let made = heads(latent.plain.saturating_add(latent.value));
+            all.push(linear("kv_b_proj", Part::LatentOut, latent.rank, made, false));
+        } else if self.fused_qkv {
             all.push(linear(
                 names.qkv,
                 Part::QueryKeyValue,
@@ -946,7 +974,8 @@ impl ModelShape {
             all.push(linear("k_proj", Part::Key, h, k, qkv_bias));
             all.push(linear("v_proj", Part::Value, h, k, qkv_bias));
         }
-        all.push(linear(names.output, Part::Output, q, h, o_bias));
+        let attended = self.latent.map_or(q, |latent| self.heads.saturating_mul(latent.value));
+        all.push(linear(names.output, Part::Output, attended, h, o_bias));
         if let Some(Convolution { bias, .. }) = self.convolution {
             let mut linear = |name, part, output| {
                 let layers = self.layers.saturating_sub(attention_layers);
@@ -1165,6 +1194,14 @@ pub enum Part {
     DeltaDecay,
     /// What comes out of it.
     DeltaOut,
+    /// What latent attention makes its queries of.
+    QueryIn,
+    /// Those queries.
+    QueryOut,
+    /// What it makes keys and values of, and the key that all heads share.
+    LatentIn,
+    /// Those keys and values.
+    LatentOut,
 }
 
 impl Linear {
@@ -1455,6 +1492,13 @@ impl Traits {
             },
             "glm4_moe" => Traits { style: Style { rotary: Rotary::Joined, rotated: 0.5, ..sigmoid }, ..moe },
             "solar_open" => Traits { style: Style { rotary: Rotary::Joined, ..sigmoid }, ..moe },
+            "deepseek_v3" | "glm4_moe_lite" => {
+                Traits { style: Style { rotary: Rotary::PairsApart, ..sigmoid }, ..moe }
+            }
+            "deepseek_v2" => Traits {
+                style: Style { rotary: Rotary::Complex, router: Router::SoftmaxLifted, ..sigmoid },
+                ..moe
+            },
             "dots1" => Traits { style: Style { head_norm: HeadNorm::Each, ..sigmoid }, ..moe },
             "minimax_m2" => Traits {
                 style: Style {
@@ -1602,7 +1646,15 @@ fn read_shape(
             expected: format!("a divisor of the {heads} query heads"),
         });
     }
-    let head_dim = match fields.number(&["head_dim", "kv_channels"], HIDDEN_MAX)?.or(defaults.head_dim) {
+    let latent = match model_type.as_str() {
+        "deepseek_v2" | "deepseek_v3" | "glm4_moe_lite" => Some(Latent::read(fields, &model_type)?),
+        _ => None,
+    };
+    let stated_head_dim = match latent {
+        Some(latent) => Some(latent.head()),
+        None => fields.number(&["head_dim", "kv_channels"], HIDDEN_MAX)?.or(defaults.head_dim),
+    };
+    let head_dim = match stated_head_dim {
         Some(width) => width,
         None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
@@ -1667,11 +1719,21 @@ fn read_shape(
     let mlp_bias = match model_type.as_str() {
         "starcoder2" | "ernie4_5" | "ernie4_5_moe" => fields.flag("use_bias")?,
         "llama" | "smollm3" | "nemotron" | "arcee" | "jais2" | "granite" | "hyperclovax" | "helium"
-        | "seed_oss" => stated_mlp_bias,
+        | "seed_oss" | "deepseek_v2" => stated_mlp_bias,
         _ => stated_mlp_bias.filter(|_| !traits.known),
     };
     let mlp_bias = mlp_bias.unwrap_or(traits.mlp_bias);
-    let style = read_style(fields, &model_type, traits, head_dim)?;
+    let mut style = read_style(fields, &model_type, traits, head_dim)?;
+    if let Some(latent) = latent {
+        style.rotated = float(latent.rotated) / float(head_dim);
+        let is_set = |key: &str, value: &str| fields.object.get(key).is_some_and(|of| of == value);
+        if is_set("topk_method", "group_limited_greedy") && model_type == "deepseek_v2" {
+            style.router = Router::SoftmaxGrouped;
+        }
+        if fields.flag("rope_interleave")? == Some(false) && model_type != "deepseek_v2" {
+            style.rotary = Rotary::Halves;
+        }
+    }
     let window = read_window(fields, &model_type)?;
     let (mut gemma4, mut convolution, mut delta_net, mut full_layers) = (None, None, None, None);
     match model_type.as_str() {
@@ -1715,6 +1777,7 @@ fn read_shape(
         gemma4,
         convolution,
         delta_net,
+        latent,
         model_type,
     })
 }
@@ -1939,6 +2002,8 @@ fn read_experts(
         }
         None => match fields.count("moe_num_shared_experts", EXPERTS_MAX)? {
             None if !traits.known => fields.count("num_shared_experts", EXPERTS_MAX)?,
+            None if matches!(model_type, "deepseek_v3" | "glm4_moe_lite") => Some(1),
+            None if model_type == "deepseek_v2" => Some(2),
             stated => stated,
         },
     };
@@ -1957,10 +2022,17 @@ fn read_experts(
     let listed = fields.layer_list("mlp_only_layers", layers)?;
     let exaone = model_type == "exaone_moe";
     let kinds = fields.object.get("mlp_layer_types").and_then(Value::as_array);
-    let kinds = kinds.filter(|_| mellum || exaone);
-    let leading = fields.count("first_k_dense_replace", layers)?;
+    let lite = model_type == "glm4_moe_lite";
+    let kinds = kinds.filter(|_| mellum || exaone || lite);
+    // GLM-4.7-Flash does not read it.
+    let leading = fields.count("first_k_dense_replace", layers)?.filter(|_| !lite);
+    let usual = match model_type {
+        "exaone_moe" | "glm4_moe_lite" => 1,
+        "deepseek_v3" => 3,
+        _ => 0,
+    };
     // What a list says of each layer goes before it.
-    let leading = if kinds.is_some() { 0 } else { leading.unwrap_or(u64::from(exaone)) };
+    let leading = if kinds.is_some() { 0 } else { leading.unwrap_or(usual) };
     let step = fields.number(&["decoder_sparse_step"], LAYERS_MAX)?.unwrap_or(1);
     // ERNIE 4.5: each moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index.
     let start = fields.count("moe_layer_start_index", layers)?.unwrap_or(0);
@@ -1994,6 +2066,7 @@ fn read_experts(
                     | "glm4_moe"
                     | "solar_open"
                     | "deepseek_v3"
+                    | "glm4_moe_lite"
                     | "mellum"
                     | "hunyuan_v1_moe"
                     | "exaone_moe"
@@ -2011,6 +2084,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::workload::Workload;
 
     fn shape(config: Value) -> ModelShape {
         ModelShape::from_config(&config).unwrap().0
@@ -2275,6 +2349,30 @@ mod tests {
     }
 
     #[test]
+    fn heads_of_latent_attention_are_read_from_their_parts() {
+        let config = |model_type: &str, more: Value| {
+            let mut config = whole(model_type);
+            config["num_key_value_heads"] = json!(4);
+            config["head_dim"] = json!(64);
+            config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            ModelShape::from_config(&config).unwrap()
+        };
+        let (v3, known) = config("deepseek_v3", json!({"first_k_dense_replace": 1}));
+        assert_eq!((v3.head_dim, v3.q_width(), known), (192, 768, true));
+        let names: Vec<_> =
+            v3.linears().iter().map(|linear| (linear.name, linear.input, linear.output)).collect();
+        assert_eq!(names[0], ("q_a_proj", 64, 1536));
+        assert_eq!(
+            names[2..5],
+            [("kv_a_proj_with_mqa", 64, 576), ("kv_b_proj", 512, 1024), ("o_proj", 512, 64)]
+        );
+        let (lite, _) = config("glm4_moe_lite", json!({"q_lora_rank": null, "first_k_dense_replace": 3}));
+        assert_eq!((lite.head_dim, lite.linears()[0].name), (256, "q_proj"));
+        assert_eq!(lite.experts.unwrap().dense_layers, [0]);
+        assert!(!config("deepseek_v2", json!({"num_key_value_heads": 2})).1);
+    }
+
+    #[test]
     fn smollm_ties_its_tables_and_llama_can_have_biases_in_its_mlp() {
         assert!(shape(whole("smollm3")).tied_embeddings);
         for kind in ["llama", "smollm3", "novel"] {
@@ -2447,7 +2545,69 @@ mod tests {
         })
     }
 
+    /// A config.json of a kind with keys of its own, and anything under some of them.
+    fn any_config_of_a_kind() -> impl Strategy<Value = Value> {
+        let kinds = [
+            "qwen3_5_text",
+            "qwen3_next",
+            "deepseek_v2",
+            "deepseek_v3",
+            "glm4_moe_lite",
+            "lfm2",
+            "gemma4_text",
+        ];
+        let keys = [
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_conv_kernel_dim",
+            "full_attention_interval",
+            "layer_types",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "mlp_layer_types",
+            "first_k_dense_replace",
+            "n_shared_experts",
+        ];
+        let value = prop_oneof![
+            Just(Value::Null),
+            Just(json!(["full_attention", "dense", 3])),
+            Just(json!("full_attention")),
+            (0u64..9).prop_map(Value::from),
+            (0u32..64).prop_map(|bit| Value::from(1u64 << bit)),
+        ];
+        let more = prop::collection::hash_map(prop::sample::select(keys.to_vec()), value, 0..6);
+        (prop::sample::select(kinds.to_vec()), more).prop_map(|(kind, more)| {
+            let mut config = whole(kind);
+            for (key, value) in more {
+                config[key] = value;
+            }
+            config
+        })
+    }
+
     proptest! {
+        #[test]
+        fn any_config_of_a_kind_is_sized_or_an_error(
+            config in any_config_of_a_kind(),
+            checkpoints in any::<bool>(),
+            length in 1u32..1 << 20,
+        ) {
+            if let Ok(model) = Model::resolve("m", Some(&config), None) {
+                let work = Workload { gradient_checkpointing: checkpoints, max_length: length, ..Workload::packed_lora() };
+                if let Ok(estimate) = crate::estimate::estimate(&model, &work) {
+                    prop_assert!(estimate.allocated_peak_bytes > Bytes::ZERO);
+                }
+            }
+        }
+
         #[test]
         fn any_json_is_a_shape_or_an_error(config in any_json()) {
             if let Ok((shape, _)) = ModelShape::from_config(&config) {

@@ -14,7 +14,7 @@
 //! of the vocabulary too many at the very end.
 
 use crate::block::{Given, Lists, float};
-use crate::model::{BlockKind, Keys, Layer, ModelShape};
+use crate::model::{BlockKind, Keys, Layer, ModelShape, Rotary};
 use crate::tape::{High, Kind, Saved, Tape, Tensor};
 use crate::workload::{AttnImpl, ExpertForm, Workload};
 
@@ -199,7 +199,9 @@ impl Pass<'_> {
         let rows = if self.shape.style.tables_by_row { lists.rows } else { 1.0 };
         let table = rows * length * float(self.shape.head_dim) * lists.table_share();
         let width = lists.table_width();
-        let mut tables = [[tape.plain(table, width), tape.plain(table, width)]; 2];
+        // Complex numbers have both in one.
+        let second = if self.shape.style.rotary == Rotary::Complex { 0.0 } else { table };
+        let mut tables = [[tape.plain(table, width), tape.plain(second, width)]; 2];
         if let Some(gemma4) = gemma4 {
             let full = length * float(gemma4.full_head_dim);
             tables[0] = [tape.plain(full, width), tape.plain(full, width)];

@@ -13,7 +13,8 @@ Symbols: B rows, S length, H hidden, D head width, G key heads, n query heads pe
 expert, w of the shared expert, E experts, r rank, V vocabulary, Sr and Dr what FlashAttention rounds up to, q64 blocks of a
 4-bit weight; F width of a head that does not slide, P and W columns and rows of a layer's inputs (Gemma 4; it and LFM2 take
 layers=4); N key heads of a gated delta rule, half as many as of the value, and Y and Z widths of either (Qwen3.5, Qwen3-Next: their
-rows of 101 are two chunks). Needs what the harness needs (torch, transformers 5, peft, accelerate).
+rows of 101 are two chunks). DeepSeek and GLM-4.7-Flash want heads=mha: N and Y are the ranks, Z half of the rotated part. Needs what
+the harness needs (torch, transformers 5, peft, accelerate).
 """
 import importlib.util, os, sys
 
@@ -26,10 +27,15 @@ LENGTH, HEAD_WIDTH, RANK = 101, 28, 19
 DELTA = dict(linear_num_key_heads=47, linear_num_value_heads=94, linear_key_head_dim=59, linear_value_head_dim=89,
              layer_types=["linear_attention", "full_attention"],
              rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
+LATENT = dict(head_dim=178, q_lora_rank=376, kv_lora_rank=472, qk_rope_head_dim=178, qk_nope_head_dim=82, v_head_dim=260,
+              n_routed_experts=61, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=536)
 KINDS = {
     "phi3": dict(bos_token_id=0, eos_token_id=0),
     "qwen3_5_text": DELTA,
     "qwen3_next": dict(num_experts=61, num_experts_per_tok=2, moe_intermediate_size=536, shared_expert_intermediate_size=568, **DELTA),
+    "deepseek_v2": LATENT,
+    "deepseek_v3": dict(n_group=1, topk_group=1, **LATENT),
+    "glm4_moe_lite": LATENT,
     "gemma2": dict(query_pre_attn_scalar=16),
     "gemma3_text": dict(query_pre_attn_scalar=16),
     "gemma4_text": dict(global_head_dim=292, hidden_size_per_layer_input=79, vocab_size_per_layer_input=83, sliding_window=4000,
@@ -118,11 +124,13 @@ def main():
     key_heads, per_key = HEADS[options.get("heads", "gqa")]
     heads = key_heads * per_key
     # Grouped products want rows of 16 bytes, so mixtures get dimensions that are multiples of 8.
-    eight = 8 if "moe" in kind or kind in ("mixtral", "gpt_oss", "phimoe", "qwen3_next") else 1
+    eight = 8 if "moe" in kind or kind in ("mixtral", "gpt_oss", "phimoe", "qwen3_next", "deepseek_v2",
+                                                     "deepseek_v3", "glm4_moe_lite") else 1
     config = dict(model_type=kind, hidden_size=17 * heads * eight, num_hidden_layers=int(options.get("layers", 2)),
                   num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=HEAD_WIDTH, intermediate_size=31 * eight,
                   vocab_size=23, max_position_embeddings=4096, pad_token_id=0,
-                  tie_word_embeddings=options.get("tied") == "1", **KINDS.get(kind, {}))
+                  tie_word_embeddings=options.get("tied") == "1")
+    config.update(KINDS.get(kind, {}))
     harness, log, modules, names = load(path), [], [], {}
     harness.LiveBytes = recorder(harness, heads, log, modules)
     call = torch.nn.Module.__call__

@@ -164,6 +164,10 @@ pub enum Rotary {
     Pairs,
     /// The same on whole heads, without a rest (Helium).
     PairsWhole,
+    /// Even and odd elements as they lie, both products apart (DeepSeek V3).
+    PairsApart,
+    /// Pairs as complex numbers (DeepSeek V2).
+    Complex,
     /// Both halves apart (gpt-oss).
     Apart,
     /// By halves with fp32 tables, the result cast back (OLMo).
@@ -211,6 +215,10 @@ pub enum Router {
     Corrected,
     /// Softmax of products with a weight that is kept in fp32, made to sum to one (Hunyuan's mixture).
     SoftmaxWide,
+    /// Softmax of fp32 products (DeepSeek V2).
+    SoftmaxLifted,
+    /// The same, the best of the best groups of experts.
+    SoftmaxGrouped,
     /// Sigmoid of half-precision products, a correction, made to sum to one (MiniMax M2).
     SigmoidHalf,
     /// Two experts, one after the other, by sampling (Phi-3.5-MoE).

@@ -32,9 +32,9 @@ pub(super) enum Rule {
     RotateHalves(f64),
     /// Attention: sizes of the three gradients, of the workspaces, and of K and V before they were repeated (0: not).
     Attention { gradients: [f64; 3], workspace: [f64; 5], unrepeated: f64 },
-    /// Eager attention: scores, fp32 softmax (0: none), queries, keys before they were repeated (0: not), scores with
+    /// Eager attention: scores, fp32 softmax (0: none), queries, values of all heads, keys before they were repeated (0: not), scores with
     /// sinks (0: none), one number for each row of scores.
-    Eager { scores: f64, wide: f64, query: f64, key: f64, sinks: f64, sums: f64, capped: bool },
+    Eager { scores: f64, wide: f64, query: f64, value: f64, key: f64, sinks: f64, sums: f64, capped: bool },
     /// Parts come together: size of all.
     Join(f64),
     /// Clamped and scaled gate of gpt-oss: size of one half.
@@ -59,6 +59,8 @@ pub(super) enum Rule {
     Where(f64),
     /// One expert of `sparsemixer`: sizes of all scores and of the chosen ones.
     Mixer { scores: f64, chosen: f64 },
+    /// A product with a table of complex numbers, of which the way back takes a copy: its size and that of the gradient.
+    Conjugate { table: f64, new: f64 },
     /// A tensor times itself: its size.
     OwnProduct(f64),
     /// A sum: the gradient goes on to the first, and to the second cast to this size (0: as it is).
@@ -364,6 +366,12 @@ impl Tape {
                 self.forget(node);
                 self.give(first, new);
             }
+            Rule::Conjugate { table, new } => {
+                let copy = self.new_gradient(table);
+                let new = self.new_gradient(new);
+                self.release(copy);
+                self.replace(node, new);
+            }
             Rule::OwnProduct(bytes) => {
                 let second = self.new_gradient(bytes);
                 let new = self.new_gradient(bytes);
@@ -557,11 +565,13 @@ impl Tape {
     }
 
     fn eager_back(&mut self, node: &mut Node, gradient: u32) {
-        let Rule::Eager { scores, wide, query, key, sinks, sums, capped } = node.rule else { return };
+        let Rule::Eager { scores, wide, query, value: values, key, sinks, sums, capped } = node.rule else {
+            return;
+        };
         // The result was made contiguous.
-        let copied = self.new_gradient(query);
+        let copied = self.new_gradient(values);
         self.release(gradient);
-        let mut value = self.new_gradient(query);
+        let mut value = self.new_gradient(values);
         let mut product = self.new_gradient(scores);
         self.release(copied);
         self.release_saved(node, 2);

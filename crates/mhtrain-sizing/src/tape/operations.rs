@@ -202,10 +202,22 @@ impl Tape {
         self.result(x.n, x.width, Rule::Pass, [x.node, NONE, NONE], [])
     }
 
-    /// Three tensors beside each other in a new one (`cat`): each gets its part of the gradient as a view.
-    pub(crate) fn joined(&mut self, parts: [Tensor; 3]) -> Tensor {
+    /// Up to three tensors beside each other in a new one (`cat`): each gets its part of the gradient as a view.
+    pub(crate) fn joined<const N: usize>(&mut self, parts: [Tensor; N]) -> Tensor {
         let n = parts.iter().map(|part| part.n).sum();
-        self.result(n, parts[0].width, Rule::Pass, parts.map(|part| part.node), [])
+        let width = parts.iter().map(|part| part.width).fold(0.0, f64::max);
+        let mut inputs = [NONE; 3];
+        for (input, part) in inputs.iter_mut().zip(&parts) {
+            *input = part.node;
+        }
+        self.result(n, width, Rule::Pass, inputs, [])
+    }
+
+    /// `x` spread to `n` elements as a view: its gradient is summed.
+    pub(crate) fn spread(&mut self, x: Tensor, n: f64) -> Tensor {
+        let mut out = self.hold(x).view(n);
+        out.node = NONE;
+        self.link(out, Rule::New(x.bytes()), [x.node, NONE, NONE], [])
     }
 
     /// `x.cumsum()`.
@@ -367,6 +379,55 @@ impl Tape {
         });
         let out = [0, 1].map(|index: usize| self.cast(wide[index], both[index].width));
         for tensor in early.into_iter().chain(wide) {
+            self.drop(tensor);
+        }
+        out
+    }
+
+    /// Even and odd elements of query and key, multiplied and joined as halves: `(a * cos - b * sin, b * cos + a * sin)`.
+    ///
+    /// Source: `apply_rotary_pos_emb_interleave` of DeepSeek V3.
+    pub(crate) fn rotate_pairs_apart(&mut self, both: [Tensor; 2], tables: [Tensor; 2]) -> [Tensor; 2] {
+        let cut = both.map(|x| [self.slice(x, x.n / 2.0), self.slice(x, x.n / 2.0)]);
+        cut.map(|[even, odd]| {
+            let a = self.times_table(even, tables[0]);
+            let b = self.times_table(odd, tables[1]);
+            let first = self.minus_narrow(a, b);
+            self.drop(a);
+            self.drop(b);
+            let a = self.times_table(odd, tables[0]);
+            let b = self.times_table(even, tables[1]);
+            let second = self.add(a, b);
+            self.drop(a);
+            self.drop(b);
+            let out = self.joined([first, second]);
+            for tensor in [first, second, even, odd] {
+                self.drop(tensor);
+            }
+            out
+        })
+    }
+
+    /// Pairs of query and key, in which `heads` lie beside each other and not one, as complex numbers of fp32 times a table of
+    /// such.
+    ///
+    /// Source: `apply_rotary_emb` of DeepSeek V2.
+    pub(crate) fn rotate_complex(&mut self, both: [Tensor; 2], heads: f64, table: Tensor) -> [Tensor; 2] {
+        let wide = both.map(|x| self.cast(x, 4.0));
+        let out = [(0, heads), (1, 1.0)].map(|(index, heads): (usize, f64)| {
+            let x = wide[index];
+            let rule = Rule::Conjugate { table: table.bytes(), new: x.bytes() };
+            let mut turned = self.result(x.n, x.width, rule, [x.node, NONE, NONE], [table]);
+            if heads > 1.0 {
+                let copied = self.copied_back(turned);
+                self.drop(turned);
+                turned = copied;
+            }
+            let narrow = self.cast(turned, both[index].width);
+            self.drop(turned);
+            narrow
+        });
+        for tensor in wide {
             self.drop(tensor);
         }
         out
@@ -550,7 +611,7 @@ impl Tape {
             self.hold(v);
         }
         let bias = (kernel.bias > 0.0).then(|| self.plain(kernel.bias, 1.0));
-        let mut out = self.plain(q.n, v.width);
+        let mut out = self.plain(kernel.made.unwrap_or(q.n), v.width);
         let sums = self.plain(kernel.sums, 1.0);
         let unrepeated = if kernel.spreads { k.bytes() } else { 0.0 };
         let each = |x: Tensor| if kernel.spreads { q.n * x.width } else { x.bytes() };
@@ -575,10 +636,13 @@ impl Tape {
     ///
     /// `rows` is rows x heads x length, `scores` that times the length; `sinks` adds one column.
     pub(crate) fn eager(&mut self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor {
-        let Scores { elements, rows, masked, sinks, capped, lifts, contiguous_query } = scores;
+        let Scores { elements, rows, masked, sinks, capped, lifts, contiguous_query, .. } = scores;
         let width = q.width;
         // K and V are repeated to all heads, or made contiguous for the products: a copy in either case.
-        let repeated = [self.plain(q.n, k.width), self.plain(q.n, v.width)];
+        let copied_key = if scores.contiguous_key { self.hold(k) } else { self.plain(q.n, k.width) };
+        let copied_value =
+            if scores.contiguous_value { self.hold(v) } else { self.plain(scores.values, v.width) };
+        let repeated = [copied_key, copied_value];
         let query = if contiguous_query { self.hold(q) } else { self.plain(q.n, width) };
         let products = self.plain(elements, width);
         let scaled = self.plain(elements, width);
@@ -622,10 +686,11 @@ impl Tape {
             probabilities = self.plain(elements, width);
             self.drop(logits);
         }
-        let product = self.plain(q.n, width);
-        let mut out = self.plain(q.n, width);
+        let product = self.plain(scores.values, width);
+        let mut out = self.plain(scores.values, width);
         self.drop(product);
         let rule = Rule::Eager {
+            value: scores.values * width,
             scores: elements * width,
             wide: if saved_probabilities.is_some() { elements * 4.0 } else { 0.0 },
             query: q.bytes(),
@@ -637,10 +702,13 @@ impl Tape {
         let inputs = [q.node, k.node, v.node];
         // The query is kept for the gradient of the key, which a frozen first layer does not have.
         let for_key = if k.needs_gradient() { self.hold(query) } else { self.plain(0.0, width) };
-        let kept = [for_key, repeated[0], repeated[1], probabilities].into_iter().chain(saved_probabilities);
+        // And the probabilities for that of the value.
+        let lies = saved_probabilities.is_some() && !v.needs_gradient();
+        let for_value = if lies { self.plain(0.0, width) } else { self.hold(probabilities) };
+        let kept = [for_key, repeated[0], repeated[1], for_value].into_iter().chain(saved_probabilities);
         let kept = kept.chain(extra.map(|(places, _)| places)).chain(tanh);
         out = self.link(out, rule, inputs, kept);
-        for tensor in [for_key, query, repeated[0], repeated[1], probabilities]
+        for tensor in [for_key, for_value, query, repeated[0], repeated[1], probabilities]
             .into_iter()
             .chain(saved_probabilities)
             .chain(tanh)
@@ -905,6 +973,8 @@ pub(crate) struct Kernel {
     pub repeats: bool,
     /// K and V are spread to all heads by a copy or a view, and their gradients summed.
     pub spreads: bool,
+    /// What it makes, elements, where that is not as much as q (heads of two widths).
+    pub made: Option<f64>,
     /// Buffers of the backward pass, bytes.
     pub workspace: [f64; 5],
 }
@@ -926,4 +996,10 @@ pub(crate) struct Scores {
     pub lifts: bool,
     /// q needs no copy for the product.
     pub contiguous_query: bool,
+    /// k needs none.
+    pub contiguous_key: bool,
+    /// v needs none.
+    pub contiguous_value: bool,
+    /// Values of all heads, elements.
+    pub values: f64,
 }
