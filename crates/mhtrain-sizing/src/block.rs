@@ -12,8 +12,8 @@ mod delta_net;
 mod latent;
 
 use crate::model::{
-    Activation, AttentionBias, BlockKind, Convolution, Gemma4, HeadNorm, Heads, Keys, Layer, Mixer,
-    ModelShape, Norm, Part, Placement, Rotary, Router,
+    Activation, AttentionBias, AttentionGate, BlockKind, Convolution, Gemma4, HeadNorm, Heads, Keys, Layer,
+    Mixer, ModelShape, Norm, Part, Placement, Rotary, Router, Shared,
 };
 use crate::tape::{Kernel, Parameter, Rotation, Saved, Scores, Tape, Tensor, Weight};
 use crate::workload::{AttnImpl, Dtype, TrainType, Workload};
@@ -52,6 +52,7 @@ struct Adapted {
     query_out: bool,
     latent_in: bool,
     latent_out: bool,
+    attention_gate: bool,
 }
 
 /// What a block gets beside the residual stream, and what it leaves for later ones.
@@ -266,7 +267,9 @@ impl<'a> Lists<'a> {
     /// The norm of the kind over rows of `size`.
     pub(crate) fn norm(&self, tape: &mut Tape, x: Tensor, size: f64) -> Tensor {
         match self.shape.style.norm {
-            Norm::Half | Norm::Wide | Norm::Lifted | Norm::Raised => self.rms_norm(tape, x, size),
+            Norm::Half | Norm::Wide | Norm::Lifted | Norm::Raised | Norm::Bare => {
+                self.rms_norm(tape, x, size)
+            }
             Norm::Power => self.power_norm(tape, x, size, true),
             Norm::Centred => self.centred_norm(tape, x, size, size),
             Norm::Layer { bias } => self.layer_norm(tape, x, size, bias),
@@ -358,6 +361,18 @@ impl<'a> Lists<'a> {
         tape.drop(squares);
         let shifted = tape.plus_number(variance);
         let kind = self.shape.style.norm;
+        if kind == Norm::Bare {
+            // `NanoChatRMSNorm.forward`.
+            tape.drop(variance);
+            let inverse = tape.rsqrt(shifted);
+            tape.drop(shifted);
+            let normal = tape.multiply(lifted, inverse);
+            tape.drop(inverse);
+            tape.drop(lifted);
+            let out = tape.cast(normal, x.width);
+            tape.drop(normal);
+            return out;
+        }
         if kind == Norm::Raised {
             // `modeling_gemma*.py`: (1 + weight) in fp32, the result cast back.
             tape.drop(variance);
@@ -732,7 +747,7 @@ impl<'a> Lists<'a> {
             v = if kernel_copies_v { self.by_head(tape, parts[2], self.kv_heads()) } else { parts[2] };
         } else {
             let head_norm = self.shape.style.head_norm;
-            if self.shape.style.gates_attention {
+            if self.shape.style.attention_gate == AttentionGate::InQuery {
                 // Query and gate of a head beside each other; the gate is copied out.
                 let both = self.linear(tape, x, [self.h, 2.0 * self.q], qkv_bias, self.adapted.q);
                 let [query, beside] = tape.halves(both);
@@ -760,6 +775,9 @@ impl<'a> Lists<'a> {
             }
             let product = self.linear(tape, x, [self.h, self.k], qkv_bias, self.adapted.v);
             v = if kernel_copies_v { self.by_head(tape, product, self.kv_heads()) } else { product };
+            if self.shape.style.attention_gate == AttentionGate::Own {
+                gate = Some(self.linear(tape, x, [self.h, self.q], false, self.adapted.attention_gate));
+            }
             match head_norm {
                 HeadNorm::None | HeadNorm::Each | HeadNorm::Whole | HeadNorm::EachRotated => {}
                 HeadNorm::EachLater => {
@@ -804,6 +822,9 @@ impl<'a> Lists<'a> {
             tape.drop(open);
             tape.drop(attended);
             attended = gated;
+        }
+        if self.shape.style.sub_norms {
+            attended = self.replaced_by(tape, attended, self.q);
         }
         let out = self.linear(tape, attended, [self.q, self.h], out_bias, self.adapted.output);
         let out = self.dropped_out(tape, out);
@@ -973,20 +994,20 @@ impl<'a> Lists<'a> {
             active
         } else {
             let gate = self.linears(tape, x, [self.h, width], bias, adapted.gate, times);
-            let active = tape.unary(gate, Saved::Input);
+            let active = self.active(tape, gate);
             tape.drop(gate);
             let up = self.linears(tape, x, [self.h, width], bias, adapted.up, times);
             let product = tape.multiply(active, up);
             tape.drop(active);
             tape.drop(up);
-            product
+            if self.shape.style.sub_norms { self.replaced_by(tape, product, width) } else { product }
         };
         let out = self.linears(tape, product, [width, self.h], bias, adapted.down, times);
         tape.drop(product);
         out
     }
 
-    /// The activation of an MLP without a gate.
+    /// The activation of an MLP.
     ///
     /// Source: `activations.py` of transformers 5.19.
     fn active(&self, tape: &mut Tape, x: Tensor) -> Tensor {
@@ -1169,6 +1190,31 @@ impl<'a> Lists<'a> {
         [logits, scaled, places]
     }
 
+    /// `AfmoeTokenChoiceRouter.forward`: logits, weights of the routes and their experts.
+    fn sigmoid_module_router(&self, tape: &mut Tape, x: Tensor, routes: f64) -> [Tensor; 3] {
+        let Some(experts) = &self.shape.experts else { return [x; 3] };
+        let product = self.linear(tape, x, [self.h, float(experts.count)], false, self.adapted.router);
+        let logits = tape.cast(product, 4.0);
+        tape.drop(product);
+        let open = tape.unary(logits, Saved::Output);
+        let corrected = tape.plain(open.n, 4.0);
+        let values = tape.plain(routes, 4.0);
+        let places = tape.plain(routes, 8.0);
+        tape.drop(corrected);
+        tape.drop(values);
+        let chosen = tape.index(open, routes, places);
+        let sum = tape.sum_of_rows(chosen, self.tokens);
+        let shifted = tape.plus_number(sum);
+        tape.drop(sum);
+        let normal = tape.multiply(chosen, shifted);
+        tape.drop(chosen);
+        let scaled = tape.scale(normal);
+        for tensor in [normal, shifted, open] {
+            tape.drop(tensor);
+        }
+        [logits, scaled, places]
+    }
+
     /// `DeepseekV2TopkRouter.forward`: logits, weights of the routes and their experts.
     fn lifted_softmax_router(&self, tape: &mut Tape, x: Tensor, routes: f64) -> [Tensor; 3] {
         let Some(experts) = &self.shape.experts else { return [x; 3] };
@@ -1274,7 +1320,7 @@ impl<'a> Lists<'a> {
         let shared_width = float(experts.shared_intermediate);
         let has_shared = shared_width > 0.0;
         let mut shared = None;
-        if has_shared && style.shared_first {
+        if has_shared && style.shared == Shared::First {
             shared = Some(self.mlp(tape, x, shared_width, 1.0));
         }
         let count = float(experts.count);
@@ -1320,16 +1366,20 @@ impl<'a> Lists<'a> {
                 [logits, scores, places]
             }
             Router::SoftmaxLifted | Router::SoftmaxGrouped => self.lifted_softmax_router(tape, x, routes),
+            Router::SigmoidModule => self.sigmoid_module_router(tape, x, routes),
             Router::SigmoidHalf => self.half_sigmoid_router(tape, x, routes),
             // Stands beside a dense MLP, see `gemma4_mixture`.
             Router::Scaled => return x,
         };
+        if has_shared && style.shared == Shared::BehindRouter {
+            shared = Some(self.mlp(tape, x, shared_width, 1.0));
+        }
         let out = if self.expert_modules {
             self.experts_one_by_one(tape, x, scores)
         } else {
             self.fused_experts(tape, x, scores)
         };
-        if has_shared && !style.shared_first {
+        if has_shared && style.shared == Shared::Last {
             shared = Some(self.mlp(tape, x, shared_width, 1.0));
         }
         let out = match shared {
@@ -1396,6 +1446,7 @@ impl Adapted {
                 Part::QueryOut => &mut adapted.query_out,
                 Part::LatentIn => &mut adapted.latent_in,
                 Part::LatentOut => &mut adapted.latent_out,
+                Part::AttentionGate => &mut adapted.attention_gate,
             };
             *place = true;
         }

@@ -582,6 +582,9 @@ mod tests {
             "vaultgemma",
             "gemma4",
             "lfm2",
+            "afmoe",
+            "bitnet",
+            "nanochat",
             "qwen3next",
             // A delta rule in the place of attention: further from Llama than any kind that it was drawn on.
             "qwen35",

@@ -23,7 +23,9 @@ use layer::is_each;
 pub(crate) use layer::{Heads, Keys, Layer, Mixer};
 pub use lfm2::Convolution;
 pub use quantised::Quantised;
-pub use style::{Activation, HeadNorm, Norm, Placement, Rotary, Router, Style, Unrotated};
+pub use style::{
+    Activation, AttentionGate, HeadNorm, Norm, Placement, Rotary, Router, Shared, Style, Unrotated,
+};
 
 /// What is known about a model before it is loaded.
 #[derive(Clone, Debug, PartialEq)]
@@ -668,12 +670,18 @@ impl ModelShape {
                 && shape.attention_bias == AttentionBias::None;
         // What Qwen3-Next cuts out of its products lies in another way where there is one head of the key.
         let usual_delta_net = !shape.delta_net.is_some_and(|net| net.fused && net.key_heads < 2);
+        // Quantised, the linear modules of BitNet are others; its activation and nanochat's is squared.
+        let usual_bitnet = shape.model_type != "bitnet" || !object.contains_key("quantization_config");
+        let usual_square = !matches!(shape.model_type.as_str(), "bitnet" | "nanochat")
+            || object.get("hidden_act").is_none_or(|act| act == "relu2");
         // Each head of latent attention has its own key.
         let usual_latent = shape.latent.is_none() || shape.kv_heads == shape.heads;
         let usual = (shape.model_type != "gpt_neox" || act == "gelu")
             && usual_gemma4
             && usual_delta_net
-            && usual_latent;
+            && usual_latent
+            && usual_bitnet
+            && usual_square;
         Ok((shape, traits.known && stated && usual))
     }
 
@@ -704,6 +712,9 @@ impl ModelShape {
         let mut per_layer = u128::from(self.style.placement.norms()) * norm;
         let head_norms: u128 =
             self.head_norms().iter().map(|(n, count)| u128::from(*n) * u128::from(*count)).sum();
+        if self.style.sub_norms {
+            per_layer += u128::from(self.q_width()) + u128::from(self.intermediate);
+        }
         if self.attention_sinks {
             per_layer += u128::from(self.heads);
         }
@@ -738,8 +749,12 @@ impl ModelShape {
             if self.has_shared_gate(experts) {
                 each += hidden;
             }
-            if self.style.router == Router::Corrected {
+            if matches!(self.style.router, Router::Corrected | Router::SigmoidModule) {
                 each += u128::from(experts.count);
+            }
+            if self.style.router == Router::SigmoidModule {
+                // It is a linear module.
+                each = each.saturating_sub(hidden * u128::from(experts.count));
             }
             total += u128::from(self.sparse_layers(experts)) * each;
         }
@@ -752,7 +767,7 @@ impl ModelShape {
         match self.style.head_norm {
             _ if let Some(latent) = self.latent => [(latent.query_rank.unwrap_or(0), 1), (latent.rank, 1)],
             HeadNorm::None => [(0, 0); 2],
-            _ if self.gemma4.is_some() => [(0, 0); 2],
+            _ if self.gemma4.is_some() || self.style.norm.parameters() == 0 => [(0, 0); 2],
             HeadNorm::Each | HeadNorm::EachLater | HeadNorm::EachRotated => [(width, 1); 2],
             HeadNorm::Whole | HeadNorm::EachOwn => [(self.q_width(), 1), (self.k_width(), 1)],
             HeadNorm::EachModule => [(width, heads), (width, kv_heads)],
@@ -853,6 +868,7 @@ impl ModelShape {
         let [q_norms, k_norms] =
             self.head_norms().map(|(n, count)| (float(n), float(count) * attention_layers));
         let slopes = if self.style.activation == Activation::Xielu { 2.0 * layers } else { 0.0 };
+        let sub_norms = if self.style.sub_norms { layers } else { 0.0 };
         let sinks = if self.attention_sinks { layers } else { 0.0 };
         let mut all = vec![
             (float(self.vocab) * h, tables),
@@ -861,6 +877,8 @@ impl ModelShape {
             k_norms,
             (float(self.heads), sinks),
             (1.0, slopes),
+            (float(self.q_width()), sub_norms),
+            (float(self.intermediate), sub_norms),
             (float(self.vocab), if self.style.head_bias { 1.0 } else { 0.0 }),
         ];
         if let Some(gemma4) = &self.gemma4 {
@@ -891,6 +909,7 @@ impl ModelShape {
                 // The router too.
                 Router::Corrected => all.extend([(2.0 * count * h, sparse), (2.0 * count, sparse)]),
                 Router::SoftmaxWide => all.push((2.0 * count * h, sparse)),
+                Router::SigmoidModule => all.push((count, sparse)),
                 Router::SigmoidHalf => all.extend([(count * h, sparse), (count, sparse)]),
                 // A linear module, and its scales are counted above.
                 Router::Scaled => {}
@@ -969,10 +988,15 @@ impl ModelShape {
                 qkv_bias,
             ));
         } else {
-            let gates = if self.style.gates_attention { 2 } else { 1 };
+            let gates = if self.style.attention_gate == AttentionGate::InQuery { 2 } else { 1 };
             all.push(linear("q_proj", Part::Query, h, q.saturating_mul(gates), qkv_bias));
             all.push(linear("k_proj", Part::Key, h, k, qkv_bias));
             all.push(linear("v_proj", Part::Value, h, k, qkv_bias));
+        }
+        if self.style.attention_gate == AttentionGate::Own {
+            // "All linears" of a mixture are query, key, value and output alone, see below.
+            let gate = linear("gate_proj", Part::AttentionGate, h, q, false);
+            all.push(Linear { adapted_by_all: self.experts.is_none(), ..gate });
         }
         let attended = self.latent.map_or(q, |latent| self.heads.saturating_mul(latent.value));
         all.push(linear(names.output, Part::Output, attended, h, o_bias));
@@ -1011,6 +1035,10 @@ impl ModelShape {
                 let adapted = !self.model_type.ends_with("moe") && !self.style.gates_shared;
                 all.extend(self.mlp(experts.shared_intermediate, sparse, adapted));
                 all.extend(self.mlp(self.intermediate, self.layers.saturating_sub(sparse), adapted));
+                if self.style.router == Router::SigmoidModule {
+                    let gate = linear("gate", Part::Router, h, experts.count, false);
+                    all.push(Linear { layers: sparse, adapted_by_all: false, ..gate });
+                }
             }
         }
         all
@@ -1202,6 +1230,8 @@ pub enum Part {
     LatentIn,
     /// Those keys and values.
     LatentOut,
+    /// What gates what attention makes.
+    AttentionGate,
 }
 
 impl Linear {
@@ -1255,6 +1285,7 @@ impl LinearNames {
             "lfm2" => LinearNames { output: "out_proj", gate: "w1", up: "w3", down: "w2", ..usual },
             "granitemoeshared" => LinearNames { gate_up: "input_linear", down: "output_linear", ..usual },
             "starcoder2" => LinearNames { up: "c_fc", down: "c_proj", ..usual },
+            "nanochat" => LinearNames { up: "fc1", down: "fc2", ..usual },
             "phi" => LinearNames { output: "dense", up: "fc1", down: "fc2", ..usual },
             "gpt_neox" => LinearNames {
                 qkv: "query_key_value",
@@ -1322,14 +1353,14 @@ impl Traits {
         let granite = Style { scales_residual: true, scales_embedding: true, scales_logits: true, ..style };
         let layer_norm = Norm::Layer { bias: true };
         // GLM-4.5 and DeepSeek V3: sigmoid of fp32 products, a shared expert without a gate behind the others.
-        let sigmoid = Style { router: Router::Sigmoid, gates_shared: false, shared_first: false, ..style };
+        let sigmoid = Style { router: Router::Sigmoid, gates_shared: false, shared: Shared::Last, ..style };
         // Gated attention on a quarter of a head, beside gated delta rules.
         let qwen3_next = Style {
             norm: Norm::Raised,
             head_norm: HeadNorm::Each,
             rotary: Rotary::Joined,
             rotated: 0.25,
-            gates_attention: true,
+            attention_gate: AttentionGate::InQuery,
             ..style
         };
         match model_type {
@@ -1460,7 +1491,7 @@ impl Traits {
                 style: Style {
                     router: Router::BestFirst,
                     gates_shared: false,
-                    shared_first: false,
+                    shared: Shared::Last,
                     ..granite
                 },
                 ..moe
@@ -1495,6 +1526,35 @@ impl Traits {
             "deepseek_v3" | "glm4_moe_lite" => {
                 Traits { style: Style { rotary: Rotary::PairsApart, ..sigmoid }, ..moe }
             }
+            "afmoe" => Traits {
+                style: Style {
+                    norm: Norm::Wide,
+                    placement: Placement::Around,
+                    head_norm: HeadNorm::EachLater,
+                    unrotated: Unrotated::Full,
+                    attention_gate: AttentionGate::Own,
+                    router: Router::SigmoidModule,
+                    gates_shared: false,
+                    shared: Shared::BehindRouter,
+                    keeps_embedding: true,
+                    ..style
+                },
+                ..moe
+            },
+            "bitnet" => {
+                Traits { style: Style { activation: Activation::Squared, sub_norms: true, ..style }, ..llama }
+            }
+            "nanochat" => Traits {
+                gated_mlp: false,
+                style: Style {
+                    norm: Norm::Bare,
+                    head_norm: HeadNorm::EachRotated,
+                    activation: Activation::Squared,
+                    norms_embedding: true,
+                    ..style
+                },
+                ..llama
+            },
             "deepseek_v2" => Traits {
                 style: Style { rotary: Rotary::Complex, router: Router::SoftmaxLifted, ..sigmoid },
                 ..moe
@@ -1606,6 +1666,8 @@ impl ClassDefaults {
             "qwen3_5_moe_text" | "qwen3_5_moe" | "qwen3_next" => {
                 ClassDefaults { kv_heads: Some(2), head_dim: Some(256), ..none }
             }
+            "afmoe" => ClassDefaults { head_dim: Some(128), ..none },
+            "bitnet" => ClassDefaults { kv_heads: Some(5), ..none },
             "mellum" => ClassDefaults { kv_heads: Some(4), head_dim: Some(128), ..none },
             "minimax_m2" => ClassDefaults { kv_heads: Some(8), head_dim: Some(128), ..none },
             "glm" | "glm4" => ClassDefaults { kv_heads: Some(2), head_dim: Some(128), ..none },
@@ -1712,8 +1774,10 @@ fn read_shape(
     };
     // Gemma 2 caps both unless its config says null; Gemma 3 has the keys, and caps the logits alone when told to.
     let caps = matches!(model_type.as_str(), "gemma2" | "vaultgemma");
+    let nanochat = model_type == "nanochat";
     let capped = |key| fields.positive(key).map(|stated| stated.map_or(caps, |cap| cap.is_some()));
-    let capped_logits = capped("final_logit_softcapping")?;
+    let stated_cap = fields.positive("final_logit_softcapping")?;
+    let capped_logits = stated_cap.map_or(caps || nanochat, |cap| cap.is_some());
     let capped_scores = capped("attn_logit_softcapping")?;
     let stated_mlp_bias = fields.flag("mlp_bias")?;
     let mlp_bias = match model_type.as_str() {
@@ -1767,7 +1831,7 @@ fn read_shape(
         gated_mlp: traits.gated_mlp,
         mlp_bias,
         block: traits.block,
-        soft_capped_logits: traits.block == BlockKind::Gemma && capped_logits,
+        soft_capped_logits: (traits.block == BlockKind::Gemma || nanochat) && capped_logits,
         soft_capped_scores: caps && capped_scores,
         attention_sinks: traits.block == BlockKind::GptOss,
         experts,
@@ -1841,6 +1905,9 @@ fn read_style(
     {
         style.unrotated = Unrotated::Full;
     }
+    if model_type == "afmoe" {
+        style.scales_embedding = fields.flag("mup_enabled")?.unwrap_or(false);
+    }
     if model_type == "phimoe" {
         style.head_bias = fields.flag("lm_head_bias")?.unwrap_or(false);
     }
@@ -1902,6 +1969,10 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         "gemma4_text" => (Some(512), 6),
         "gpt_oss" => (Some(128), 2),
         "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "cwm" => (Some(4096), 4),
+        "afmoe" => {
+            let every = fields.number(&["global_attn_every_n_layers"], LAYERS_MAX)?.unwrap_or(4);
+            (Some(1024), every)
+        }
         "ministral" => (Some(4096), 0),
         "mellum" if fields.object.contains_key("layer_types") => (Some(1024), 0),
         "phi3" | "mixtral" | "starcoder2" | "phimoe" => (None, 0),
@@ -1917,7 +1988,10 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
     let window = window_of(fields, default)?;
     let listed = fields.object.get("layer_types").and_then(Value::as_array);
     if let Some(types) = listed.filter(|_| {
-        matches!(model_type, "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "ministral" | "mellum")
+        matches!(
+            model_type,
+            "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "ministral" | "mellum" | "afmoe"
+        )
     }) {
         // Which layer is the first that does not slide says which the others are.
         let first = types.iter().position(|of| of == "full_attention");
@@ -2004,6 +2078,9 @@ fn read_experts(
             None if !traits.known => fields.count("num_shared_experts", EXPERTS_MAX)?,
             None if matches!(model_type, "deepseek_v3" | "glm4_moe_lite") => Some(1),
             None if model_type == "deepseek_v2" => Some(2),
+            None if model_type == "afmoe" => {
+                Some(fields.count("num_shared_experts", EXPERTS_MAX)?.unwrap_or(2))
+            }
             stated => stated,
         },
     };
@@ -2014,7 +2091,7 @@ fn read_experts(
             fields.count("shared_intermediate_size", WIDTH_MAX)?.unwrap_or(1024)
         }
         None if model_type == "hunyuan_v1_moe" => intermediate,
-        None if traits.style.gates_attention => 512,
+        None if traits.style.attention_gate == AttentionGate::InQuery => 512,
         None => shared_experts.unwrap_or(0).saturating_mul(intermediate),
     };
     // `*MoeDecoderLayer.__init__` of Qwen: experts where (i + 1) % decoder_sparse_step is 0 and i is not listed.
@@ -2029,6 +2106,7 @@ fn read_experts(
     let usual = match model_type {
         "exaone_moe" | "glm4_moe_lite" => 1,
         "deepseek_v3" => 3,
+        "afmoe" => fields.count("num_dense_layers", layers)?.unwrap_or(1),
         _ => 0,
     };
     // What a list says of each layer goes before it.
@@ -2373,6 +2451,25 @@ mod tests {
     }
 
     #[test]
+    fn bitnet_is_known_without_its_quantisation_and_afmoe_scales_when_told_to() {
+        let config = |model_type: &str, key: &str, value: Value| {
+            let mut config = whole(model_type);
+            config[key] = value;
+            ModelShape::from_config(&config).unwrap()
+        };
+        assert!(config("bitnet", "hidden_act", json!("relu2")).1);
+        assert!(!config("bitnet", "hidden_act", json!("silu")).1);
+        assert!(!config("bitnet", "quantization_config", json!({"quant_method": "bitnet"})).1);
+        let (afmoe, known) = config("afmoe", "mup_enabled", json!(true));
+        assert!(known && afmoe.style.scales_embedding);
+        assert_eq!((afmoe.window, afmoe.full_every), (Some(1024), 4));
+        let experts = afmoe.experts.unwrap();
+        assert_eq!((experts.dense_layers, experts.shared_intermediate), (vec![0], 64));
+        let (nanochat, known) = config("nanochat", "final_logit_softcapping", json!(15.0));
+        assert!(known && nanochat.soft_capped_logits);
+    }
+
+    #[test]
     fn smollm_ties_its_tables_and_llama_can_have_biases_in_its_mlp() {
         assert!(shape(whole("smollm3")).tied_embeddings);
         for kind in ["llama", "smollm3", "novel"] {
@@ -2553,6 +2650,9 @@ mod tests {
             "deepseek_v2",
             "deepseek_v3",
             "glm4_moe_lite",
+            "afmoe",
+            "bitnet",
+            "nanochat",
             "lfm2",
             "gemma4_text",
         ];

@@ -118,6 +118,8 @@ struct Prologue {
     tables: [[Tensor; 2]; 2],
     /// What the model's `forward` holds until it returns.
     held: Vec<Tensor>,
+    /// The embedding, where the model's `forward` holds it beside what it makes of it: it goes when that returns.
+    embedding: Option<Tensor>,
     /// What all layers know of the tokens (Gemma 4).
     inputs: Option<Tensor>,
 }
@@ -169,12 +171,16 @@ impl Pass<'_> {
         tape.plain(positions, 8.0);
         tape.plain(1.0, 4.0);
         let mut x = tape.plain(tokens * lists.h, lists.stream_width);
+        // `enable_input_require_grads` makes what the embedding returns a leaf, which the graph holds: the scaled one of
+        // Gemma, whose embedding scales itself, the one before it in others.
+        let is_leaf = !lists.full && self.work.gradient_checkpointing && self.shape.block != BlockKind::Gemma;
+        let keeps = self.shape.style.keeps_embedding;
+        let mut embedding = None;
         if self.shape.style.scales_embedding {
             let scaled = tape.plain(x.n, x.width);
-            // `enable_input_require_grads` makes what the embedding returns a leaf, which the graph holds: the scaled
-            // one of Gemma, whose embedding scales itself, the one before it in others.
-            let is_leaf = !lists.full && self.work.gradient_checkpointing;
-            if !is_leaf || self.shape.block == BlockKind::Gemma {
+            if keeps && !is_leaf {
+                embedding = Some(x);
+            } else if !is_leaf {
                 tape.drop(x);
             }
             x = scaled;
@@ -209,9 +215,13 @@ impl Pass<'_> {
             // Tables for local layers beside those for global ones.
             tape.plain(2.0 * table, width);
         }
+        if self.shape.style.norms_embedding {
+            embedding = Some(x).filter(|_| !is_leaf);
+            x = lists.norm(tape, x, lists.h);
+        }
         let high = self.tape.take_high().minus(start);
         let segment = Segment { high, net: self.tape.live.minus(start), cached: 0.0 };
-        Prologue { segment, x, tables, held, inputs }
+        Prologue { segment, x, tables, held, embedding, inputs }
     }
 
     /// Number of positions that get logits.
@@ -265,7 +275,7 @@ impl Pass<'_> {
         }
         let last = self.tape.plain(x.n, x.width);
         let last = self.tape.root(last);
-        self.head(course, last, Vec::new());
+        self.head(course, last, prologue.embedding.into_iter().collect());
         self.tape.forget_root();
         let mut leaves = 0.0;
         for (layer, index) in self.shape.layer_list().rev().zip(0..) {
@@ -361,6 +371,7 @@ impl Pass<'_> {
         let mut stack: Vec<(Layer, usize, LayerSegments)> = Vec::with_capacity(order.len());
         let mut current = self.tape.hold(x);
         held.push(x);
+        held.extend(prologue.embedding);
         // What of the tables is needed on the way back is kept by the nodes that need it.
         held.extend(prologue.tables[1]);
         if self.shape.gemma4.is_some() {
@@ -565,10 +576,11 @@ impl Pass<'_> {
 
     fn embedding_back(&mut self, course: &mut Course, prologue: &Prologue) {
         let x = prologue.x;
-        if let Some(all) = prologue.inputs.filter(Tensor::needs_gradient) {
+        let inputs = prologue.inputs.filter(Tensor::needs_gradient);
+        if inputs.is_some() || self.shape.style.norms_embedding && x.needs_gradient() {
             if self.work.gradient_checkpointing {
                 // What the layers left: the gradients of the embedding and of what all layers know.
-                for tensor in [x, all].into_iter().filter(Tensor::needs_gradient) {
+                for tensor in [x].into_iter().chain(inputs).filter(Tensor::needs_gradient) {
                     let gradient = self.tape.plain(tensor.n, tensor.width);
                     self.tape.seed(tensor, gradient);
                 }

@@ -36,6 +36,7 @@ KINDS = {
     "deepseek_v2": LATENT,
     "deepseek_v3": dict(n_group=1, topk_group=1, **LATENT),
     "glm4_moe_lite": LATENT,
+    "afmoe": dict(num_experts=61, num_experts_per_tok=2, moe_intermediate_size=536, num_shared_experts=1, num_dense_layers=0),
     "gemma2": dict(query_pre_attn_scalar=16),
     "gemma3_text": dict(query_pre_attn_scalar=16),
     "gemma4_text": dict(global_head_dim=292, hidden_size_per_layer_input=79, vocab_size_per_layer_input=83, sliding_window=4000,

@@ -34,14 +34,20 @@ pub struct Style {
     pub router: Router,
     /// The shared expert has a gate of its own, which scales what it makes.
     pub gates_shared: bool,
-    /// The shared expert comes before the router.
-    pub shared_first: bool,
+    /// When the shared expert comes.
+    pub shared: Shared,
     /// The head has a bias.
     pub head_bias: bool,
     /// Query, key and value of a head lie beside each other in the fused product (GPT-NeoX), and not those of all heads.
     pub fused_by_head: bool,
-    /// What attention makes is gated; the gate comes out of the product of the query (Qwen3.5).
-    pub gates_attention: bool,
+    /// What gates what attention makes.
+    pub attention_gate: AttentionGate,
+    /// What attention makes is normalised, and so is the product within an MLP (BitNet).
+    pub sub_norms: bool,
+    /// The model's `forward` holds the embedding beside what it makes of it (AFMoE).
+    pub keeps_embedding: bool,
+    /// The embedding is normalised, and held beside that (nanochat).
+    pub norms_embedding: bool,
     /// Each row of a batch has tables of sine and cosine of its own (Qwen3.5).
     pub tables_by_row: bool,
 }
@@ -62,10 +68,13 @@ impl Style {
         drops_residual: false,
         router: Router::Softmax,
         gates_shared: true,
-        shared_first: true,
+        shared: Shared::First,
         head_bias: false,
         fused_by_head: false,
-        gates_attention: false,
+        attention_gate: AttentionGate::None,
+        sub_norms: false,
+        keeps_embedding: false,
+        norms_embedding: false,
         tables_by_row: false,
     };
 }
@@ -94,6 +103,8 @@ pub enum Norm {
     LayerRaised,
     /// torch's LayerNorm in fp32 without parameters (OLMo).
     LayerLifted,
+    /// RMSNorm in fp32 without parameters (nanochat).
+    Bare,
 }
 
 impl Norm {
@@ -103,7 +114,7 @@ impl Norm {
             Norm::Half | Norm::Wide | Norm::Lifted | Norm::Raised | Norm::Power | Norm::Centred => 1,
             Norm::Layer { bias } => 1 + u64::from(bias),
             Norm::LayerRaised => 2,
-            Norm::LayerLifted => 0,
+            Norm::LayerLifted | Norm::Bare => 0,
         }
     }
 }
@@ -178,6 +189,28 @@ pub enum Rotary {
     LiftedApart,
 }
 
+/// What gates what attention makes.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum AttentionGate {
+    /// Nothing.
+    None,
+    /// Half of the product of the query, head by head (Qwen3.5).
+    InQuery,
+    /// A product of its own (AFMoE).
+    Own,
+}
+
+/// When the shared expert comes.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// Before the router.
+    First,
+    /// Behind the router (AFMoE).
+    BehindRouter,
+    /// Behind the experts.
+    Last,
+}
+
 /// Which layers have no positions.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Unrotated {
@@ -215,6 +248,8 @@ pub enum Router {
     Corrected,
     /// Softmax of products with a weight that is kept in fp32, made to sum to one (Hunyuan's mixture).
     SoftmaxWide,
+    /// Sigmoid of the products of a linear module, a correction, made to sum to one (AFMoE).
+    SigmoidModule,
     /// Softmax of fp32 products (DeepSeek V2).
     SoftmaxLifted,
     /// The same, the best of the best groups of experts.
