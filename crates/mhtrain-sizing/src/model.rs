@@ -2162,7 +2162,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::workload::Workload;
 
     fn shape(config: Value) -> ModelShape {
         ModelShape::from_config(&config).unwrap().0
@@ -2642,72 +2641,7 @@ mod tests {
         })
     }
 
-    /// A config.json of a kind with keys of its own, and anything under some of them.
-    fn any_config_of_a_kind() -> impl Strategy<Value = Value> {
-        let kinds = [
-            "qwen3_5_text",
-            "qwen3_next",
-            "deepseek_v2",
-            "deepseek_v3",
-            "glm4_moe_lite",
-            "afmoe",
-            "bitnet",
-            "nanochat",
-            "lfm2",
-            "gemma4_text",
-        ];
-        let keys = [
-            "linear_num_key_heads",
-            "linear_num_value_heads",
-            "linear_key_head_dim",
-            "linear_value_head_dim",
-            "linear_conv_kernel_dim",
-            "full_attention_interval",
-            "layer_types",
-            "q_lora_rank",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "mlp_layer_types",
-            "first_k_dense_replace",
-            "n_shared_experts",
-        ];
-        let value = prop_oneof![
-            Just(Value::Null),
-            Just(json!(["full_attention", "dense", 3])),
-            Just(json!("full_attention")),
-            (0u64..9).prop_map(Value::from),
-            (0u32..64).prop_map(|bit| Value::from(1u64 << bit)),
-        ];
-        let more = prop::collection::hash_map(prop::sample::select(keys.to_vec()), value, 0..6);
-        (prop::sample::select(kinds.to_vec()), more).prop_map(|(kind, more)| {
-            let mut config = whole(kind);
-            for (key, value) in more {
-                config[key] = value;
-            }
-            config
-        })
-    }
-
     proptest! {
-        #[test]
-        fn any_config_of_a_kind_is_sized_or_an_error(
-            config in any_config_of_a_kind(),
-            checkpoints in any::<bool>(),
-            length in 1u32..1 << 20,
-        ) {
-            if let Ok(model) = Model::resolve("m", Some(&config), None) {
-                let work = Workload { gradient_checkpointing: checkpoints, max_length: length, ..Workload::packed_lora() };
-                if let Ok(estimate) = crate::estimate::estimate(&model, &work) {
-                    prop_assert!(estimate.allocated_peak_bytes > Bytes::ZERO);
-                }
-            }
-        }
-
         #[test]
         fn any_json_is_a_shape_or_an_error(config in any_json()) {
             if let Ok((shape, _)) = ModelShape::from_config(&config) {

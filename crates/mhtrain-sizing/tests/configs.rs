@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use recipe::any_workload;
 use serde_json::{Map, Value, json};
 
-const KEYS: [&str; 49] = [
+const KEYS: [&str; 64] = [
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -59,9 +59,24 @@ const KEYS: [&str; 49] = [
     "moe_layer_interval",
     "n_group",
     "hidden_act",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "full_attention_interval",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "mlp_layer_types",
+    "num_dense_layers",
+    "mup_enabled",
+    "global_attn_every_n_layers",
 ];
 
-const TYPES: [&str; 38] = [
+const TYPES: [&str; 49] = [
     "llama",
     "mistral",
     "qwen",
@@ -99,6 +114,17 @@ const TYPES: [&str; 38] = [
     "helium",
     "ernie4_5_moe",
     "glm4_moe",
+    "lfm2",
+    "gemma4_text",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "afmoe",
+    "bitnet",
+    "nanochat",
     "novel",
 ];
 
