@@ -542,7 +542,8 @@ impl Attempt {
     pub fn request_stop(&self, grace: Duration) -> Result<(), StopError> {
         let gone = || StopError::RecorderGone { record: self.record.path().to_owned() };
         let recorder = self.record.recorder()?.ok_or_else(gone)?;
-        if recorder.is_alive() && !self.is_ours_to_signal(&recorder)? {
+        let was_alive = recorder.is_alive();
+        if was_alive && !self.is_ours_to_signal(&recorder)? {
             let (record, owner) = (self.record.path().to_owned(), self.record.owner()?);
             return Err(StopError::NotTheirs { pid: recorder.pid, record, owner });
         }
@@ -551,9 +552,10 @@ impl Attempt {
         // The signal only makes the recorder look at once. Where it may not be sent (another user), the file is found soon.
         match recorder.signal(Signal::TERM) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(gone()),
             Err(_) if recorder.is_alive() => Ok(()),
-            Err(_) => Err(gone()),
+            // It had found the file, and was done before the signal was sent.
+            Ok(false) | Err(_) if was_alive && self.record.exit()?.is_some() => Ok(()),
+            Ok(false) | Err(_) => Err(gone()),
         }
     }
 
