@@ -69,7 +69,7 @@ pub enum JobEvent {
     },
     /// Somebody asked the job to stop.
     StopRequested {
-        /// Who or what asked: `Ctrl-C`, `cancel`, `time limit`.
+        /// Who or what asked: `Ctrl-C`, `cancel`, `its time limit`.
         by: String,
     },
     /// The job did what was planned.
@@ -86,7 +86,7 @@ pub enum JobEvent {
     },
     /// The job was stopped because somebody asked.
     Cancelled {
-        /// Who or what asked.
+        /// Why, in words.
         reason: String,
     },
 }

@@ -138,10 +138,10 @@ impl JobSpec {
         if self.after.is_empty() { Ok(()) } else { Err(SpecError::WaitsForOthers) }
     }
 
-    /// Writes the home directory where a path of the job begins with `~/`: nobody does that for the trainer, which takes
-    /// such a path for the id of a hub. A home directory that is no text changes nothing.
+    /// Writes the home directory where `model`, `dataset`, `validation` or `output_dir` begins with `~/`: nobody does that for the
+    /// trainer, which takes such a path for the id of a hub. A home directory that is no text or not absolute changes nothing.
     pub fn expand_home(&mut self, home: &Path) {
-        let Some(home) = home.to_str() else { return };
+        let Some(home) = home.to_str().filter(|_| home.is_absolute()) else { return };
         let validation = match &mut self.validation {
             Some(Validation::Datasets(datasets)) => datasets.as_mut_slice(),
             Some(Validation::Share(_)) | None => &mut [],

@@ -29,7 +29,7 @@ pub fn end(by: &str, limit: Option<Duration>) -> JobEvent {
 }
 
 /// Returns the end of a job that anybody but its time limit stopped. `by`: who asked, as the events name it.
-pub fn cancelled(by: &str) -> JobEvent {
+fn cancelled(by: &str) -> JobEvent {
     let reason =
         if by == CANCEL { "stopped as asked (cancel)".to_owned() } else { format!("stopped by {by}") };
     JobEvent::Cancelled { reason }

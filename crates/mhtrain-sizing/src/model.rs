@@ -9,7 +9,7 @@ mod quantised;
 mod style;
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::block::float;
 use crate::catalogue::{Catalogue, Entry};
@@ -669,19 +669,23 @@ impl ModelShape {
                 && !object.contains_key("per_layer_config")
                 && shape.attention_bias == AttentionBias::None;
         // What Qwen3-Next cuts out of its products lies in another way where there is one head of the key.
-        let usual_delta_net = !shape.delta_net.is_some_and(|net| net.fused && net.key_heads < 2);
+        let usual_delta_net = shape.delta_net.is_none_or(|net| !net.fused || net.key_heads > 1)
+            && (shape.delta_net.is_none() || DeltaNet::has_usual_layers(object, shape.layers));
         // Quantised, the linear modules of BitNet are others; its activation and nanochat's is squared.
-        let usual_bitnet = shape.model_type != "bitnet" || !object.contains_key("quantization_config");
+        let usual_bitnet =
+            shape.model_type != "bitnet" || object.get("quantization_config").is_none_or(Value::is_null);
         let usual_square = !matches!(shape.model_type.as_str(), "bitnet" | "nanochat")
             || object.get("hidden_act").is_none_or(|act| act == "relu2");
-        // Each head of latent attention has its own key.
-        let usual_latent = shape.latent.is_none() || shape.kv_heads == shape.heads;
+        // Each head of latent attention has its own key, and its value is not the wider one.
+        let usual_latent =
+            shape.latent.is_none_or(|latent| shape.kv_heads == shape.heads && latent.value <= latent.head());
         let usual = (shape.model_type != "gpt_neox" || act == "gelu")
             && usual_gemma4
             && usual_delta_net
             && usual_latent
             && usual_bitnet
-            && usual_square;
+            && usual_square
+            && slides_by_period(object, &shape.model_type);
         Ok((shape, traits.known && stated && usual))
     }
 
@@ -834,6 +838,8 @@ impl ModelShape {
         let Some(experts) = self.experts.as_ref().filter(|_| self.has_expert_modules(form)) else {
             return all;
         };
+        // A router that is a module in either form is among those below.
+        all.retain(|linear| linear.part != Part::Router);
         for linear in &mut all {
             linear.adapted_by_all = true;
         }
@@ -996,7 +1002,7 @@ impl ModelShape {
         if self.style.attention_gate == AttentionGate::Own {
             // "All linears" of a mixture are query, key, value and output alone, see below.
             let gate = linear("gate_proj", Part::AttentionGate, h, q, false);
-            all.push(Linear { adapted_by_all: self.experts.is_none(), ..gate });
+            all.push(Linear { adapted_by_all: false, ..gate });
         }
         let attended = self.latent.map_or(q, |latent| self.heads.saturating_mul(latent.value));
         all.push(linear(names.output, Part::Output, attended, h, o_bias));
@@ -1775,10 +1781,9 @@ fn read_shape(
     // Gemma 2 caps both unless its config says null; Gemma 3 has the keys, and caps the logits alone when told to.
     let caps = matches!(model_type.as_str(), "gemma2" | "vaultgemma");
     let nanochat = model_type == "nanochat";
-    let capped = |key| fields.positive(key).map(|stated| stated.map_or(caps, |cap| cap.is_some()));
     let stated_cap = fields.positive("final_logit_softcapping")?;
     let capped_logits = stated_cap.map_or(caps || nanochat, |cap| cap.is_some());
-    let capped_scores = capped("attn_logit_softcapping")?;
+    let capped_scores = fields.positive("attn_logit_softcapping")?.map_or(caps, |cap| cap.is_some());
     let stated_mlp_bias = fields.flag("mlp_bias")?;
     let mlp_bias = match model_type.as_str() {
         "starcoder2" | "ernie4_5" | "ernie4_5_moe" => fields.flag("use_bias")?,
@@ -1986,16 +1991,9 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         return Ok(None);
     }
     let window = window_of(fields, default)?;
-    let listed = fields.object.get("layer_types").and_then(Value::as_array);
-    if let Some(types) = listed.filter(|_| {
-        matches!(
-            model_type,
-            "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "ministral" | "mellum" | "afmoe"
-        )
-    }) {
-        // Which layer is the first that does not slide says which the others are.
-        let first = types.iter().position(|of| of == "full_attention");
-        let every = first.map_or(0, |index| u64::try_from(index).unwrap_or(0) + 1);
+    if let Some(types) = listed_layers(fields.object, model_type) {
+        // `slides_by_period` looks at the others.
+        let every = first_full(types).map_or(0, |index| u64::try_from(index).unwrap_or(0) + 1);
         return Ok(window_of(fields, default)?.filter(|_| every != 1).map(|window| (window, every)));
     }
     // EXAONE 4 writes its pattern in letters: `LLLG`.
@@ -2007,6 +2005,27 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
             .unwrap_or(every),
     };
     Ok(window.map(|window| (window, every)))
+}
+
+/// Returns what a config says of each layer, of a kind whose attention looks back through a window in layers that it names.
+fn listed_layers<'a>(object: &'a Map<String, Value>, model_type: &str) -> Option<&'a Vec<Value>> {
+    let lists = matches!(
+        model_type,
+        "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "ministral" | "mellum" | "afmoe"
+    );
+    object.get("layer_types").and_then(Value::as_array).filter(|_| lists)
+}
+
+fn first_full(types: &[Value]) -> Option<usize> {
+    types.iter().position(|of| of == "full_attention")
+}
+
+/// Returns whether layers without a window come again and again as the first of them does: others were not measured.
+fn slides_by_period(object: &Map<String, Value>, model_type: &str) -> bool {
+    let Some(types) = listed_layers(object, model_type) else { return true };
+    let Some(first) = first_full(types) else { return true };
+    let is_due = |index: usize| (index + 1).is_multiple_of(first + 1);
+    types.iter().enumerate().all(|(index, of)| (of == "full_attention") == is_due(index))
 }
 
 fn window_of(fields: &Fields<'_>, default: Option<u64>) -> Result<Option<u64>, ShapeError> {
@@ -2068,6 +2087,8 @@ fn read_experts(
         _ => &["moe_intermediate_size", "intermediate_size"],
     };
     let intermediate = or_default(widths[0], fields.number(widths, WIDTH_MAX)?, 896)?;
+    // The mixture of Qwen3.5 has experts in every layer.
+    let all_sparse = model_type.starts_with("qwen3_5_moe");
     let has_shared = !traits.known || !traits.style.gates_shared;
     let shared_experts = match fields.count("n_shared_experts", EXPERTS_MAX)? {
         Some(count) => Some(count),
@@ -2091,18 +2112,18 @@ fn read_experts(
             fields.count("shared_intermediate_size", WIDTH_MAX)?.unwrap_or(1024)
         }
         None if model_type == "hunyuan_v1_moe" => intermediate,
-        None if traits.style.attention_gate == AttentionGate::InQuery => 512,
+        None if model_type == "qwen3_next" || all_sparse => 512,
         None => shared_experts.unwrap_or(0).saturating_mul(intermediate),
     };
     // `*MoeDecoderLayer.__init__` of Qwen: experts where (i + 1) % decoder_sparse_step is 0 and i is not listed.
     // DeepSeek and GLM: from the layer first_k_dense_replace on.
-    let listed = fields.layer_list("mlp_only_layers", layers)?;
+    let listed = if all_sparse { Vec::new() } else { fields.layer_list("mlp_only_layers", layers)? };
     let exaone = model_type == "exaone_moe";
     let kinds = fields.object.get("mlp_layer_types").and_then(Value::as_array);
     let lite = model_type == "glm4_moe_lite";
     let kinds = kinds.filter(|_| mellum || exaone || lite);
-    // GLM-4.7-Flash does not read it.
-    let leading = fields.count("first_k_dense_replace", layers)?.filter(|_| !lite);
+    // GLM-4.7-Flash and AFMoE do not read it.
+    let leading = fields.count("first_k_dense_replace", layers)?.filter(|_| !lite && model_type != "afmoe");
     let usual = match model_type {
         "exaone_moe" | "glm4_moe_lite" => 1,
         "deepseek_v3" => 3,
@@ -2111,7 +2132,7 @@ fn read_experts(
     };
     // What a list says of each layer goes before it.
     let leading = if kinds.is_some() { 0 } else { leading.unwrap_or(usual) };
-    let step = fields.number(&["decoder_sparse_step"], LAYERS_MAX)?.unwrap_or(1);
+    let step = fields.number(&["decoder_sparse_step"], LAYERS_MAX)?.filter(|_| !all_sparse).unwrap_or(1);
     // ERNIE 4.5: each moe_layer_interval-th from moe_layer_start_index to moe_layer_end_index.
     let start = fields.count("moe_layer_start_index", layers)?.unwrap_or(0);
     let end = fields.object.get("moe_layer_end_index").and_then(Value::as_u64).unwrap_or(u64::MAX);
@@ -2412,6 +2433,12 @@ mod tests {
         assert_eq!(full(&[]), [3, 7]);
         assert_eq!(full(&[("full_attention_interval", json!(3))]), [2, 5, 8]);
         assert_eq!(full(&[("layer_types", json!(["full_attention", "linear_attention"]))]), [0]);
+        let known = |types: Value| with(&[("layer_types", types)]).unwrap().1;
+        let whole_list = |odd: &str| {
+            json!((0..9).map(|i| if i == 4 { odd } else { "linear_attention" }).collect::<Vec<_>>())
+        };
+        assert!(known(whole_list("full_attention")) && !known(whole_list("sliding_attention")));
+        assert!(!known(json!(["full_attention", "linear_attention"])), "seven of nine layers are not said");
         let error = with(&[("linear_num_key_heads", json!(5))]).unwrap_err();
         assert!(error.to_string().contains("`linear_num_key_heads` is 5"), "{error}");
         let mut next = whole("qwen3_next");
@@ -2447,6 +2474,8 @@ mod tests {
         assert_eq!((lite.head_dim, lite.linears()[0].name), (256, "q_proj"));
         assert_eq!(lite.experts.unwrap().dense_layers, [0]);
         assert!(!config("deepseek_v2", json!({"num_key_value_heads": 2})).1);
+        assert!(config("deepseek_v2", json!({"v_head_dim": 192})).1);
+        assert!(!config("deepseek_v2", json!({"v_head_dim": 193})).1, "wider than query and key");
     }
 
     #[test]
@@ -2459,9 +2488,26 @@ mod tests {
         assert!(config("bitnet", "hidden_act", json!("relu2")).1);
         assert!(!config("bitnet", "hidden_act", json!("silu")).1);
         assert!(!config("bitnet", "quantization_config", json!({"quant_method": "bitnet"})).1);
+        assert!(config("bitnet", "quantization_config", Value::Null).1);
         let (afmoe, known) = config("afmoe", "mup_enabled", json!(true));
         assert!(known && afmoe.style.scales_embedding);
         assert_eq!((afmoe.window, afmoe.full_every), (Some(1024), 4));
+        for form in [ExpertForm::Fused, ExpertForm::Modules] {
+            let linears = afmoe.modules(form);
+            assert_eq!(linears.iter().filter(|linear| linear.part == Part::Router).count(), 1, "{form:?}");
+        }
+        let types = |odd: usize| {
+            json!(
+                (0..4)
+                    .map(|i| ["sliding_attention", "full_attention"][usize::from(i == odd || i == 1)])
+                    .collect::<Vec<_>>()
+            )
+        };
+        assert!(config("afmoe", "layer_types", types(3)).1);
+        assert!(
+            !config("afmoe", "layer_types", types(2)).1,
+            "the layers that see all come not again and again"
+        );
         let experts = afmoe.experts.unwrap();
         assert_eq!((experts.dense_layers, experts.shared_intermediate), (vec![0], 64));
         let (nanochat, known) = config("nanochat", "final_logit_softcapping", json!(15.0));

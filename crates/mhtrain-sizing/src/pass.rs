@@ -18,6 +18,10 @@ use crate::model::{BlockKind, Keys, Layer, ModelShape, Rotary};
 use crate::tape::{High, Kind, Saved, Tape, Tensor};
 use crate::workload::{AttnImpl, ExpertForm, Workload};
 
+/// So many of the first layers are put on the tape one by one at most where a pass keeps everything: an estimate of a model with
+/// 4,096 layers whose last one is of another kind must not cost as much as all of them. Models that were measured need six.
+const FIRST_LAYERS_MAX: usize = 64;
+
 /// What one part of the pass does to the sum of what is alive.
 #[derive(Copy, Clone, Debug, Default)]
 struct Segment {
@@ -356,13 +360,14 @@ impl Pass<'_> {
     fn plain(&mut self, course: &mut Course, prologue: &Prologue, kinds: &[Layer]) {
         let x = prologue.x;
         let mut held = prologue.held.clone();
-        // Layers that share something are put on the tape one by one, others once for each kind, behind the first ones: until there
-        // was one of each kind, because only some may have what is adapted, and layers before it need no gradient.
+        // Layers that share something are put on the tape one by one, others once for each kind. Before those come the first layers,
+        // until there was one of each kind: only some kinds may have what is adapted, and layers before the first of them need no
+        // gradient. A kind that comes late has no more of them before it than `FIRST_LAYERS_MAX`.
         let is_whole = self.shape.gemma4.is_some();
         let layers = self.shape.layer_list();
         let first =
             kinds.iter().filter_map(|kind| self.shape.layer_list().position(|layer| layer == *kind)).max();
-        let first = first.map_or(1, |index| index + 1);
+        let first = first.map_or(1, |index| (index + 1).min(FIRST_LAYERS_MAX));
         let order: Vec<Layer> = if is_whole {
             layers.collect()
         } else {

@@ -169,7 +169,7 @@ impl World<'_> {
             let sized = self.sized_as(id);
             match place(&self.disk.job(id).records, sized.is_some()) {
                 Ok(Place::Cancelled) => {
-                    if self.append(id, JobEvent::Cancelled { reason: "cancel".to_owned() }).is_err() {
+                    if self.append(id, stop::end(stop::CANCEL, None)).is_err() {
                         // The real one ends here, and is started again.
                         return;
                     }

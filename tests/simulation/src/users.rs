@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use mhtrain_job::event::{JobEvent, Record};
 use mhtrain_job::queue::Waits;
 use mhtrain_job::spec::JobSpec;
+use mhtrain_job::stop;
 
 use crate::bugs::Bug;
 use crate::disk::{Context, StoreError, Sync};
@@ -264,10 +265,10 @@ impl World<'_> {
     /// Writes a cancel down, as `Daemon::cancel` does. Returns whether the client still waits.
     fn take_cancel(&mut self, ask: &mut Ask) -> bool {
         let (Some(id), Some(daemon)) = (self.users.numbers[ask.job], &self.daemon) else { return false };
-        let by = "cancel".to_owned();
+        let by = stop::CANCEL.to_owned();
         // A job that leaves its card is in both for a moment.
         let event = if daemon.queued.contains_key(&id) {
-            JobEvent::Cancelled { reason: by }
+            stop::end(stop::CANCEL, None)
         } else if daemon.live.contains_key(&id) {
             JobEvent::StopRequested { by }
         } else {
@@ -299,8 +300,7 @@ impl World<'_> {
             let is_over = self.disk.find(id).is_none_or(|job| job.state.is_final());
             if has_left_its_card && !is_over {
                 // One that cannot be ended now is ended when its turn comes.
-                let _told_when_it_is_started =
-                    self.append(id, JobEvent::Cancelled { reason: "cancel".to_owned() });
+                let _told_when_it_is_started = self.append(id, stop::end(stop::CANCEL, None));
             }
         }
         if self.disk.find(id).is_none_or(|job| job.state.is_final())

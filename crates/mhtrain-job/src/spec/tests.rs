@@ -623,6 +623,8 @@ fn the_home_directory_is_written_out_where_a_path_begins_with_it() {
     let keys = json!({"model": "~/models/m", "dataset": ["~/a.jsonl", "org/~/b", "c~/d.jsonl"],
         "validation": ["~/v.jsonl"], "output_dir": "~/out"});
     let mut spec = good(keys);
+    spec.expand_home(Path::new("ann"));
+    assert_eq!(spec.model, "~/models/m");
     spec.expand_home(Path::new("/home/ann/"));
     assert_eq!(spec.model, "/home/ann/models/m");
     assert_eq!(spec.dataset, ["/home/ann/a.jsonl", "org/~/b", "c~/d.jsonl"]);

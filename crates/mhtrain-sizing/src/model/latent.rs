@@ -1,6 +1,7 @@
-//! What has latent attention (DeepSeek V3, GLM-4.7-Flash)?
+//! What has latent attention (DeepSeek V2 and V3, GLM-4.7-Flash)?
 //!
-//! Source: `configuration_deepseek_v3.py` and `configuration_glm4_moe_lite.py` of transformers 5.19.
+//! Source: `configuration_deepseek_v2.py`, `configuration_deepseek_v3.py` and `configuration_glm4_moe_lite.py` of
+//! transformers 5.19.
 
 use super::{Fields, HIDDEN_MAX, ShapeError};
 

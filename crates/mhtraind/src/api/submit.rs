@@ -82,12 +82,13 @@ pub(super) async fn retry(
         let what = format!("job {id} is {}: only failed and cancelled jobs are tried again", old.row.state);
         return Err(Failure::failed("not_over", what).into());
     }
-    let spec = JobSpec::from_value(&old.row.spec).map_err(bad_job)?;
+    let mut spec = JobSpec::from_value(&old.row.spec).map_err(bad_job)?;
     let mut submission: Submission =
         serde_json::from_value(old.context).map_err(|e| Failure::new(Status::Bug, "not_json", e))?;
     submission.retry_of = Some(id.get());
     // Whoever asks for it, it stays its owner's.
     let account = Arc::new(daemon.served.account(owner.uid).await?);
+    spec.expand_home(&account.home);
     let handed_in = HandedIn { spec, submission, account };
     let room = Room::take(&daemon, &handed_in.account, handed_in.bytes())?;
     to_the_end(async move { accept(&daemon, caller, handed_in, Entrance::Room(room), None).await }).await

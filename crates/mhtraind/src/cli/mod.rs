@@ -90,7 +90,8 @@ impl Global {
 }
 
 // Deferred: only the command that was typed is built (half a millisecond of every
-// start). A doc comment on the arguments of a command would hide the one that stands here.
+// start). A doc comment on arguments that several commands share would hide the ones that
+// stand here.
 #[derive(Debug, Subcommand)]
 #[command(defer = true)]
 pub enum Command {
@@ -98,7 +99,7 @@ pub enum Command {
     Run(run::RunArgs),
     /// Show what would run and why, without starting anything
     Plan(plan::PlanArgs),
-    /// Predict peak memory for JSON lines of (config, workload)
+    /// Predict the peak memory of workloads given as JSON lines; nothing is started
     Estimate(estimate::EstimateArgs),
     /// Turn a shell block that calls `swift sft` into a job.json
     Import(import::ImportArgs),

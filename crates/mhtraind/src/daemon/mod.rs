@@ -203,7 +203,7 @@ impl Daemon {
             return Ok(false);
         }
         // Off the queue only when it is on disk: a job whose end cannot be written still waits.
-        self.store.append(id, Record::new(now(), stop::cancelled(stop::CANCEL))).await?;
+        self.store.append(id, Record::new(now(), stop::end(stop::CANCEL, None))).await?;
         self.over_unfollowed(id);
         reach("cancel.told", "queued");
         Ok(true)
@@ -214,7 +214,8 @@ impl Daemon {
         let state = self.store.call(move |store| store.state(id)).await?;
         if !state.is_final() {
             let Some(by) = state.stop() else { return Ok(()) };
-            self.store.append(id, Record::new(now(), stop::cancelled(by))).await?;
+            let limit = self.queued().get(&id).and_then(|entry| entry.handed_in.spec.time_limit);
+            self.store.append(id, Record::new(now(), stop::end(by, limit))).await?;
         }
         self.over_unfollowed(id);
         Ok(())
@@ -370,7 +371,7 @@ async fn run(config: Config) -> Result<Status, Failure> {
     if std::io::stderr().is_terminal() {
         let socket = socket.display();
         output::note(format!(
-            "serving on {socket} ({jobs} unfinished jobs); Ctrl-C ends it, and trainers go on"
+            "serving on {socket} (unfinished jobs: {jobs}); Ctrl-C ends it, and trainers go on"
         ));
     }
     service_manager::tell(sd_notify::NotifyState::Ready);
@@ -438,7 +439,7 @@ async fn listen(socket: &Path) -> Result<UnixListener, Failure> {
         return Err(Failure::bad_input("no_socket", format!("{} is there and no socket", socket.display()))
             .help("nothing of it is touched; name another place with --socket".to_owned()));
     }
-    // Two that come to a dead daemon's socket at once must not both remove what is there.
+    // Two that come to a dead daemon's socket at once must not both remove what is there, where a turn can be had.
     let _turn = turn(socket).await;
     if socket.exists() {
         if tokio::time::timeout(Duration::from_secs(1), UnixStream::connect(socket))

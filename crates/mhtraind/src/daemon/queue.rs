@@ -160,7 +160,7 @@ pub async fn take_up(daemon: &Arc<Daemon>) -> Result<usize, Failure> {
         let sized = sized(id, &records);
         let place = place(&records, sized.is_some()).map_err(|e| Failure::new(Status::Bug, "bug", e))?;
         if place == Place::Cancelled {
-            daemon.store.append(id, Record::new(now(), stop::cancelled(stop::CANCEL))).await?;
+            daemon.store.append(id, Record::new(now(), stop::end(stop::CANCEL, None))).await?;
             continue;
         }
         let account = daemon.served.account_of(&job.row.owner).await.unwrap_or_else(|| {

@@ -71,11 +71,6 @@ impl Origin {
         }
     }
 
-    /// Returns the home directory.
-    pub fn home(&self) -> Option<PathBuf> {
-        self.variable("HOME").map(PathBuf::from).filter(|home| home.is_absolute())
-    }
-
     /// Makes a command run as the job's user.
     ///
     /// # Errors

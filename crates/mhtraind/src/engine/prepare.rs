@@ -95,13 +95,10 @@ impl Prepared {
     }
 }
 
-/// Returns where everything of a job goes, absolute. A leading `~` is the home directory.
+/// Returns where everything of a job goes, absolute.
 pub fn output_dir(spec: &JobSpec, origin: &Origin) -> PathBuf {
     let path = &spec.output_dir;
-    match (path.strip_prefix("~/"), origin.home()) {
-        (Some(rest), Some(home)) => home.join(rest),
-        _ => origin.cwd.join(path.strip_prefix("./").unwrap_or(path)),
-    }
+    origin.cwd.join(path.strip_prefix("./").unwrap_or(path))
 }
 
 /// Returns the working directory.
