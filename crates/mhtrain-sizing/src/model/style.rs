@@ -42,7 +42,7 @@ pub struct Style {
     pub fused_by_head: bool,
     /// What gates what attention makes.
     pub attention_gate: AttentionGate,
-    /// What attention makes is normalised, and so is the product within an MLP (BitNet).
+    /// What attention makes is normalised, and so is the product within a gated MLP (BitNet).
     pub sub_norms: bool,
     /// The model's `forward` holds the embedding beside what it makes of it (AFMoE).
     pub keeps_embedding: bool,

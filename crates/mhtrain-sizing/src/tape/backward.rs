@@ -45,7 +45,8 @@ pub(super) enum Rule {
     Made,
     /// A product whose gradient is made in a wider type and cast back.
     Narrow { wide: f64, narrow: f64 },
-    /// A difference: the gradient goes on to the first, and negated to the second, summed to `sum` (0: not summed).
+    /// A difference: the gradient goes on to the first, and negated to the second (`full`; 0: nobody asks), summed to `sum` (0: not
+    /// summed).
     Difference { full: f64, sum: f64 },
     /// torch's layer norm, a convolution: gradients of the input, the weight and the bias (0: none).
     LayerNorm { input: f64, weight: f64, bias: f64 },
