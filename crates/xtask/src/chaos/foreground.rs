@@ -109,13 +109,13 @@ impl Foreground<'_> {
             child = match output.status.code() {
                 None if output.status.signal() == Some(9) => self.host.foreground(same)?,
                 Some(2) => {
-                    let held = told.split("holds a job already, which ").nth(1).unwrap_or_default();
+                    let held = told.split("holds a job already").nth(1).unwrap_or_default();
                     if told.contains("has succeeded") {
                         return Ok("succeeded".to_owned());
                     }
                     // Whoever reads that it is over needs no other command.
                     let over = ["succeeded", "failed", "cancelled"];
-                    if let Some(state) = over.iter().find(|state| held.starts_with(&format!("is {state}"))) {
+                    if let Some(state) = over.iter().find(|state| held.starts_with(&format!(" ({state})"))) {
                         return Ok((*state).to_owned());
                     }
                     if held.is_empty() || !told.contains("--continue") {
