@@ -488,6 +488,10 @@ fn cancel_ends_a_running_and_a_waiting_job_and_retry_goes_on() {
     served.run(&["cancel", &running]).expect(0);
     served.run(&["wait", &running, "--timeout", "30"]).expect(1);
     assert_eq!(served.state(&running), "cancelled");
+    for (id, told) in [(&waiting, served.receipt(&waiting)), (&running, served.receipt(&running))] {
+        assert_eq!(told["reason"], "stopped as asked (cancel)");
+        assert_eq!(served.job(id)["reason"], told["reason"], "list and receipt say the same");
+    }
     served.run(&["cancel", &running]).expect(1);
     let again = served.run(&["retry", &running]).expect(0).stdout.trim().to_owned();
     served.run(&["wait", &again, "--timeout", "60"]).expect(0);

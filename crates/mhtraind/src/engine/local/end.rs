@@ -245,12 +245,14 @@ impl Job<'_> {
     /// Ends the job as whoever stopped it has it: its time limit fails it, everybody else cancels it.
     pub(super) fn cancelled(&mut self, cause: StopCause) -> Result<Step, Failure> {
         let end = stop::end(&cause.to_string(), self.prepared.spec.time_limit);
-        if let JobEvent::Failed { reason, help } = end {
-            return self.failed(reason, help);
-        }
+        let reason = match &end {
+            JobEvent::Failed { reason, help } => return self.failed(reason.clone(), help.clone()),
+            JobEvent::Cancelled { reason } => Some(reason.clone()),
+            _ => None,
+        };
         self.journal.record(end)?;
         let help = "start it again with --continue: it goes on from its last checkpoint".to_owned();
-        self.over("cancelled", Some(cause.to_string()), Some(help));
+        self.over("cancelled", reason, Some(help));
         Ok(Step::Over(cause.status()))
     }
 
