@@ -361,32 +361,26 @@ impl<'a> Lists<'a> {
         tape.drop(squares);
         let shifted = tape.plus_number(variance);
         let kind = self.shape.style.norm;
-        if kind == Norm::Bare {
-            // `NanoChatRMSNorm.forward`.
+        if matches!(kind, Norm::Bare | Norm::Raised) {
             tape.drop(variance);
             let inverse = tape.rsqrt(shifted);
             tape.drop(shifted);
             let normal = tape.multiply(lifted, inverse);
             tape.drop(inverse);
             tape.drop(lifted);
-            let out = tape.cast(normal, x.width);
-            tape.drop(normal);
-            return out;
-        }
-        if kind == Norm::Raised {
-            // `modeling_gemma*.py`: (1 + weight) in fp32, the result cast back.
-            tape.drop(variance);
-            let inverse = tape.rsqrt(shifted);
-            tape.drop(shifted);
-            let normal = tape.multiply(lifted, inverse);
-            tape.drop(inverse);
-            tape.drop(lifted);
-            let weight = tape.lifted_parameter(size, self.weight_width, self.full);
-            let raised = tape.plus_number(weight);
-            tape.drop(weight);
-            let scaled = tape.multiply(normal, raised);
-            tape.drop(raised);
-            tape.drop(normal);
+            let scaled = if kind == Norm::Raised {
+                // `modeling_gemma*.py`: (1 + weight) in fp32, the result cast back.
+                let weight = tape.lifted_parameter(size, self.weight_width, self.full);
+                let raised = tape.plus_number(weight);
+                tape.drop(weight);
+                let scaled = tape.multiply(normal, raised);
+                tape.drop(raised);
+                tape.drop(normal);
+                scaled
+            } else {
+                // `NanoChatRMSNorm.forward` has no weight.
+                normal
+            };
             let out = tape.cast(scaled, x.width);
             tape.drop(scaled);
             return out;
