@@ -72,9 +72,9 @@ fn report_usage(error: &clap::Error) -> ExitCode {
 /// Our own log goes to standard error and is silent unless MHTRAIND_LOG (or RUST_LOG) asks for it: what people need
 /// to know is said by the commands.
 fn start_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("MHTRAIND_LOG")
-        .or_else(|_| tracing_subscriber::EnvFilter::try_from_default_env())
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("off"));
+    let asked = tracing_subscriber::EnvFilter::try_from_env("MHTRAIND_LOG")
+        .or_else(|_| tracing_subscriber::EnvFilter::try_from_default_env());
+    let Ok(filter) = asked else { return };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -57,9 +57,13 @@ async fn admit(
     mut request: Request,
     next: Next,
 ) -> Answer<Response> {
-    let served = Arc::clone(&daemon);
-    let admitted = tokio::task::spawn_blocking(move || served.served.admit(peer)).await;
-    let caller = admitted.map_err(|e| Failure::new(Status::Bug, "no_thread", e))??;
+    let caller = match daemon.served.admit_at_once(peer) {
+        Some(caller) => caller,
+        None => {
+            let admitted = tokio::task::spawn_blocking(move || daemon.served.admit(peer)).await;
+            admitted.map_err(|e| Failure::new(Status::Bug, "no_thread", e))??
+        }
+    };
     request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
 }

@@ -19,8 +19,10 @@ use serde_json::{Value, json};
 use super::jobs::permit;
 use super::routes::{Answer, BODY_BYTES_MAX, Id, to_the_end};
 use super::types::{SubmitAnswer, SubmitRequest};
-use crate::daemon::{Caller, Daemon, Entrance, HandedIn, QueuedEntry, Room, Submission, examined};
+use crate::config::Config;
+use crate::daemon::{Account, Caller, Daemon, Entrance, HandedIn, QueuedEntry, Room, Submission, within};
 use crate::engine::directory::holds_a_job;
+use crate::engine::examine::Examined;
 use crate::engine::journal::now;
 use crate::engine::prepare;
 use crate::failure::{Failure, Status};
@@ -36,10 +38,9 @@ pub(super) async fn submit(
     Extension(caller): Extension<Caller>,
     body: Body,
 ) -> Accepted {
-    let account = daemon.served.account(caller.uid).await?;
     let bytes = body.size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
     let bytes = bytes.map_or(BODY_BYTES_MAX, |bytes| bytes.min(BODY_BYTES_MAX));
-    let entrance = Entrance::take(&daemon, &account, bytes).await?;
+    let entrance = Entrance::take(&daemon, caller.uid, bytes).await?;
     let body = read(body).await?;
     let request: SubmitRequest = serde_json::from_slice(&body)
         .map_err(|e| Failure::bad_input("bad_request", format!("the request cannot be understood: {e}")))?;
@@ -51,7 +52,6 @@ pub(super) async fn submit(
         spec = JobSpec::from_value(&smoke(spec.to_json())).map_err(bad_job)?;
     }
     spec.check_supported().map_err(bad_job)?;
-    spec.expand_home(&account.home);
     let config = &daemon.config;
     let passes = |name: &String| config.trainer.passes(name) && !is_secret_name(name);
     let submission = Submission {
@@ -61,13 +61,26 @@ pub(super) async fn submit(
         device_uuid: device_uuid(&spec.device, config.nvml_library()).await?,
         retry_of: None,
     };
-    let origin = submission.origin(&account, config);
-    let output_dir = prepare::output_dir(&spec, &origin);
-    let state_dir = config.state_dir();
-    let check = move || check_places(&origin.cwd, &output_dir, &state_dir);
-    spec.output_dir = account.act(check).await??.display().to_string();
-    let handed_in = HandedIn { spec, submission, account: Arc::new(account) };
-    to_the_end(async move { accept(&daemon, caller, handed_in, entrance, request.key).await }).await
+    to_the_end(async move {
+        let theirs = Arc::clone(&daemon);
+        match entrance {
+            Entrance::Room(room) => {
+                all_exist(&daemon, caller, &spec.after).await?;
+                let look = move |account| {
+                    look_at(placed(spec, submission, account, &theirs.config)?, &theirs.config)
+                };
+                let arrival = within(daemon.served.act_as(caller.uid, look)).await?;
+                accept(&daemon, arrival, room, request.key).await
+            }
+            Entrance::IfThere(refusal, _alone) => {
+                let place = move |account| placed(spec, submission, account, &theirs.config);
+                let new = new_job(&within(daemon.served.act_as(caller.uid, place)).await?, request.key)?;
+                let same = daemon.store.call(move |store| store.submitted_before(&new)).await?;
+                same.map(existing).ok_or_else(|| refusal.into())
+            }
+        }
+    })
+    .await
 }
 
 /// Takes a failed or cancelled job once more, as a new one that goes on where it ended.
@@ -89,9 +102,16 @@ pub(super) async fn retry(
     // Whoever asks for it, it stays its owner's.
     let account = Arc::new(daemon.served.account(owner.uid).await?);
     spec.expand_home(&account.home);
-    let handed_in = HandedIn { spec, submission, account };
-    let room = Room::take(&daemon, &handed_in.account, handed_in.bytes())?;
-    to_the_end(async move { accept(&daemon, caller, handed_in, Entrance::Room(room), None).await }).await
+    let handed_in = HandedIn { spec, submission, account: Arc::clone(&account) };
+    let room = Room::take(&daemon, account.uid, handed_in.bytes())?;
+    to_the_end(async move {
+        all_exist(&daemon, caller, &handed_in.spec.after).await?;
+        let theirs = Arc::clone(&daemon);
+        let look = account.act(move || look_at(handed_in, &theirs.config));
+        let arrival = within(async { look.await? }).await?;
+        accept(&daemon, arrival, room, None).await
+    })
+    .await
 }
 
 /// Reads a request's body.
@@ -117,34 +137,9 @@ fn bad_job(error: SpecError) -> Failure {
 }
 
 /// Accepts a job: when this returns without an error the job is on disk.
-async fn accept(
-    daemon: &Arc<Daemon>,
-    caller: Caller,
-    handed_in: HandedIn,
-    entrance: Entrance,
-    key: Option<String>,
-) -> Accepted {
-    let HandedIn { spec, submission, account } = &handed_in;
-    let new = NewJob {
-        owner: Owner { uid: account.uid, gid: account.gid, name: account.name.clone() },
-        key,
-        record: Record::new(now(), JobEvent::Submitted { spec: spec.to_json() }),
-        name: spec.name.clone(),
-        priority: i64::from(spec.priority),
-        context: serde_json::to_value(submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
-    };
-    let room = match entrance {
-        Entrance::Room(room) => room,
-        Entrance::IfThere(refusal, _alone) => {
-            let same = daemon.store.call(move |store| store.submitted_before(&new)).await?;
-            return same.map(existing).ok_or_else(|| refusal.into());
-        }
-    };
-    for id in &spec.after {
-        must_exist(daemon, caller, *id).await?;
-    }
-    let known = examined(daemon, &handed_in).await?;
-    let notes = notes(&handed_in).await?;
+async fn accept(daemon: &Arc<Daemon>, arrival: Arrival, room: Room, key: Option<String>) -> Accepted {
+    let Arrival { handed_in, known, notes } = arrival;
+    let new = new_job(&handed_in, key)?;
     let submitted = daemon.store.call(move |store| store.submit(&new)).await?;
     reach("submit.on_disk", "");
     if submitted.existed {
@@ -165,6 +160,27 @@ fn existing(id: JobId) -> (StatusCode, Json<SubmitAnswer>) {
     (StatusCode::OK, Json(SubmitAnswer { id: id.get(), existing: true, notes: Vec::new() }))
 }
 
+/// Returns a job as the store takes it.
+fn new_job(handed_in: &HandedIn, key: Option<String>) -> Result<NewJob, Failure> {
+    let HandedIn { spec, submission, account } = handed_in;
+    Ok(NewJob {
+        owner: Owner { uid: account.uid, gid: account.gid, name: account.name.clone() },
+        key,
+        record: Record::new(now(), JobEvent::Submitted { spec: spec.to_json() }),
+        name: spec.name.clone(),
+        priority: i64::from(spec.priority),
+        context: serde_json::to_value(submission).map_err(|e| Failure::new(Status::Bug, "not_json", e))?,
+    })
+}
+
+/// Checks that the jobs which a job waits for are there and may be seen.
+async fn all_exist(daemon: &Daemon, caller: Caller, after: &[u64]) -> Result<(), Failure> {
+    for id in after {
+        must_exist(daemon, caller, *id).await?;
+    }
+    Ok(())
+}
+
 async fn must_exist(daemon: &Daemon, caller: Caller, id: u64) -> Result<(), Failure> {
     let unknown =
         || Failure::bad_input("no_such_job", format!("there is no job {id} that it could wait for"));
@@ -176,18 +192,39 @@ async fn must_exist(daemon: &Daemon, caller: Caller, id: u64) -> Result<(), Fail
     }
 }
 
-/// Returns what the submitter should know.
-async fn notes(handed_in: &HandedIn) -> Result<Vec<String>, Failure> {
-    let HandedIn { spec, submission, account } = handed_in;
-    let output_dir = spec.output_dir.clone();
-    let holds = account.act(move || holds_a_job(Path::new(&output_dir))).await?;
+/// A job that may be accepted.
+struct Arrival {
+    handed_in: HandedIn,
+    known: Examined,
+    /// What its submitter should know.
+    notes: Vec<String>,
+}
+
+/// Returns a job as it came from the owner of an account, whose file rights the calling thread has, with the directory of its
+/// results as it is told from others.
+fn placed(
+    mut spec: JobSpec,
+    submission: Submission,
+    account: Account,
+    config: &Config,
+) -> Result<HandedIn, Failure> {
+    spec.expand_home(&account.home);
+    let origin = submission.origin(&account, config);
+    let output_dir = prepare::output_dir(&spec, &origin);
+    spec.output_dir = check_places(&origin.cwd, &output_dir, &config.state_dir())?.display().to_string();
+    Ok(HandedIn { spec, submission, account: Arc::new(account) })
+}
+
+/// Reads what a job needs, with the rights of the calling thread.
+fn look_at(handed_in: HandedIn, config: &Config) -> Result<Arrival, Failure> {
+    let known = handed_in.examine(config)?;
+    let output_dir = &handed_in.spec.output_dir;
+    let is_new = handed_in.submission.retry_of.is_none();
     let note = || {
-        format!(
-            "{} holds an earlier job: it is moved into previous-N there when this one starts",
-            spec.output_dir
-        )
+        format!("{output_dir} holds an earlier job: it is moved into previous-N there when this one starts")
     };
-    Ok((holds && submission.retry_of.is_none()).then(note).into_iter().collect())
+    let notes = (is_new && holds_a_job(Path::new(output_dir))).then(note).into_iter().collect();
+    Ok(Arrival { handed_in, known, notes })
 }
 
 /// Checks the directories of a job with the rights of the calling thread: where its trainer starts, and where its results

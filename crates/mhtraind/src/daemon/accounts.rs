@@ -148,19 +148,38 @@ impl Account {
         &self,
         what: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Failure> {
-        let bug = |e: &dyn std::fmt::Display| Failure::new(Status::Bug, "no_thread", e);
-        let Some(identity) = self.identity() else {
-            return tokio::task::spawn_blocking(what).await.map_err(|e| bug(&e));
-        };
-        // A thread of its own, because rights are a thread's: one of the pool would keep them for whoever comes next.
-        let (reply, answer) = oneshot::channel();
-        let act = move || {
-            // Whoever asked may be gone.
-            drop(reply.send(identity.take_file_rights().map(|()| what())));
-        };
-        std::thread::Builder::new().name("on-behalf".to_owned()).spawn(act).map_err(|e| bug(&e))?;
-        answer.await.map_err(|e| bug(&e))?.map_err(|e| bug(&e))
+        let account = self.clone();
+        on_a_thread_for(self.uid, move || {
+            account.take_file_rights()?;
+            Ok(what())
+        })
+        .await
     }
+
+    /// Gives the calling thread the file rights of this user, unless it has them anyway.
+    fn take_file_rights(&self) -> Result<(), Failure> {
+        self.identity().map_or(Ok(()), |identity| identity.take_file_rights()).map_err(|e| no_thread(&e))
+    }
+}
+
+/// Does something on a thread that may take the rights of a user: one of its own, because rights are a thread's and one of
+/// the pool would keep them for whoever comes next. For whom this process runs as anyway one of the pool will do.
+async fn on_a_thread_for<T: Send + 'static>(
+    uid: u32,
+    what: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    if uid == nix::unistd::geteuid().as_raw() {
+        return tokio::task::spawn_blocking(what).await.map_err(|e| no_thread(&e))?;
+    }
+    let (reply, answer) = oneshot::channel();
+    // Whoever asked may be gone.
+    let act = move || drop(reply.send(what()));
+    std::thread::Builder::new().name("on-behalf".to_owned()).spawn(act).map_err(|e| no_thread(&e))?;
+    answer.await.map_err(|e| no_thread(&e))?
+}
+
+fn no_thread(error: &dyn std::fmt::Display) -> Failure {
+    Failure::new(Status::Bug, "no_thread", error)
 }
 
 impl Served {
@@ -189,8 +208,10 @@ impl Served {
     /// # Errors
     /// It is not served.
     pub fn admit(&self, peer: Peer) -> Result<Caller, Failure> {
+        if let Some(caller) = self.admit_at_once(peer) {
+            return Ok(caller);
+        }
         match self {
-            Served::One(account) if account.uid == peer.uid => Ok(Caller { uid: peer.uid, is_admin: true }),
             Served::One(account) => {
                 let message =
                     format!("this daemon serves {} only, and you are {}", account.name, name_of(peer.uid));
@@ -199,13 +220,21 @@ impl Served {
                         .to_owned(),
                 ))
             }
-            Served::All { .. } if peer.uid == 0 => Ok(Caller { uid: 0, is_admin: true }),
-            Served::All { admin_group: None } => Ok(Caller { uid: peer.uid, is_admin: false }),
-            Served::All { admin_group: Some(group) } => {
-                let is_admin = Account::of(peer.uid).is_ok_and(|account| account.groups.contains(group));
-                Ok(Caller { uid: peer.uid, is_admin })
+            Served::All { admin_group } => {
+                let has = |group| Account::of(peer.uid).is_ok_and(|account| account.groups.contains(&group));
+                Ok(Caller { uid: peer.uid, is_admin: admin_group.is_some_and(has) })
             }
         }
+    }
+
+    /// Returns what a peer may do here, where no user database has to be asked for it.
+    pub fn admit_at_once(&self, peer: Peer) -> Option<Caller> {
+        let is_admin = match self {
+            Served::One(account) => (account.uid == peer.uid).then_some(true),
+            Served::All { .. } if peer.uid == 0 => Some(true),
+            Served::All { admin_group } => admin_group.is_none().then_some(false),
+        };
+        is_admin.map(|is_admin| Caller { uid: peer.uid, is_admin })
     }
 
     /// Returns the account of somebody who was admitted.
@@ -216,10 +245,31 @@ impl Served {
         match self {
             Served::One(account) => Ok(account.clone()),
             Served::All { .. } => {
-                let found = tokio::task::spawn_blocking(move || Account::of(uid));
-                found.await.map_err(|e| Failure::new(Status::Bug, "no_thread", e))?
+                tokio::task::spawn_blocking(move || Account::of(uid)).await.map_err(|e| no_thread(&e))?
             }
         }
+    }
+
+    /// Looks for the account of somebody who was admitted, and does something with their file rights: on one thread, where
+    /// [`Served::account`] and [`Account::act`] take two.
+    ///
+    /// # Errors
+    /// As those two, and what is done.
+    pub async fn act_as<T: Send + 'static>(
+        &self,
+        uid: u32,
+        what: impl FnOnce(Account) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let known = match self {
+            Served::One(account) => Some(account.clone()),
+            Served::All { .. } => None,
+        };
+        on_a_thread_for(uid, move || {
+            let account = known.map_or_else(|| Account::of(uid), Ok)?;
+            account.take_file_rights()?;
+            what(account)
+        })
+        .await
     }
 
     /// Returns the account of somebody who submitted a job; `None` where this host does not know them any more, or knows
@@ -291,6 +341,33 @@ mod tests {
         let root = served.admit(Peer { uid: 0 }).unwrap();
         root.may_touch(2, &owner(61_002)).unwrap();
         root.may_drain().unwrap();
+    }
+
+    #[test]
+    fn who_is_an_administrator_by_a_group_is_looked_for_on_a_thread_that_may_wait() {
+        let served = Served::All { admin_group: Some(0) };
+        assert!(served.admit_at_once(Peer { uid: 0 }).unwrap().is_admin);
+        assert_eq!(served.admit_at_once(Peer { uid: 61_001 }), None);
+        assert!(!served.admit(Peer { uid: 61_001 }).unwrap().is_admin);
+        let served = Served::All { admin_group: None };
+        assert!(!served.admit_at_once(Peer { uid: 61_001 }).unwrap().is_admin);
+    }
+
+    #[tokio::test]
+    async fn what_is_done_as_somebody_has_their_account_and_their_file_rights() {
+        let of_thread = |account: Account| {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap();
+            Ok((account.uid, uids.split_whitespace().nth(3).unwrap().parse::<u32>().unwrap()))
+        };
+        let own = nix::unistd::geteuid().as_raw();
+        // Only root may become another: nobody, whom every host knows.
+        let uids = if own == 0 { vec![own, 65_534] } else { vec![own] };
+        let served = Served::All { admin_group: None };
+        for uid in uids {
+            assert_eq!(served.act_as(uid, of_thread).await.unwrap(), (uid, uid));
+        }
+        assert_eq!(served.act_as(4_000_000_001, of_thread).await.unwrap_err().code, "no_account");
     }
 
     #[test]

@@ -45,7 +45,7 @@ use tokio::sync::Notify;
 
 pub use accounts::{Account, Caller, Peer, Served};
 pub use live::LiveJob;
-pub use queue::{HandedIn, QueuedEntry, examined};
+pub use queue::{HandedIn, QueuedEntry, within};
 pub use room::{Entrance, Room};
 pub use submission::Submission;
 

@@ -27,6 +27,7 @@ use mhtrain_store::{JobId, UnfinishedJob};
 
 use super::download::{self, Download};
 use super::{Account, Daemon, Submission, job};
+use crate::config::Config;
 use crate::engine::examine::{Examined, Sized, device_name, examine};
 use crate::engine::journal::{now, time_used};
 use crate::engine::observations::versions;
@@ -75,6 +76,16 @@ impl HandedIn {
     pub fn bytes(&self) -> usize {
         let submission = serde_json::to_string(&self.submission).map_or(0, |text| text.len());
         self.spec.to_json().to_string().len() + submission
+    }
+
+    /// Reads what is needed of the job, with the rights of the calling thread.
+    ///
+    /// # Errors
+    /// Something that the job needs is missing.
+    pub fn examine(&self, config: &Config) -> Result<Examined, Failure> {
+        let origin = self.submission.origin(&self.account, config);
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        examine(self.spec.clone(), &origin, config, u32::try_from(cores).unwrap_or(u32::MAX))
     }
 }
 
@@ -710,16 +721,17 @@ async fn download_missing(daemon: &Arc<Daemon>) -> Result<(), Failure> {
 /// # Errors
 /// Something that the job needs is missing.
 pub async fn examined(daemon: &Arc<Daemon>, handed_in: &HandedIn) -> Result<Examined, Failure> {
-    let daemon = Arc::clone(daemon);
-    let HandedIn { spec, submission, account } = handed_in.clone();
-    let owner = Arc::clone(&account);
-    let work = account.act(move || {
-        let origin = submission.origin(&owner, &daemon.config);
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        examine(spec, &origin, &daemon.config, u32::try_from(cores).unwrap_or(u32::MAX))
-    });
+    let (daemon, theirs) = (Arc::clone(daemon), handed_in.clone());
+    within(handed_in.account.act(move || theirs.examine(&daemon.config))).await?
+}
+
+/// Waits for what is read of a job, but not for ever.
+///
+/// # Errors
+/// It takes too long, or what it says.
+pub async fn within<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     match tokio::time::timeout(EXAMINED_WITHIN, work).await {
-        Ok(done) => done?,
+        Ok(done) => done,
         Err(_) => {
             let what =
                 format!("the files of the job could not be read within {} s", EXAMINED_WITHIN.as_secs());

@@ -9,7 +9,7 @@ use std::time::Duration;
 use mhtrain_job::queue::Waits;
 use tokio::sync::OwnedMutexGuard;
 
-use super::{Account, Daemon};
+use super::Daemon;
 use crate::failure::Failure;
 
 /// Largest request that is read without room for it.
@@ -48,13 +48,13 @@ impl Entrance {
     ///
     /// # Errors
     /// The user has as much waiting as may, and the job is too large to be read without room.
-    pub async fn take(daemon: &Arc<Daemon>, account: &Account, bytes: usize) -> Result<Entrance, Failure> {
-        let refusal = match Room::take(daemon, account, bytes) {
+    pub async fn take(daemon: &Arc<Daemon>, uid: u32, bytes: usize) -> Result<Entrance, Failure> {
+        let refusal = match Room::take(daemon, uid, bytes) {
             Ok(room) => return Ok(Entrance::Room(room)),
             Err(refusal) => refusal,
         };
         let alone = match bytes <= ASKED_AGAIN_BYTES_MAX {
-            true => daemon.asking_again.alone(account.uid).await,
+            true => daemon.asking_again.alone(uid).await,
             false => None,
         };
         match alone {
@@ -80,8 +80,7 @@ impl Room {
     ///
     /// # Errors
     /// The user has as much waiting as may.
-    pub fn take(daemon: &Arc<Daemon>, account: &Account, bytes: usize) -> Result<Room, Failure> {
-        let uid = account.uid;
+    pub fn take(daemon: &Arc<Daemon>, uid: u32, bytes: usize) -> Result<Room, Failure> {
         let mut arriving = daemon.arriving.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = arriving.get(&uid).copied().unwrap_or_default();
         let jobs_max = daemon.config.daemon.jobs_per_user;
@@ -96,9 +95,8 @@ impl Room {
             return Ok(Room { daemon: Arc::clone(daemon), uid, bytes });
         }
         let what = format!(
-            "{} jobs of {} wait, {} MiB, and this one has {} KiB: at most {jobs_max} jobs and {} MiB may",
+            "{} jobs of this user wait, {} MiB, and this one has {} KiB: at most {jobs_max} jobs and {} MiB may",
             waits.jobs,
-            account.name,
             waits.bytes >> 20,
             bytes.div_ceil(1 << 10),
             Waits::BYTES_MAX >> 20
