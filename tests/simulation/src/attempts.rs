@@ -275,6 +275,12 @@ impl JobLoop {
         self.is_late(world) && self.is_ready(world)
     }
 
+    /// Returns whether it takes a job over whose time is over, and has not looked at the clock yet.
+    pub(crate) fn is_late_and_new(&self, world: &World<'_>) -> bool {
+        let is_new = matches!(self.step, Step::Open | Step::Follow { noted: false, .. });
+        is_new && self.deadline.is_none() && world.truth.is_late(self.id, world.now) && self.is_ready(world)
+    }
+
     /// Finds out when the job's time is over, once it has begun.
     fn set_deadline(&mut self, world: &World<'_>) {
         let Some(began) = stop::time_began(&self.records).filter(|_| self.deadline.is_none()) else { return };

@@ -186,6 +186,10 @@ impl Truth {
     }
 
     /// Returns how many steps the trainer of a job made after its time.
+    pub(crate) fn is_late(&self, job: u64, now: u64) -> bool {
+        self.times.get(&job).is_some_and(|time| time.until <= now)
+    }
+
     pub(crate) fn late_steps(&self, job: u64) -> u32 {
         self.times.get(&job).map_or(0, |time| time.late_steps)
     }

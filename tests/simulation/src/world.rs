@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mhtrain_job::event::{JobEvent, ProcessIdentity, Record};
 use mhtrain_sizing::known::ObservationOf;
 
+use crate::attempts::JobLoop;
 use crate::bugs::Bug;
 use crate::daemon::Daemon;
 use crate::disk::{AttemptId, Disk, Ended, StoreError};
@@ -258,10 +259,11 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Returns whether the loop of a job whose time is over comes before its trainer: a step takes seconds, and the loop looks
-    /// at the clock each second.
+    /// Returns whether the loop of a job whose time is over comes before its trainer: a step takes seconds, the loop looks at
+    /// the clock each second, and one that takes the job over does so within one.
     fn looks_at_the_clock_first(&mut self, job: u64) -> bool {
-        let is_due = |daemon: &Daemon| daemon.live.get(&job).is_some_and(|it| it.is_late_and_ready(self));
+        let is_late = |it: &JobLoop| it.is_late_and_ready(self) || it.is_late_and_new(self);
+        let is_due = |daemon: &Daemon| daemon.live.get(&job).is_some_and(is_late);
         let is_due = self.daemon.as_ref().is_some_and(is_due);
         is_due && (self.truth.late_steps(job) >= 2 || self.draws.below(2) == 0)
     }
