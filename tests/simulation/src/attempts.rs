@@ -525,7 +525,7 @@ impl JobLoop {
         }
         self.stop = state.stop().map(str::to_owned);
         if world.bug == Some(Bug::TimeLimitCancels) {
-            self.stop = self.stop.as_ref().map(|_| "cancel".to_owned());
+            self.stop = self.stop.as_ref().map(|_| stop::CANCEL.to_owned());
         }
         match goes_on(&self.records).map_err(|e| Failure(e.to_string()))? {
             GoesOn::Begin => Err(Failure("a job with a device was planned".to_owned())),
@@ -714,7 +714,7 @@ impl JobLoop {
         }
         if (self.asked_to_stop || self.stop.is_some()) && !stop_sent {
             files.stop = true;
-            self.stop.get_or_insert_with(|| "cancel".to_owned());
+            self.stop.get_or_insert_with(|| stop::CANCEL.to_owned());
             return Ok(Step::Follow { start, noted, stop_sent: true });
         }
         if let (Some(process), false) = (files.trainer.clone(), noted) {
@@ -876,7 +876,7 @@ impl JobLoop {
 
     /// Ends the job as whoever stopped it has it.
     fn cancelled(&self) -> Step {
-        Step::End(self.end_of_stopped(self.stop.as_deref().unwrap_or("cancel")))
+        Step::End(self.end_of_stopped(self.stop.as_deref().unwrap_or(stop::CANCEL)))
     }
 
     fn time_is_over(&self) -> Step {
