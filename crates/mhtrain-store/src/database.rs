@@ -1,6 +1,6 @@
 //! How is the database opened, and when is a write certain?
 //!
-//! Write-ahead log with `synchronous=FULL`: a commit returns after the fsync of the log. Opening after a crash
+//! Write-ahead log with `synchronous=FULL`: a commit returns after the log is synced, by fdatasync. Opening after a crash
 //! reads the log again; a transaction is in it as a whole or not at all. Everything SQLite says comes out of here
 //! as a [`StoreError`] that says what it means.
 

@@ -185,11 +185,12 @@ impl Truth {
         self.times.values_mut().for_each(|time| time.clock_was_set = true);
     }
 
-    /// Returns how many steps the trainer of a job made after its time.
+    /// Returns whether the time of a job is over.
     pub(crate) fn is_late(&self, job: u64, now: u64) -> bool {
         self.times.get(&job).is_some_and(|time| time.until <= now)
     }
 
+    /// Returns how many steps the trainer of a job made after its time.
     pub(crate) fn late_steps(&self, job: u64) -> u32 {
         self.times.get(&job).map_or(0, |time| time.late_steps)
     }

@@ -344,11 +344,14 @@ mod tests {
     }
 
     #[test]
-    fn who_is_an_administrator_by_a_group_is_looked_for_on_a_thread_that_may_wait() {
-        let served = Served::All { admin_group: Some(0) };
+    fn who_is_an_administrator_by_a_group_is_not_known_at_once() {
+        let nobody = Account::of(65_534).unwrap();
+        let served = Served::All { admin_group: Some(nobody.gid) };
         assert!(served.admit_at_once(Peer { uid: 0 }).unwrap().is_admin);
-        assert_eq!(served.admit_at_once(Peer { uid: 61_001 }), None);
-        assert!(!served.admit(Peer { uid: 61_001 }).unwrap().is_admin);
+        for (uid, is_admin) in [(61_001, false), (nobody.uid, true)] {
+            assert_eq!(served.admit_at_once(Peer { uid }), None);
+            assert_eq!(served.admit(Peer { uid }).unwrap().is_admin, is_admin);
+        }
         let served = Served::All { admin_group: None };
         assert!(!served.admit_at_once(Peer { uid: 61_001 }).unwrap().is_admin);
     }
@@ -368,6 +371,15 @@ mod tests {
             assert_eq!(served.act_as(uid, of_thread).await.unwrap(), (uid, uid));
         }
         assert_eq!(served.act_as(4_000_000_001, of_thread).await.unwrap_err().code, "no_account");
+        // Nobody's rights are left to a thread of the pool.
+        let account = Account::of(own).unwrap();
+        for _ in 0..8 {
+            let of_pool = tokio::task::spawn_blocking({
+                let account = account.clone();
+                move || of_thread(account)
+            });
+            assert_eq!(of_pool.await.unwrap().unwrap(), (own, own));
+        }
     }
 
     #[test]

@@ -46,7 +46,7 @@ use tokio::sync::Notify;
 pub use accounts::{Account, Caller, Peer, Served};
 pub use live::LiveJob;
 pub use queue::{HandedIn, QueuedEntry, within};
-pub use room::{Entrance, Room};
+pub use room::{Entrance, Room, SMALL_BYTES_MAX};
 pub use submission::Submission;
 
 use crate::api::routes;

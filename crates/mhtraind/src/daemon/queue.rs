@@ -45,7 +45,7 @@ const EXAMINED_AT_ONCE: usize = 4;
 /// How often that is tried before the job fails.
 const EXAMINED_MAX: u32 = 20;
 
-/// How long the files of a job may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
+/// How long the files of a job, and its owner's account, may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
 const EXAMINED_WITHIN: Duration = Duration::from_secs(90);
 
 /// For how long it is found out at a time why each job of a long queue waits: what starts comes first.
@@ -725,7 +725,7 @@ pub async fn examined(daemon: &Arc<Daemon>, handed_in: &HandedIn) -> Result<Exam
     within(handed_in.account.act(move || theirs.examine(&daemon.config))).await?
 }
 
-/// Waits for what is read of a job, but not for ever.
+/// Waits for what is read of a job, its files and its owner's account, but not for ever.
 ///
 /// # Errors
 /// It takes too long, or what it says.
@@ -733,10 +733,14 @@ pub async fn within<T>(work: impl Future<Output = Result<T, Failure>>) -> Result
     match tokio::time::timeout(EXAMINED_WITHIN, work).await {
         Ok(done) => done,
         Err(_) => {
-            let what =
-                format!("the files of the job could not be read within {} s", EXAMINED_WITHIN.as_secs());
-            Err(Failure::failed("slow_files", what)
-                .help("is the disk that holds model, data and trainer there?".to_owned()))
+            let what = format!(
+                "the job's files and its owner's account could not be read within {} s",
+                EXAMINED_WITHIN.as_secs()
+            );
+            Err(Failure::failed("slow_files", what).help(
+                "is the disk that holds model, data and trainer there, and does `getent passwd` answer?"
+                    .to_owned(),
+            ))
         }
     }
 }

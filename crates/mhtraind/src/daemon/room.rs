@@ -12,8 +12,8 @@ use tokio::sync::OwnedMutexGuard;
 use super::Daemon;
 use crate::failure::Failure;
 
-/// Largest request that is read without room for it.
-const ASKED_AGAIN_BYTES_MAX: usize = 64 << 10;
+/// Largest request that is read without room for it, or before it is known whether whoever sends it has an account here.
+pub const SMALL_BYTES_MAX: usize = 64 << 10;
 
 /// How long somebody without room waits for another of the same user who has none either.
 const ASKED_AGAIN_WITHIN: Duration = Duration::from_secs(2);
@@ -53,7 +53,7 @@ impl Entrance {
             Ok(room) => return Ok(Entrance::Room(room)),
             Err(refusal) => refusal,
         };
-        let alone = match bytes <= ASKED_AGAIN_BYTES_MAX {
+        let alone = match bytes <= SMALL_BYTES_MAX {
             true => daemon.asking_again.alone(uid).await,
             false => None,
         };
@@ -95,7 +95,7 @@ impl Room {
             return Ok(Room { daemon: Arc::clone(daemon), uid, bytes });
         }
         let what = format!(
-            "{} jobs of this user wait, {} MiB, and this one has {} KiB: at most {jobs_max} jobs and {} MiB may",
+            "{} jobs of uid {uid} wait, {} MiB, and this one has {} KiB: at most {jobs_max} jobs and {} MiB may",
             waits.jobs,
             waits.bytes >> 20,
             bytes.div_ceil(1 << 10),

@@ -346,7 +346,7 @@ fn page(root: &Path, table: &str, versions: &[&str]) -> anyhow::Result<String> {
          Cards are nvml-sim's. Every queue runs the same shell script, which says in a pipe that it was executed and copies what a\n\
          trainer leaves that trained ten steps: a Python that starts in 20 to 60 ms would be what is measured. Submits are\n\
          commands, their start included; the queues of the throughput rows are filled while nothing may start, but\n\
-         task-spooler's, which cannot be held back. mhtraind records each step of a job with an fsync, the others record\n\
+         task-spooler's, which cannot be held back. mhtraind syncs its log at each step of a job, the others record\n\
          nothing so; each of its jobs is sized, recorded, followed and proven. pueue's 10,000 tasks are copies in its state file.\n\
          `TMPDIR` was a freshly made file system: ext4 without a journal takes 0.5 ms for a new file while it looks over inodes\n\
          that were deleted in the last minutes, and whatever was removed before would be what is measured.\n\n\
