@@ -84,15 +84,21 @@ impl Estimate {
     /// Returns the device peak that is not exceeded with probability `p`.
     ///
     /// Above and below the best guess the logarithm of the peak is taken for normal, with the ends of the 90 %
-    /// interval as its 5th and 95th percentile.
+    /// interval as its 5th and 95th percentile. Where runs reserved less than was to be allocated, the best guess is what is to
+    /// be allocated, and the law has its middle below that, halfway between its ends: what it exceeds with probability `p` may
+    /// still be less than the guess, which is the answer then.
     pub fn quantile(&self, p: f64) -> Bytes {
         let z = normal_quantile(p);
-        let end = if z < 0.0 { self.low_bytes } else { self.high_bytes };
+        let (low, high) = (self.low_bytes.as_f64(), self.high_bytes.as_f64());
         let guess = self.device_peak_bytes.as_f64();
-        if guess <= 0.0 || end.as_f64() <= 0.0 {
+        let end = if z < 0.0 { low } else { high };
+        if guess <= 0.0 || end <= 0.0 {
             return self.device_peak_bytes;
         }
-        Bytes::from_f64(guess * (end.as_f64() / guess).powf(z.abs() / Z_95))
+        let is_raised = z > 0.0 && self.reserve_bytes == Bytes::ZERO;
+        let middle = if is_raised { (low * high).sqrt().min(guess) } else { guess };
+        let quantile = middle * (end / middle).powf(z.abs() / Z_95);
+        Bytes::from_f64(if is_raised { quantile.max(guess) } else { quantile })
     }
 
     /// Returns what a card must have free so that the risk of running out of memory is at most `oom_risk`.

@@ -295,6 +295,22 @@ mod plans {
     }
 
     #[test]
+    fn what_a_rung_is_admitted_by_has_no_step_where_runs_took_what_was_allocated() {
+        let request = request(Bytes::from_gib(72));
+        let admitted_by = |ratio: f64| {
+            let plan = plan_learned(&request, &TierBook::builtin(), &history(&request, ratio, 3)).unwrap();
+            let own = plan.rungs.into_iter().find(|rung| rung.tier.micro_batch == 8).unwrap();
+            (own.admission_bytes.as_f64() - Bytes::from_mib(512).as_f64(), own.predicted_peak_bytes)
+        };
+        // The interval is some percent wide, so at 0.99 what it is admitted by is above what is allocated all the same.
+        let (below, above) = (admitted_by(0.99).0, admitted_by(1.01).0);
+        assert!((below / above / (0.99 / 1.01) - 1.0).abs() < 0.002, "{below} {above}");
+        // And at 0.9 no part of it is.
+        let (least, predicted) = admitted_by(0.9);
+        assert!((least - predicted.saturating_sub(Bytes::from_mib(512)).as_f64()).abs() < 1.0);
+    }
+
+    #[test]
     fn a_plan_is_read_back_as_it_was_written() {
         let plan = plan(&request(Bytes::from_gib(40)), &TierBook::builtin()).unwrap();
         let text = serde_json::to_string(&plan).unwrap();
