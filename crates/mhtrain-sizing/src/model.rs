@@ -7,6 +7,7 @@ mod layer;
 mod lfm2;
 mod quantised;
 mod style;
+mod unknown;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -45,6 +46,8 @@ pub struct Model {
     /// Parameters by which an unknown kind of block has more, or fewer, than the shape says; `None` where no weight file
     /// says how many there are.
     pub miscounted: Option<f64>,
+    /// Keys of its config.json that say of an unknown kind of block what no list explains.
+    pub unexplained: Vec<String>,
     /// How its files hold the weights, where that is not as they are trained.
     pub quantised: Option<Quantised>,
     /// Attention implementations that the model class supports in transformers, best first.
@@ -123,6 +126,7 @@ impl Model {
                 model.multimodal = is_multimodal(config);
                 if !known_block {
                     model.source = ShapeSource::UnknownBlock;
+                    model.unexplained = unknown::unexplained(config, &model.shape);
                     model.notes.push(format!(
                         "the blocks of `{}` are not among those that the estimate knows; the nearest kind stands in \
                          and the interval is wider",
@@ -156,10 +160,13 @@ impl Model {
     /// Compares what the weight files hold with what config.json explains, and says where they differ.
     fn see_weight_files(&mut self, files: Option<WeightFiles>) {
         self.weight_files = files;
-        let known = self.source == ShapeSource::Config || self.multimodal;
-        let counted = float(self.parameters());
         // Quantised weights are sized by the bytes of their files.
         let stored = files.and_then(|files| files.parameters).filter(|_| self.quantised.is_none());
+        if let Some(stored) = stored.filter(|_| self.source == ShapeSource::UnknownBlock) {
+            self.take_nearest(stored);
+        }
+        let known = self.source == ShapeSource::Config || self.multimodal;
+        let counted = float(self.parameters());
         let mut beside = stored.map_or(0.0, |stored| float(stored) - counted);
         let table = float(self.shape.vocab.saturating_mul(self.shape.hidden));
         if self.shape.tied_embeddings && known && !self.multimodal && beside >= table {
@@ -173,6 +180,9 @@ impl Model {
         } else if stored.is_some() && -2.0 * beside <= counted {
             // Files of less than half of a model do not hold all of it.
             self.miscounted = Some(beside);
+        }
+        if self.source == ShapeSource::UnknownBlock {
+            self.notes.extend(self.distance_note());
         }
         if self.source == ShapeSource::UnknownBlock && !self.multimodal && !self.is_weighed() {
             self.notes.push(
@@ -238,6 +248,7 @@ impl Model {
             weight_files: None,
             frozen_beside: 0.0,
             miscounted: None,
+            unexplained: Vec::new(),
             quantised: None,
         }
     }
@@ -268,19 +279,21 @@ impl Model {
 /// Share of the parameters from which on a difference is said: above the buffers that old files hold.
 const WORTH_A_NOTE: f64 = 0.005;
 
+/// Keys of what sees or hears beside a language model.
+const BESIDE: [&str; 8] = [
+    "vision_config",
+    "audio_config",
+    "visual",
+    "vision_tower",
+    "mm_vision_tower",
+    "talker_config",
+    "speech_config",
+    "img_processor",
+];
+
 /// Returns whether a config.json is that of a model that has more than a language model: it has one inside, or something
 /// that sees or hears beside it.
 fn is_multimodal(config: &Value) -> bool {
-    const BESIDE: [&str; 8] = [
-        "vision_config",
-        "audio_config",
-        "visual",
-        "vision_tower",
-        "mm_vision_tower",
-        "talker_config",
-        "speech_config",
-        "img_processor",
-    ];
     let levels = levels(config);
     let sees = |level: &&serde_json::Map<String, Value>| {
         BESIDE.iter().any(|key| level.get(*key).is_some_and(|value| !value.is_null()))
@@ -2032,28 +2045,32 @@ fn window_of(fields: &Fields<'_>, default: Option<u64>) -> Result<Option<u64>, S
     Ok(fields.number(&["sliding_window"], LENGTH_MAX)?.or(default))
 }
 
+/// Keys of the number of experts in a block.
+const EXPERT_COUNT: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
+
+/// Keys of the number of experts that a token visits.
+const EXPERTS_OF_TOKEN: [&str; 7] = [
+    "num_experts_per_tok",
+    "top_k_experts",
+    "experts_per_token",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "moe_top_k",
+];
+
 fn read_experts(
     fields: &Fields<'_>,
     model_type: &str,
     traits: &Traits,
     layers: u64,
 ) -> Result<Option<Experts>, ShapeError> {
-    const COUNT: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
-    const TOP_K: [&str; 7] = [
-        "num_experts_per_tok",
-        "top_k_experts",
-        "experts_per_token",
-        "num_experts_per_token",
-        "moe_k",
-        "moe_topk",
-        "moe_top_k",
-    ];
     // An unknown model is a mixture when its config speaks of experts.
     let stated = |keys: &[&'static str]| {
         keys.iter().any(|key| fields.object.get(*key).is_some_and(|value| !value.is_null()))
     };
     let gemma4 = model_type == "gemma4_text" && fields.flag("enable_moe_block")? == Some(true);
-    if !traits.mixture && !gemma4 && (traits.known || !stated(&COUNT) || !stated(&TOP_K)) {
+    if !traits.mixture && !gemma4 && (traits.known || !stated(&EXPERT_COUNT) || !stated(&EXPERTS_OF_TOKEN)) {
         return Ok(None);
     }
     let gpt_oss = traits.block == BlockKind::GptOss;
@@ -2077,9 +2094,9 @@ fn read_experts(
     let or_default = |key: &'static str, stated: Option<u64>, default| {
         stated.or(Some(default).filter(|_| mellum)).ok_or(ShapeError::Missing { key })
     };
-    let count = or_default(COUNT[0], fields.number(&COUNT, EXPERTS_MAX)?, 64)?;
+    let count = or_default(EXPERT_COUNT[0], fields.number(&EXPERT_COUNT, EXPERTS_MAX)?, 64)?;
     // More than there are would end the trainer.
-    let top_k = or_default(TOP_K[0], fields.number(&TOP_K, count)?, 8)?;
+    let top_k = or_default(EXPERTS_OF_TOKEN[0], fields.number(&EXPERTS_OF_TOKEN, count)?, 8)?;
     // Hunyuan's mixture has experts of the dense width in transformers, whatever else its config.json says.
     let widths: &[&'static str] = match model_type {
         "mellum" => &["moe_intermediate_size"],
@@ -2121,7 +2138,7 @@ fn read_experts(
     let exaone = model_type == "exaone_moe";
     let kinds = fields.object.get("mlp_layer_types").and_then(Value::as_array);
     let lite = model_type == "glm4_moe_lite";
-    let kinds = kinds.filter(|_| mellum || exaone || lite);
+    let kinds = kinds.filter(|_| mellum || exaone || lite || !traits.known);
     // GLM-4.7-Flash and AFMoE do not read it.
     let leading = fields.count("first_k_dense_replace", layers)?.filter(|_| !lite && model_type != "afmoe");
     let usual = match model_type {
