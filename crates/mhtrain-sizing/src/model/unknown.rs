@@ -9,7 +9,7 @@ use super::{BESIDE, EXPERT_COUNT, EXPERTS_OF_TOKEN, Model, ModelShape, Traits, W
 use crate::block::float;
 
 /// Keys that the estimate reads whatever the kind is, beside [`EXPERT_COUNT`] and [`EXPERTS_OF_TOKEN`].
-const READ: [&str; 39] = [
+const READ: [&str; 38] = [
     "model_type",
     "quantization_config",
     "hidden_size",
@@ -48,13 +48,12 @@ const READ: [&str; 39] = [
     "moe_layer_interval",
     "n_group",
     "topk_group",
-    "layer_types",
 ];
 
-/// Keys that say nothing of a block's tensors: how it is stored, loaded, decoded and begun.
+/// Keys that say nothing of a block's tensors: how it is stored, loaded and begun, how text is generated, how a router chooses.
 ///
-/// Source: the attributes of `PreTrainedConfig` in transformers 4.57 and 5.19, and what pages of the hub add.
-const WITHOUT_TENSORS: [&str; 31] = [
+/// Source: the attributes of `PreTrainedConfig` in transformers 4.57 (with those of generation) and 5.19, and what pages of the hub add.
+const WITHOUT_TENSORS: [&str; 56] = [
     "architectures",
     "auto_map",
     "name_or_path",
@@ -80,6 +79,31 @@ const WITHOUT_TENSORS: [&str; 31] = [
     "ep_size",
     "seq_length",
     "model_max_length",
+    "n_positions",
+    "n_ctx",
+    "activation_function",
+    "finetuning_task",
+    "prefix",
+    "unsloth_fixed",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "num_return_sequences",
+    "output_scores",
+    "return_dict_in_generate",
+    "remove_invalid_values",
     "hidden_activation",
     "topk_method",
     "scoring_func",
@@ -169,13 +193,14 @@ fn has_other_layers(types: &Value, shape: &ModelShape) -> bool {
 }
 
 impl ModelShape {
-    /// Returns the shape without a gate in its MLP, which no key of config.json tells, where its parameters are nearer to those
-    /// that the weight files hold.
+    /// Returns the shape without a gate in its MLP, which no key of config.json tells, where its parameters are those that the
+    /// weight files hold, and nearer than with one.
     fn without_gate(&self, stored: u64) -> Option<ModelShape> {
         let plain = ModelShape { gated_mlp: false, ..self.clone() };
         let off = |shape: &ModelShape| shape.parameters().abs_diff(stored);
         let may_have_none = self.experts.is_none() && !Traits::of(&self.model_type).known;
-        (may_have_none && off(&plain) < off(self)).then_some(plain)
+        let is_it = float(off(&plain)) <= WORTH_A_NOTE * float(plain.parameters());
+        (may_have_none && is_it && off(&plain) < off(self)).then_some(plain)
     }
 }
 
@@ -268,6 +293,10 @@ mod tests {
                 ("attention_multiplier", json!(0.1)),
                 ("_name_or_path", json!("some/base")),
                 ("rms_norm_eps", json!(1e-5)),
+                // Defaults that transformers 4 wrote into what is within another config.json.
+                ("max_length", json!(20)),
+                ("top_p", json!(1.0)),
+                ("length_penalty", json!(1.0)),
                 ("num_local_experts", json!(null)),
                 ("kv_lora_rank", json!(null)),
                 ("mamba_d_conv", json!(0)),
@@ -327,7 +356,10 @@ mod tests {
         let nearest = model(&[], Some(plain));
         assert_eq!((nearest.shape.gated_mlp, nearest.parameters(), nearest.is_far()), (false, plain, false));
         assert!(nearest.notes.iter().any(|note| note.contains("without a gate")), "{:?}", nearest.notes);
-        assert!(model(&[], Some(gated.parameters())).shape.gated_mlp);
+        // As many as with it, and files that hold a part of the model.
+        for parameters in [gated.parameters(), gated.parameters() / 3, gated.parameters() * 45 / 100] {
+            assert!(model(&[], Some(parameters)).shape.gated_mlp, "{parameters}");
+        }
         // A kind that is known has its gate, whatever else about it is not.
         let ahead = [("model_type", json!("gemma4_text")), ("use_bidirectional_attention", json!("all"))];
         let ahead = model(&ahead, Some(plain));
