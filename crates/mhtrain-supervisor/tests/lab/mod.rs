@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use mhtrain_supervisor::recorder::RECORDER_VERB;
 use mhtrain_supervisor::{Attempt, AttemptState, ExitRecord, Extent, LaunchSpec, ProcessIdentity};
 
 /// The longest that anything may take here, on a machine that is busy with something else.
@@ -105,11 +106,16 @@ pub(crate) fn exit(attempt: &Attempt) -> ExitRecord {
     }
 }
 
+/// Returns the trainer when it is executed: it is written down while its gate is still closed, and the gate ends with its recorder.
 pub(crate) fn trainer(attempt: &Attempt) -> ProcessIdentity {
-    match wait_for(attempt, |state| matches!(state, AttemptState::Running { .. })) {
+    let trainer = match wait_for(attempt, |state| matches!(state, AttemptState::Running { .. })) {
         AttemptState::Running { trainer } => trainer.identity,
         other => panic!("{other:?}"),
-    }
+    };
+    let is_gate = |words: Vec<u8>| words.split(|byte| *byte == 0).nth(1) == Some(RECORDER_VERB.as_bytes());
+    let command = format!("/proc/{}/cmdline", trainer.pid);
+    until("the trainer is executed", || !fs::read(&command).is_ok_and(is_gate));
+    trainer
 }
 
 pub(crate) fn recorder(attempt: &Attempt) -> ProcessIdentity {
