@@ -21,7 +21,7 @@ pub use delta_net::DeltaNet;
 pub use gemma4::Gemma4;
 pub use latent::Latent;
 use layer::is_each;
-pub(crate) use layer::{Heads, Keys, Layer, Mixer};
+pub(crate) use layer::{Heads, Keys, Layer, Mixer, kinds_of};
 pub use lfm2::Convolution;
 pub use quantised::Quantised;
 pub use style::{

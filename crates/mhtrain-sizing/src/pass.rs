@@ -14,7 +14,7 @@
 //! of the vocabulary too many at the very end.
 
 use crate::block::{Given, Lists, float};
-use crate::model::{BlockKind, Keys, Layer, ModelShape, Rotary};
+use crate::model::{BlockKind, Keys, Layer, ModelShape, Rotary, kinds_of};
 use crate::tape::{High, Kind, Saved, Tape, Tensor};
 use crate::workload::{AttnImpl, ExpertForm, Workload};
 
@@ -101,7 +101,8 @@ struct LayerSegments {
 pub(crate) fn highest(shape: &ModelShape, work: &Workload, all_gradients: f64) -> Highest {
     let lists = Lists::of(shape, work);
     let accumulates = work.accumulation > 1;
-    let mut pass = Pass { lists, shape, work, tape: Tape::new(accumulates) };
+    let layers: Vec<Layer> = shape.layer_list().collect();
+    let mut pass = Pass { lists, shape, work, layers: &layers, tape: Tape::new(accumulates) };
     let earlier = if accumulates { all_gradients } else { 0.0 };
     pass.course(High { sum: earlier, logits: 0.0, gradients: earlier }, all_gradients)
 }
@@ -110,6 +111,8 @@ struct Pass<'a> {
     lists: Lists<'a>,
     shape: &'a ModelShape,
     work: &'a Workload,
+    /// In their order.
+    layers: &'a [Layer],
     tape: Tape,
 }
 
@@ -136,7 +139,8 @@ impl Prologue {
 
 impl Pass<'_> {
     fn course(&mut self, start: High, all_gradients: f64) -> Highest {
-        let kinds: Vec<Layer> = self.shape.layer_kinds().into_iter().map(|(layer, _)| layer).collect();
+        let kinds: Vec<Layer> =
+            kinds_of(self.layers.iter().copied()).into_iter().map(|(layer, _)| layer).collect();
         let mut course = Course { now: start, ..Course::default() };
         let prologue = self.prologue(&kinds);
         course.goes_through(&prologue.segment);
@@ -274,7 +278,7 @@ impl Pass<'_> {
         let segment = |layer: Layer| {
             segments.iter().find(|(of, _)| *of == layer).map(|(_, segments)| *segments).unwrap_or_default()
         };
-        for layer in self.shape.layer_list() {
+        for &layer in self.layers {
             course.goes_through(&segment(layer).forward);
         }
         let last = self.tape.plain(x.n, x.width);
@@ -282,7 +286,7 @@ impl Pass<'_> {
         self.head(course, last, prologue.embedding.into_iter().collect());
         self.tape.forget_root();
         let mut leaves = 0.0;
-        for (layer, index) in self.shape.layer_list().rev().zip(0..) {
+        for (&layer, index) in self.layers.iter().rev().zip(0..) {
             course.goes_through(&segment(layer).backward);
             course.now.sum += leaves;
             leaves = 0.0;
@@ -364,14 +368,12 @@ impl Pass<'_> {
         // until there was one of each kind: only some kinds may have what is adapted, and layers before the first of them need no
         // gradient. A kind that comes late has no more of them before it than `FIRST_LAYERS_MAX`.
         let is_whole = self.shape.gemma4.is_some();
-        let layers = self.shape.layer_list();
-        let first =
-            kinds.iter().filter_map(|kind| self.shape.layer_list().position(|layer| layer == *kind)).max();
+        let first = kinds.iter().filter_map(|kind| self.layers.iter().position(|layer| layer == kind)).max();
         let first = first.map_or(1, |index| (index + 1).min(FIRST_LAYERS_MAX));
         let order: Vec<Layer> = if is_whole {
-            layers.collect()
+            self.layers.to_vec()
         } else {
-            layers.take(first).chain(kinds.iter().copied()).collect()
+            self.layers.iter().take(first).chain(kinds).copied().collect()
         };
         let mut stack: Vec<(Layer, usize, LayerSegments)> = Vec::with_capacity(order.len());
         let mut current = self.tape.hold(x);
@@ -411,7 +413,7 @@ impl Pass<'_> {
             };
             found.map(|(_, _, segments)| *segments).unwrap_or_default()
         };
-        for (index, layer) in self.shape.layer_list().enumerate() {
+        for (index, &layer) in self.layers.iter().enumerate() {
             course.goes_through(&segment(&stack, index, layer).forward);
         }
         self.head(course, current, held);
@@ -419,7 +421,7 @@ impl Pass<'_> {
             let mark = stack[index].1;
             stack[index].2.backward = self.measured(|pass| pass.tape.backward(mark));
         }
-        for (index, layer) in self.shape.layer_list().enumerate().collect::<Vec<_>>().into_iter().rev() {
+        for (index, &layer) in self.layers.iter().enumerate().rev() {
             course.goes_through(&segment(&stack, index, layer).backward);
         }
         self.embedding_back(course, prologue);
@@ -439,7 +441,7 @@ impl Pass<'_> {
         if self.work.experts == ExpertForm::Fused {
             return 0.0;
         }
-        let sparse = self.shape.layer_list().filter(|layer| !layer.dense).count();
+        let sparse = self.layers.iter().filter(|layer| !layer.dense).count();
         let sparse = float(u64::try_from(sparse).unwrap_or(u64::MAX));
         let rows = sparse * self.lists.tokens;
         let (count, top_k) = (float(experts.count), float(experts.top_k));

@@ -12,7 +12,7 @@ use crate::tape::{Saved, Tape, Tensor};
 const CHUNK: f64 = 64.0;
 
 /// Chunks at either end of a row that are put on the tape; what those between them keep is counted.
-const CHUNKS_ON_TAPE: u32 = 3;
+const CHUNKS_ON_TAPE: u32 = 2;
 
 /// What all chunks of a row share.
 #[derive(Copy, Clone)]

@@ -84,14 +84,7 @@ impl ModelShape {
 
     /// Returns the kinds of layers, each once, and how many there are of each.
     pub(crate) fn layer_kinds(&self) -> Vec<(Layer, u64)> {
-        let mut kinds: Vec<(Layer, u64)> = Vec::with_capacity(4);
-        for layer in self.layer_list() {
-            match kinds.iter_mut().find(|(of, _)| *of == layer) {
-                Some((_, count)) => *count += 1,
-                None => kinds.push((layer, 1)),
-            }
-        }
-        kinds
+        kinds_of(self.layer_list())
     }
 
     /// Returns the heads of a layer: those of Gemma 4 that do not slide are others.
@@ -105,11 +98,10 @@ impl ModelShape {
 
     /// Returns how many layers have attention.
     pub(crate) fn attention_layers(&self) -> u64 {
-        if self.convolution.is_none() && self.delta_net.is_none() {
-            return self.layers;
-        }
-        let kinds = self.layer_kinds();
-        kinds.iter().filter(|(layer, _)| layer.mixer == Mixer::Attention).map(|(_, count)| count).sum()
+        // Where something else is in the place of attention, the layers that have it are listed.
+        let listed =
+            self.full_layers.as_ref().filter(|_| self.convolution.is_some() || self.delta_net.is_some());
+        listed.map_or(self.layers, |full| u64::try_from(full.len()).unwrap_or(self.layers))
     }
 
     fn is_listed_as_full(&self, index: u64) -> bool {
@@ -122,6 +114,18 @@ impl ModelShape {
             None => self.window.is_some() && !is_each(self.full_every, index),
         }
     }
+}
+
+/// Returns the kinds of layers in the order of their first, and how many there are of each.
+pub(crate) fn kinds_of(layers: impl Iterator<Item = Layer>) -> Vec<(Layer, u64)> {
+    let mut kinds: Vec<(Layer, u64)> = Vec::with_capacity(4);
+    for layer in layers {
+        match kinds.iter_mut().find(|(of, _)| *of == layer) {
+            Some((_, count)) => *count += 1,
+            None => kinds.push((layer, 1)),
+        }
+    }
+    kinds
 }
 
 /// Returns whether the layer of that index is one of each `every`.
