@@ -10,7 +10,7 @@ mod style;
 mod unknown;
 
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::block::float;
 use crate::catalogue::{Catalogue, Entry};
@@ -577,6 +577,18 @@ impl Fields<'_> {
         }
     }
 
+    /// Returns what `layer_types` says of each layer; `None` where it is no list.
+    fn layer_types(&self) -> Option<&[Value]> {
+        self.object.get("layer_types").and_then(Value::as_array).map(Vec::as_slice)
+    }
+
+    /// Returns whether `layer_types` says of the layer of that index that it attends to all tokens; `None` without a list.
+    fn is_listed_as_full(&self, index: u64) -> Option<bool> {
+        let types = self.layer_types()?;
+        let of = usize::try_from(index).ok().and_then(|index| types.get(index));
+        Some(of.is_some_and(|of| of == "full_attention"))
+    }
+
     fn flag(&self, key: &'static str) -> Result<Option<bool>, ShapeError> {
         match self.object.get(key) {
             None | Some(Value::Null) => Ok(None),
@@ -683,7 +695,7 @@ impl ModelShape {
                 && shape.attention_bias == AttentionBias::None;
         // What Qwen3-Next cuts out of its products lies in another way where there is one head of the key.
         let usual_delta_net = shape.delta_net.is_none_or(|net| !net.fused || net.key_heads > 1)
-            && (shape.delta_net.is_none() || DeltaNet::has_usual_layers(object, shape.layers));
+            && (shape.delta_net.is_none() || DeltaNet::has_usual_layers(&Fields { object }, shape.layers));
         // Quantised, the linear modules of BitNet are others; its activation and nanochat's is squared.
         let usual_bitnet =
             shape.model_type != "bitnet" || object.get("quantization_config").is_none_or(Value::is_null);
@@ -698,7 +710,7 @@ impl ModelShape {
             && usual_latent
             && usual_bitnet
             && usual_square
-            && slides_by_period(object, &shape.model_type);
+            && slides_by_period(&Fields { object }, &shape.model_type);
         Ok((shape, traits.known && stated && usual))
     }
 
@@ -2004,7 +2016,7 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
         return Ok(None);
     }
     let window = window_of(fields, default)?;
-    if let Some(types) = listed_layers(fields.object, model_type) {
+    if let Some(types) = listed_layers(fields, model_type) {
         // `slides_by_period` looks at the others.
         let every = first_full(types).map_or(0, |index| u64::try_from(index).unwrap_or(0) + 1);
         return Ok(window_of(fields, default)?.filter(|_| every != 1).map(|window| (window, every)));
@@ -2021,12 +2033,12 @@ fn read_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<(u64, u64
 }
 
 /// Returns what a config says of each layer, of a kind whose attention looks back through a window in layers that it names.
-fn listed_layers<'a>(object: &'a Map<String, Value>, model_type: &str) -> Option<&'a Vec<Value>> {
+fn listed_layers<'a>(fields: &'a Fields<'_>, model_type: &str) -> Option<&'a [Value]> {
     let lists = matches!(
         model_type,
         "olmo3" | "cohere2" | "exaone4" | "exaone_moe" | "ministral" | "mellum" | "afmoe"
     );
-    object.get("layer_types").and_then(Value::as_array).filter(|_| lists)
+    fields.layer_types().filter(|_| lists)
 }
 
 fn first_full(types: &[Value]) -> Option<usize> {
@@ -2034,8 +2046,8 @@ fn first_full(types: &[Value]) -> Option<usize> {
 }
 
 /// Returns whether layers without a window come again and again as the first of them does: others were not measured.
-fn slides_by_period(object: &Map<String, Value>, model_type: &str) -> bool {
-    let Some(types) = listed_layers(object, model_type) else { return true };
+fn slides_by_period(fields: &Fields<'_>, model_type: &str) -> bool {
+    let Some(types) = listed_layers(fields, model_type) else { return true };
     let Some(first) = first_full(types) else { return true };
     let is_due = |index: usize| (index + 1).is_multiple_of(first + 1);
     types.iter().enumerate().all(|(index, of)| (of == "full_attention") == is_due(index))

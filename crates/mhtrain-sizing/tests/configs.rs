@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use recipe::any_workload;
 use serde_json::{Map, Value, json};
 
-const KEYS: [&str; 64] = [
+const KEYS: [&str; 68] = [
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -74,6 +74,10 @@ const KEYS: [&str; 64] = [
     "num_dense_layers",
     "mup_enabled",
     "global_attn_every_n_layers",
+    "rope_interleave",
+    "topk_method",
+    "full_attn_idxs",
+    "per_layer_config",
 ];
 
 const TYPES: [&str; 49] = [

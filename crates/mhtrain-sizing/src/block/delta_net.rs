@@ -132,7 +132,7 @@ impl Lists<'_> {
         let [z, b, a] = [z, b, a].map(|part| of_value(tape, part));
         let [query, key] = [query, key].map(|part| copied(tape, part));
         let value = if net.value_heads > net.key_heads { value } else { copied(tape, value) };
-        let qkv = tape.joined([query, key, value]);
+        let qkv = tape.joined([query, key], Some(value));
         Inputs { qkv, copies: vec![query, key, value], z, b, a, products: vec![all, steps] }
     }
 

@@ -48,7 +48,7 @@ impl Lists<'_> {
         for part in both {
             tape.drop(part);
         }
-        let q = tape.joined([q_plain, q_turned]);
+        let q = tape.joined([q_plain, q_turned], None);
         tape.drop(q_plain);
         // `expand_kv`.
         let sizes = [rank, heads * (plain + width)];

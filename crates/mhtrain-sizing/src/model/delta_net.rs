@@ -3,7 +3,7 @@
 //! Source: `configuration_qwen3_5.py`, `configuration_qwen3_next.py` and the `*GatedDeltaNet` of their `modeling_*.py` in
 //! transformers 5.19.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::{Fields, HEADS_MAX, HIDDEN_MAX, LAYERS_MAX, ShapeError, is_each};
 
@@ -47,17 +47,14 @@ impl DeltaNet {
             });
         }
         let every = fields.number(&["full_attention_interval"], LAYERS_MAX)?.unwrap_or(4);
-        let listed = fields.object.get("layer_types").and_then(Value::as_array);
-        let is_full = |index: &u64| match (listed, usize::try_from(*index)) {
-            (Some(types), Ok(at)) => types.get(at).is_some_and(|of| of == "full_attention"),
-            _ => is_each(every, *index),
-        };
+        let is_full =
+            |index: &u64| fields.is_listed_as_full(*index).unwrap_or_else(|| is_each(every, *index));
         Ok((delta_net, (0..layers).filter(is_full).collect()))
     }
 
     /// Returns whether `layer_types`, where it is stated, says of every layer that it has attention or a delta rule.
-    pub(super) fn has_usual_layers(object: &Map<String, Value>, layers: u64) -> bool {
-        let Some(types) = object.get("layer_types").and_then(Value::as_array) else { return true };
+    pub(super) fn has_usual_layers(fields: &Fields<'_>, layers: u64) -> bool {
+        let Some(types) = fields.layer_types() else { return true };
         let is_usual = |of: &Value| of == "full_attention" || of == "linear_attention";
         u64::try_from(types.len()) == Ok(layers) && types.iter().all(is_usual)
     }

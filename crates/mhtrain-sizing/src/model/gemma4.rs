@@ -2,9 +2,7 @@
 //!
 //! Source: `configuration_gemma4.py` and `modeling_gemma4.py` of transformers 5.19 (`Gemma4TextConfig`).
 
-use serde_json::Value;
-
-use super::{Fields, HEADS_MAX, HIDDEN_MAX, LAYERS_MAX, ShapeError, VOCAB_MAX};
+use super::{Fields, HEADS_MAX, HIDDEN_MAX, LAYERS_MAX, ShapeError, VOCAB_MAX, is_each};
 
 /// Dimensions of Gemma 4 that other kinds do not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,12 +41,9 @@ impl Gemma4 {
             inputs: fields.count("hidden_size_per_layer_input", HIDDEN_MAX)?.unwrap_or(256),
             inputs_vocab: fields.number(&["vocab_size_per_layer_input"], VOCAB_MAX)?.unwrap_or(262_144),
         };
-        let listed = fields.object.get("layer_types").and_then(Value::as_array);
-        let is_full = |index: &u64| match (listed, usize::try_from(*index)) {
-            // The last layer never slides, whatever the list says.
-            _ if index + 1 == layers => true,
-            (Some(types), Ok(at)) => types.get(at).is_some_and(|of| of == "full_attention"),
-            _ => (index + 1).is_multiple_of(6),
+        // The last layer never slides, whatever the list says.
+        let is_full = |index: &u64| {
+            index + 1 == layers || fields.is_listed_as_full(*index).unwrap_or_else(|| is_each(6, *index))
         };
         Ok((gemma4, (0..layers.min(LAYERS_MAX)).filter(is_full).collect()))
     }

@@ -2,8 +2,6 @@
 //!
 //! Source: `configuration_lfm2.py` and `modeling_lfm2.py` of transformers 5.19.
 
-use serde_json::Value;
-
 use super::{Fields, LAYERS_MAX, ShapeError, WIDTH_MAX};
 
 /// The short convolution of a layer without attention.
@@ -23,13 +21,10 @@ impl Convolution {
             bias: fields.flag("conv_bias")?.unwrap_or(false),
         };
         let stated = |key: &str| fields.object.get(key).is_some_and(|value| !value.is_null());
-        let listed = fields.object.get("layer_types").and_then(Value::as_array);
-        let full: Vec<u64> = match listed {
-            Some(types) => {
-                (0..layers).zip(types).filter(|(_, of)| *of == "full_attention").map(|(at, _)| at).collect()
-            }
-            None if stated("full_attn_idxs") => fields.layer_list("full_attn_idxs", layers)?,
-            None => (0..layers).collect(),
+        let full = if fields.layer_types().is_none() && stated("full_attn_idxs") {
+            fields.layer_list("full_attn_idxs", layers)?
+        } else {
+            (0..layers).filter(|index| fields.is_listed_as_full(*index).unwrap_or(true)).collect()
         };
         Ok((convolution, full))
     }

@@ -202,15 +202,11 @@ impl Tape {
         self.result(x.n, x.width, Rule::Pass, [x.node, NONE, NONE], [])
     }
 
-    /// Up to three tensors beside each other in a new one (`cat`): each gets its part of the gradient as a view.
-    pub(crate) fn joined<const N: usize>(&mut self, parts: [Tensor; N]) -> Tensor {
-        let n = parts.iter().map(|part| part.n).sum();
-        let width = parts.iter().map(|part| part.width).fold(0.0, f64::max);
-        let mut inputs = [NONE; 3];
-        for (input, part) in inputs.iter_mut().zip(&parts) {
-            *input = part.node;
-        }
-        self.result(n, width, Rule::Pass, inputs, [])
+    /// Two tensors beside each other in a new one (`cat`), or three: each gets its part of the gradient as a view.
+    pub(crate) fn joined(&mut self, [a, b]: [Tensor; 2], third: Option<Tensor>) -> Tensor {
+        let (n, width, node) = third.map_or((0.0, 0.0, NONE), |part| (part.n, part.width, part.node));
+        let width = a.width.max(b.width).max(width);
+        self.result(a.n + b.n + n, width, Rule::Pass, [a.node, b.node, node], [])
     }
 
     /// `x` spread to `n` elements as a view: its gradient is summed.
@@ -400,7 +396,7 @@ impl Tape {
             let second = self.add(a, b);
             self.drop(a);
             self.drop(b);
-            let out = self.joined([first, second]);
+            let out = self.joined([first, second], None);
             for tensor in [first, second, even, odd] {
                 self.drop(tensor);
             }
