@@ -370,6 +370,15 @@ impl Host {
         found
     }
 
+    /// Returns whether a process that was a trainer of these trials lives and still is one: its pid may be another's by now, the
+    /// daemon's even.
+    pub(super) fn is_trainer(&self, pid: u32) -> bool {
+        let mark = format!("MHTRAIND_ATTEMPT={}/", self.state_dir().join("jobs").display());
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let is_marked = environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(mark.as_bytes()));
+        is_marked && !self.recorders().iter().any(|(recorder, _)| *recorder == pid)
+    }
+
     /// Returns everybody who was started for these trials and lives: all of them carry a path of the host in their
     /// environment, as the daemon's own settings or as the mark of an attempt.
     pub(super) fn everybody(&self) -> Vec<(u32, String)> {

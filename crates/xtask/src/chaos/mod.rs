@@ -473,8 +473,10 @@ impl<'a> Trials<'a> {
             pairs.entry(name.unwrap_or_else(|| id.to_string())).or_default().recorder = Some((recorder, id));
         }
         for line in lines.iter().filter(|line| line.what == What::Start && !ended.contains(&line.pid)) {
-            let alive = Path::new(&format!("/proc/{}", line.pid)).exists();
-            if alive && !self.killed.trainers.contains(&line.pid) && !spared(&line.job) {
+            if self.host.is_trainer(line.pid)
+                && !self.killed.trainers.contains(&line.pid)
+                && !spared(&line.job)
+            {
                 pairs.entry(line.job.clone()).or_default().trainer = Some((line.pid, line.job.clone()));
             }
         }
