@@ -95,7 +95,7 @@ impl Estimate {
         if guess <= 0.0 || end <= 0.0 {
             return self.device_peak_bytes;
         }
-        let is_raised = z > 0.0 && self.reserve_bytes == Bytes::ZERO;
+        let is_raised = z > 0.0 && low > 0.0 && self.reserve_bytes == Bytes::ZERO;
         let middle = if is_raised { (low * high).sqrt().min(guess) } else { guess };
         let quantile = middle * (end / middle).powf(z.abs() / Z_95);
         Bytes::from_f64(if is_raised { quantile.max(guess) } else { quantile })

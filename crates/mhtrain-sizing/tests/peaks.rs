@@ -350,6 +350,9 @@ fn quantiles_pass_through_the_interval() {
     assert!(near(estimate.quantile(0.05), estimate.low_bytes));
     assert!(near(estimate.quantile(0.95), estimate.high_bytes));
     assert_eq!(estimate.quantile(0.5), estimate.device_peak_bytes);
+    // Where the allocator keeps nothing and the interval begins at nothing, its end still is the 95th percentile.
+    let boundless = Estimate { low_bytes: Bytes::ZERO, reserve_bytes: Bytes::ZERO, ..estimate.clone() };
+    assert!(near(boundless.quantile(0.95), boundless.high_bytes));
     assert!(estimate.admission_bytes(0.1) > estimate.device_peak_bytes);
     assert!(estimate.admission_bytes(0.01) > estimate.admission_bytes(0.1));
 }
