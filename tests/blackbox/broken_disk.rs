@@ -181,6 +181,10 @@ fn a_database_whose_fsync_fails_takes_no_job_and_keeps_those_it_has() {
     let refused = disk.submit(json!({}), "c", &["--key", "k"]).expect(1);
     assert!(refused.stderr.contains("mhtraind.db") && refused.stderr.contains("help:"), "{}", refused.stderr);
     assert_eq!(refused.stderr.lines().count(), 2, "one clear error: {}", refused.stderr);
+    // .cargo/config.toml tells SQLite that there is an fdatasync, and a commit needs no more.
+    let hits = disk.hits();
+    let log = hits.lines().find(|line| line.ends_with("mhtraind.db-wal"));
+    assert!(log.is_some_and(|line| line.starts_with("fdatasync ")), "{hits}");
     // The first ends meanwhile; its end can be read from its files, and not be written down.
     disk.assert_ends_untold(&first, &second);
     assert!(disk.hits().contains(&format!("state/jobs/{first}/attempt-1/exit.json")), "{}", disk.hits());

@@ -45,7 +45,8 @@ const EXAMINED_AT_ONCE: usize = 4;
 /// How often that is tried before the job fails.
 const EXAMINED_MAX: u32 = 20;
 
-/// How long the files of a job, and its owner's account, may take to be read. The trainer's interpreter alone may take 30 s on a cold network disk.
+/// How long the files of a job, and its owner's account, may take to be read. The trainer's interpreter alone may take 30 s on a
+/// cold network disk.
 const EXAMINED_WITHIN: Duration = Duration::from_secs(90);
 
 /// For how long it is found out at a time why each job of a long queue waits: what starts comes first.
